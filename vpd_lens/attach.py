@@ -1,0 +1,87 @@
+"""`decompose` and `remove`: attach a decomposition to a model, and take it off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vpd_lens.decomposition.causal_importance import CausalImportanceConfig
+from vpd_lens.decomposition.divergence import CustomDivergence, DivergenceKind
+from vpd_lens.decomposition.handle import Decomposition
+from vpd_lens.decomposition.subcomponents import CountSpec, resolve_counts
+from vpd_lens.errors import AttachError
+from vpd_lens.sites import find_sites, model_kind, self_check
+from vpd_lens.sites.discovery import SiteSelection
+
+if TYPE_CHECKING:
+    from vpd_lens.training.config import VPDConfig
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def attach(
+    model: Model,
+    sites: SiteSelection = "all",
+    n_subcomponents: CountSpec = "paper",
+    importance: CausalImportanceConfig | None = None,
+    example: Tensor | None = None,
+    divergence: DivergenceKind | CustomDivergence | None = None,
+    seed: int = 0,
+) -> Model:
+    """Attach an untrained decomposition; see `vpd_lens.decompose`."""
+    if "vpd" in model.__dict__:
+        raise AttachError(
+            "This model is decomposed already. Call vpd_lens.remove(model) first, or use the "
+            "decomposition it carries, model.vpd."
+        )
+    chosen = find_sites(model, sites)
+    dtype = chosen[0].weight.dtype
+    half = dtype in (torch.float16, torch.bfloat16)
+    self_check(model, chosen, _tiny_forward(model, example), 5e-2 if half else 1e-4)
+    counts = resolve_counts(chosen, n_subcomponents)
+    if divergence is None:
+        divergence = "mse" if model_kind(model) == "module" else "kl"
+    vpd = Decomposition(
+        model, chosen, counts, importance or CausalImportanceConfig(), divergence, seed
+    )
+    model.requires_grad_(False)
+    vpd.attachment.attach()
+    return model
+
+
+def remove(model: Model) -> Model:
+    """Take a decomposition off and restore the model completely.
+
+    The weights stay frozen (`requires_grad=False`) unless they were trainable before.
+
+    Args:
+        model: A decomposed model.
+
+    Returns:
+        The same model, as it was before `decompose`.
+
+    Raises:
+        AttachError: If the model carries no decomposition.
+    """
+    if "vpd" not in model.__dict__:
+        raise AttachError("This model carries no decomposition; there is nothing to remove.")
+    model.__dict__["vpd"].attachment.detach()
+    return model
+
+
+def _tiny_forward(model: nn.Module, example: Tensor | None) -> Callable[[], Any]:
+    if example is not None:
+        return lambda: model(example)
+    cfg = getattr(model, "cfg", None)
+    if model_kind(model) == "module" or cfg is None:
+        raise AttachError(
+            "For a model that is neither a HookedTransformer nor a TransformerBridge, pass "
+            "example=<one input batch>, so that the sites can be checked."
+        )
+    device = next(model.parameters()).device
+    length = min(4, int(cfg.n_ctx))
+    tokens = torch.arange(2 * length, device=device).reshape(2, length) % int(cfg.d_vocab)
+    return lambda: model(tokens)

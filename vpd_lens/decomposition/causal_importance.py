@@ -1,0 +1,233 @@
+"""The causal importance function: from every site's input to a number per subcomponent.
+
+Three variants share one interface: `ci_fn(inputs, subcomponents) -> z [*batch, C_total]`, the
+pre-sigmoid importances. The transformer sees all sites at once (VPD); the two MLPs see one site
+at a time and serve toy models (SPD).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from vpd_lens.decomposition.subcomponents import Subcomponents
+from vpd_lens.errors import ConfigError
+
+
+class CausalImportanceConfig(BaseModel):
+    """Which causal importance function, and its size.
+
+    Attributes:
+        kind: `"transformer"`: one bidirectional transformer over all sites' inputs (VPD);
+            `"mlp"`: an independent MLP per subcomponent on its own activation (SPD);
+            `"shared_mlp"`: one MLP per site on the site's input.
+        d_model: Width of the transformer; `None`: twice the target's, the authors' guide.
+        n_blocks: Its depth; `None`: as many as the target has layers.
+        n_heads: Its heads; `None`: one per 32 dimensions.
+        d_ffn: Hidden width of its feed-forward layers; `None`: four times `d_model`.
+        rope_base: Base of its rotary position embedding.
+        hidden: Hidden width of the two MLP variants.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["transformer", "mlp", "shared_mlp"] = "transformer"
+    d_model: int | None = Field(default=None, ge=2)
+    n_blocks: int | None = Field(default=None, ge=1)
+    n_heads: int | None = Field(default=None, ge=1)
+    d_ffn: int | None = Field(default=None, ge=1)
+    rope_base: float = Field(default=10_000.0, gt=0)
+    hidden: int = Field(default=16, ge=1)
+
+
+class TransformerImportance(nn.Module):
+    """VPD's causal importance function: a pre-norm bidirectional transformer over all sites.
+
+    Each site's input is RMS-normalised on its own and all are concatenated, projected to
+    `d_model`, passed through the blocks and projected to `C_total`. Because attention looks both
+    ways, importance at a position depends on later tokens: it is not a causal quantity.
+
+    Args:
+        d_inputs: Input width of each site.
+        c_total: Number of subcomponents.
+        d_model: Width.
+        n_blocks: Depth.
+        n_heads: Attention heads.
+        d_ffn: Feed-forward width.
+        rope_base: Base of the rotary embedding.
+    """
+
+    def __init__(
+        self,
+        d_inputs: Sequence[int],
+        c_total: int,
+        d_model: int,
+        n_blocks: int,
+        n_heads: int,
+        d_ffn: int,
+        rope_base: float = 10_000.0,
+    ) -> None:
+        super().__init__()
+        if d_model % (2 * n_heads) != 0:
+            raise ConfigError(
+                f"causal_importance: d_model={d_model} must be a multiple of 2 * n_heads="
+                f"{2 * n_heads}, because rotary embeddings turn pairs of dimensions in each head."
+            )
+        self.project_in = _linear(sum(d_inputs), d_model, gain=math.sqrt(2))
+        self.blocks = nn.ModuleList(
+            _Block(d_model, n_heads, d_ffn, rope_base) for _ in range(n_blocks)
+        )
+        self.project_out = _linear(d_model, c_total)
+
+    def forward(
+        self, inputs: Sequence[Float[Tensor, "*batch _d_in"]], subcomponents: Subcomponents
+    ) -> Float[Tensor, "*batch C_total"]:
+        """Pre-sigmoid importances from the sites' inputs (`[batch, pos, d_in]` or `[batch, d_in]`)."""
+        dtype = self.project_in.weight.dtype
+        normed = _normalise_each(inputs, dtype)
+        z = self.project_in(normed)
+        flat = z.ndim == 2
+        z = z.unsqueeze(1) if flat else z
+        for block in self.blocks:
+            z = block(z)
+        z = z.squeeze(1) if flat else z
+        return self.project_out(z)  # type: ignore[no-any-return]
+
+
+def _normalise_each(inputs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    # q, k and v read the same tensor: normalise it once.
+    normed: dict[int, Tensor] = {}
+    for x in inputs:
+        if id(x) not in normed:
+            normed[id(x)] = F.rms_norm(x.to(dtype), x.shape[-1:])
+    return torch.cat([normed[id(x)] for x in inputs], dim=-1)
+
+
+class _Block(nn.Module):
+    def __init__(self, d_model: int, n_heads: int, d_ffn: int, rope_base: float) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.rope_base = rope_base
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.up = _linear(d_model, d_ffn, gain=math.sqrt(2))
+        self.down = _linear(d_ffn, d_model)
+
+    def forward(self, z: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+        z = z + self._attend(F.rms_norm(z, z.shape[-1:]))
+        return z + self.down(F.gelu(self.up(F.rms_norm(z, z.shape[-1:]))))
+
+    def _attend(self, z: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(z), "b t (three h d) -> three b h t d", three=3, h=self.n_heads)
+        q, k = _rotate(q, self.rope_base), _rotate(k, self.rope_base)
+        mixed = F.scaled_dot_product_attention(q, k, v.contiguous())
+        return self.out(rearrange(mixed, "b h t d -> b t (h d)"))  # type: ignore[no-any-return]
+
+
+def _rotate(x: Float[Tensor, "b h t d"], base: float) -> Float[Tensor, "b h t d"]:
+    half = x.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class PerSubcomponentMLP(nn.Module):
+    """SPD's toy causal importance function: one MLP per subcomponent, on its own activation.
+
+    Args:
+        c_total: Number of subcomponents.
+        hidden: Hidden width of each MLP.
+    """
+
+    def __init__(self, c_total: int, hidden: int) -> None:
+        super().__init__()
+        self.w_in = nn.Parameter(torch.randn(c_total, hidden) * math.sqrt(2))
+        self.b_in = nn.Parameter(torch.zeros(c_total, hidden))
+        self.w_out = nn.Parameter(torch.randn(c_total, hidden) / math.sqrt(hidden))
+        self.b_out = nn.Parameter(torch.zeros(c_total))
+
+    def forward(
+        self, inputs: Sequence[Float[Tensor, "*batch _d_in"]], subcomponents: Subcomponents
+    ) -> Float[Tensor, "*batch C_total"]:
+        """Pre-sigmoid importances; gradients reach `V` through the activations."""
+        acts = subcomponents.acts(inputs)
+        hidden = F.gelu(torch.addcmul(self.b_in, acts.unsqueeze(-1), self.w_in))
+        return torch.einsum("...ch,ch->...c", hidden, self.w_out) + self.b_out
+
+
+class SharedMLP(nn.Module):
+    """One MLP per site, from the site's input to all its subcomponents' importances.
+
+    Args:
+        d_inputs: Input width of each site.
+        sizes: Number of subcomponents of each site.
+        hidden: Hidden width.
+    """
+
+    def __init__(self, d_inputs: Sequence[int], sizes: Sequence[int], hidden: int) -> None:
+        super().__init__()
+        self.mlps = nn.ModuleList(
+            nn.Sequential(_linear(d, hidden, gain=math.sqrt(2)), nn.GELU(), _linear(hidden, c))
+            for d, c in zip(d_inputs, sizes, strict=True)
+        )
+
+    def forward(
+        self, inputs: Sequence[Float[Tensor, "*batch _d_in"]], subcomponents: Subcomponents
+    ) -> Float[Tensor, "*batch C_total"]:
+        """Pre-sigmoid importances."""
+        return torch.cat(
+            [mlp(x.to(mlp[0].weight.dtype)) for mlp, x in zip(self.mlps, inputs, strict=True)], -1
+        )
+
+
+def _linear(d_in: int, d_out: int, gain: float = 1.0) -> nn.Linear:
+    layer = nn.Linear(d_in, d_out)
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(d_in))
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def build_importance(
+    config: CausalImportanceConfig,
+    d_inputs: Sequence[int],
+    sizes: Sequence[int],
+    target_width: int,
+    target_depth: int,
+) -> nn.Module:
+    """The causal importance function that `config` describes, its gaps filled from the target.
+
+    Args:
+        config: Kind and size.
+        d_inputs: Input width of each site.
+        sizes: Number of subcomponents of each site.
+        target_width: The target's residual width.
+        target_depth: The target's number of layers.
+
+    Raises:
+        ConfigError: If the width does not fit the heads.
+    """
+    if config.kind == "mlp":
+        return PerSubcomponentMLP(sum(sizes), config.hidden)
+    if config.kind == "shared_mlp":
+        return SharedMLP(d_inputs, sizes, config.hidden)
+    n_heads = config.n_heads or max(1, (config.d_model or 2 * target_width) // 32)
+    d_model = config.d_model or 2 * n_heads * math.ceil(target_width / n_heads)
+    return TransformerImportance(
+        d_inputs,
+        sum(sizes),
+        d_model=d_model,
+        n_blocks=config.n_blocks or target_depth,
+        n_heads=n_heads,
+        d_ffn=config.d_ffn or 4 * d_model,
+        rope_base=config.rope_base,
+    )

@@ -1,0 +1,129 @@
+"""What each masking mode does with the causal importances (METHOD 4, masking modes).
+
+| mode | subcomponent masks | delta's mask |
+|---|---|---|
+| `target` | none: the model itself | - |
+| `unmasked` | 1 | 0 |
+| `stochastic` | `g + (1 - g) u`, `u ~ U(0, 1)` | `U(0, 1)` |
+| `adversarial` | `g + (1 - g) r`, `r` chosen to hurt | `r_delta` |
+| `ci` | `g` | 0 |
+| `rounded` | 1 where `g > threshold`, else 0 | 0 |
+| `random` | `U(0, 1)` | 0 |
+| `zero` | 0 | 0 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vpd_lens.decomposition.masks import Layout, Masks, interpolate
+from vpd_lens.errors import InputError
+
+MODES = ("target", "unmasked", "stochastic", "adversarial", "ci", "rounded", "random", "zero")
+NEEDS_IMPORTANCE = ("stochastic", "adversarial", "ci", "rounded", "random")
+
+
+@dataclass
+class MaskContext:
+    """One `with vpd.masked(...)` block.
+
+    Attributes:
+        mode: One of `MODES`, or `"given"` for explicit tensors.
+        threshold: For `rounded`.
+        n_steps: Ascent steps, for `adversarial`.
+        step_size: Size of a sign step, for `adversarial`.
+        generator: Source of randomness; `None` uses torch's global one.
+        given: Explicit masks.
+    """
+
+    mode: str
+    threshold: float = 0.0
+    n_steps: int = 20
+    step_size: float = 0.1
+    generator: torch.Generator | None = None
+    given: Masks | None = None
+
+    def masks(self, importance: Float[Tensor, "*batch C_total"], layout: Layout) -> Masks:
+        """The masks of every mode that needs no search, given the causal importances."""
+        g = importance
+        delta = g.new_zeros(*g.shape[:-1], layout.n_sites)
+        if self.mode == "stochastic":
+            sources = torch.rand(g.shape, device=g.device, generator=self.generator)
+            delta = torch.rand(delta.shape, device=g.device, generator=self.generator)
+            return Masks(interpolate(g, sources), delta)
+        if self.mode == "ci":
+            return Masks(g, delta)
+        if self.mode == "rounded":
+            return Masks((g > self.threshold).to(g.dtype), delta)
+        if self.mode == "random":
+            return Masks(torch.rand(g.shape, device=g.device, generator=self.generator), delta)
+        raise InputError(f"masking mode {self.mode!r} does not follow from importances alone")
+
+    def constant_masks(self, layout: Layout, device: torch.device) -> Masks:
+        """The masks of the modes that do not look at the input: `unmasked`, `zero`, given."""
+        if self.given is not None:
+            return self.given
+        value = 1.0 if self.mode == "unmasked" else 0.0
+        return Masks(
+            torch.full((1, 1, layout.total), value, device=device),
+            torch.zeros(1, 1, layout.n_sites, device=device),
+        )
+
+
+def masks_from_tensors(
+    tensors: Masks | Mapping[str, Tensor] | Tensor,
+    delta: float | Mapping[str, float | Tensor],
+    layout: Layout,
+    device: torch.device,
+) -> Masks:
+    """Masks from what a user passes: a `Masks`, one concatenated tensor, or tensors by site name.
+
+    Args:
+        tensors: `[*batch, C_total]`, or `{site: [*batch, C]}`; sites left out stay unmasked.
+        delta: The deltas' mask, one number for all or a mapping by site; those left out are 1.
+        layout: The columns of each site.
+        device: Where the masks live.
+
+    Raises:
+        InputError: If a site does not exist or a last dimension does not fit.
+    """
+    if isinstance(tensors, Masks):
+        return tensors
+    if isinstance(tensors, Mapping):
+        unknown = sorted(set(tensors) - set(layout.names))
+        if unknown:
+            raise InputError(f"masks: no site named {unknown}; sites: {list(layout.names)}.")
+        for name, mask in tensors.items():
+            expected = layout.sizes[layout.names.index(name)]
+            if mask.shape[-1] != expected:
+                raise InputError(
+                    f"masks[{name!r}] has shape {tuple(mask.shape)}; its last dimension must be "
+                    f"the site's {expected} subcomponents."
+                )
+        batch = torch.broadcast_shapes((1, 1), *(m.shape[:-1] for m in tensors.values()))
+        parts = [
+            tensors[name].to(device).float().expand(*batch, size)
+            if name in tensors
+            else torch.ones(*batch, size, device=device)
+            for name, size in zip(layout.names, layout.sizes, strict=True)
+        ]
+        components = torch.cat(parts, dim=-1)
+    else:
+        if tensors.shape[-1] != layout.total:
+            raise InputError(
+                f"masks has shape {tuple(tensors.shape)}; its last dimension must be C_total = "
+                f"{layout.total}."
+            )
+        components = tensors.to(device).float()
+    batch = components.shape[:-1]
+    values = delta if isinstance(delta, Mapping) else dict.fromkeys(layout.names, delta)
+    columns = [
+        torch.as_tensor(values.get(name, 1.0), device=device).float().expand(batch)
+        for name in layout.names
+    ]
+    return Masks(components, torch.stack(columns, dim=-1))

@@ -1,0 +1,141 @@
+"""Subcomponents: the rank-1 matrices `V[:, c] U[c, :]` of every site, and what they leave over."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vpd_lens.errors import ConfigError
+from vpd_lens.decomposition.masks import Layout
+from vpd_lens.sites import Site
+
+CountSpec = int | str | Mapping[str, int] | Callable[[Site], int]
+
+# Subcomponents per d_model (attention) or d_mlp (MLP) in the paper's 67M model: d_model 768,
+# d_mlp 3072; q, k 512; v, o 1024; up 3072; down 3584.
+_PAPER_RATIO = {"q": 2 / 3, "k": 2 / 3, "v": 4 / 3, "o": 4 / 3, "in": 1.0, "gate": 1.0, "out": 7 / 6}
+
+
+def paper_count(site: Site) -> int:
+    """Number of subcomponents after the paper's ratios, rounded up to a multiple of 8.
+
+    q and k get 2/3 d_model, v and o 4/3 d_model, MLP inputs d_mlp, MLP outputs 7/6 d_mlp. Other
+    matrices get 4/3 of their smaller dimension.
+    """
+    d_in, d_out = site.shape
+    part = site.name.rsplit(".", 1)[-1]
+    ratio = _PAPER_RATIO.get(part, 4 / 3)
+    if part in ("q", "k", "v", "gate", "in"):
+        width = d_out if part in ("gate", "in") else d_in
+    elif part == "o":
+        width = d_out
+    elif part == "out":
+        width = d_in
+    else:
+        width = min(d_in, d_out)
+    return _multiple_of_8(ratio * width)
+
+
+def faithful_count(site: Site) -> int:
+    """Like `paper_count`, but never fewer than the matrix' rank, so that `V U = W` is possible."""
+    return max(paper_count(site), _multiple_of_8(min(site.shape)))
+
+
+def _multiple_of_8(x: float) -> int:
+    return 8 * math.ceil(x / 8 - 1e-9)
+
+
+def resolve_counts(sites: Sequence[Site], spec: CountSpec) -> tuple[int, ...]:
+    """Number of subcomponents of every site.
+
+    Args:
+        sites: The sites, in forward order.
+        spec: An int for all; `"paper"` (`paper_count`) or `"faithful"` (`faithful_count`); a
+            mapping from regular expressions to ints, the first match in the name winning and
+            `paper_count` for the rest; or a callable from a `Site` to an int.
+
+    Raises:
+        ConfigError: If a count is below 1 or a pattern of the mapping matches no site.
+    """
+    if isinstance(spec, str):
+        rules = {"paper": paper_count, "faithful": faithful_count}
+        if spec not in rules:
+            raise ConfigError(
+                f"n_subcomponents={spec!r} is not known; give 'paper', 'faithful', an int, a dict "
+                "of patterns or a callable."
+            )
+        counts = [rules[spec](site) for site in sites]
+    elif isinstance(spec, int):
+        counts = [spec] * len(sites)
+    elif isinstance(spec, Mapping):
+        unused = [p for p in spec if not any(re.search(p, site.name) for site in sites)]
+        if unused:
+            raise ConfigError(f"n_subcomponents: the patterns {unused} match no site.")
+        counts = [_first_match(spec, site) for site in sites]
+    else:
+        counts = [spec(site) for site in sites]
+    for site, count in zip(sites, counts, strict=True):
+        if not isinstance(count, int) or count < 1:
+            raise ConfigError(
+                f"n_subcomponents for {site.name} is {count!r}; it must be an integer of at least 1."
+            )
+    return tuple(counts)
+
+
+def _first_match(spec: Mapping[str, int], site: Site) -> int:
+    for pattern, count in spec.items():
+        if re.search(pattern, site.name):
+            return count
+    return paper_count(site)
+
+
+class Subcomponents(nn.Module):
+    """`V` and `U` of every site, kept in fp32.
+
+    Args:
+        sites: The decomposed sites.
+        counts: Number of subcomponents of each.
+        generator: Random generator (CPU) of the initialisation.
+
+    Attributes:
+        v: Read directions, one `[d_in, C]` per site, initialised N(0, 1/d_in).
+        u: Write directions, one `[C, d_out]` per site, initialised N(0, 1/C).
+        layout: Names and sizes.
+    """
+
+    def __init__(
+        self, sites: Sequence[Site], counts: Sequence[int], generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.layout = Layout(tuple(site.name for site in sites), tuple(counts))
+        v, u = [], []
+        for site, count in zip(sites, counts, strict=True):
+            d_in, d_out = site.shape
+            v.append(nn.Parameter(torch.randn(d_in, count, generator=generator) / math.sqrt(d_in)))
+            u.append(nn.Parameter(torch.randn(count, d_out, generator=generator) / math.sqrt(count)))
+        self.v = nn.ParameterList(v)
+        self.u = nn.ParameterList(u)
+
+    def deltas(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """`Delta_l = W_l - V_l U_l` of every site, `[d_in, d_out]`, in fp32.
+
+        Args:
+            weights: The base weights `W_l`.
+        """
+        return [
+            torch.addmm(w.float(), v, u, alpha=-1)
+            for w, v, u in zip(weights, self.v, self.u, strict=True)
+        ]
+
+    def acts(self, inputs: Sequence[Float[Tensor, "*batch _d_in"]]) -> Float[Tensor, "*batch C_total"]:
+        """Subcomponent activations `a = x V` of all sites.
+
+        Args:
+            inputs: The input of every site.
+        """
+        return torch.cat([x.to(v.dtype) @ v for x, v in zip(inputs, self.v, strict=True)], -1)

@@ -1,0 +1,167 @@
+"""Find the sites of a model, choose among them, and check on a tiny forward that they are right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpd_lens.errors import AttachError
+from vpd_lens.sites.bridge import bridge_sites, is_mixture
+from vpd_lens.sites.hooked_transformer import hooked_transformer_sites
+from vpd_lens.sites.module import module_sites
+from vpd_lens.sites.site import Site, relative_error
+
+SiteSelection = str | Sequence[str] | Sequence[Site]
+
+
+def model_kind(model: nn.Module) -> str:
+    """`"bridge"`, `"hooked_transformer"` or `"module"`, told apart without importing either class.
+
+    A bridge carries an architecture `adapter`; a HookedTransformer has `blocks`, `cfg` and a
+    hook dictionary of its own. Anything else is treated as a plain module.
+    """
+    if hasattr(model, "adapter") and hasattr(model, "original_model"):
+        return "bridge"
+    if all(name in model._modules for name in ("blocks", "unembed")) and hasattr(model, "hook_dict"):
+        return "hooked_transformer"
+    return "module"
+
+
+def find_sites(model: nn.Module, select: SiteSelection = "all") -> list[Site]:
+    """The sites of `model` that `select` names, in forward order.
+
+    Args:
+        model: A HookedTransformer, a TransformerBridge, or any module with linear layers.
+        select: `"all"` (every attention and MLP matrix; `unembed` only on request), a regular
+            expression searched in the site names, a list of names, or ready-made `Site` objects.
+
+    Raises:
+        AttachError: If nothing matches, a listed name does not exist, or the model has parts
+            that cannot be decomposed and were asked for.
+    """
+    if not isinstance(select, str) and len(select) > 0 and isinstance(select[0], Site):
+        return list(select)  # type: ignore[arg-type]
+    kind = model_kind(model)
+    if kind == "bridge":
+        available = bridge_sites(model)
+    elif kind == "hooked_transformer":
+        available = hooked_transformer_sites(model)
+    else:
+        available = module_sites(model)
+    if select == "all":
+        if kind == "bridge":
+            _refuse_experts(model)
+        chosen = [site for site in available if site.name != "unembed"]
+    elif isinstance(select, str):
+        chosen = [site for site in available if re.search(select, site.name)]
+    else:
+        chosen = _by_name(available, [str(name) for name in select])
+    if not chosen:
+        raise AttachError(
+            f"sites={select!r} matches no site of this {type(model).__name__}. "
+            f"Available: {_listing(available)}."
+        )
+    return chosen
+
+
+def _by_name(available: list[Site], names: list[str]) -> list[Site]:
+    known = {site.name for site in available}
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise AttachError(f"No site named {missing}. Available: {_listing(available)}.")
+    return [site for site in available if site.name in names]
+
+
+def _listing(sites: list[Site], limit: int = 14) -> str:
+    names = [site.name for site in sites]
+    if len(names) > limit:
+        return ", ".join(names[:limit]) + f", ... ({len(names)} in all)"
+    return ", ".join(names) or "none"
+
+
+def _refuse_experts(model: nn.Module) -> None:
+    experts = [
+        f"blocks.{index}.mlp"
+        for index, block in enumerate(model.blocks)  # type: ignore[arg-type]
+        if "mlp" in block._modules and is_mixture(block._modules["mlp"])
+    ]
+    if experts:
+        raise AttachError(
+            f"{', '.join(experts)}: mixture-of-experts MLPs keep their experts in fused 3-D "
+            "parameters without hook points, so their matrices cannot be decomposed. Pass "
+            "sites=r'attn' to decompose the attention matrices only."
+        )
+
+
+@torch.no_grad()
+def self_check(model: nn.Module, sites: list[Site], forward: Any, tolerance: float) -> None:
+    """Run one forward and check at every site that the hooks fire and that `x W + b = y`.
+
+    Args:
+        model: The model, only named in messages.
+        sites: The sites to check; none may be attached yet.
+        forward: Called without arguments, runs the model on a tiny input.
+        tolerance: Largest allowed error relative to the largest entry of `y`.
+
+    Raises:
+        AttachError: Listing every site that failed and why.
+    """
+    seen: dict[str, Tensor] = {}
+    problems: list[str] = []
+    fired: set[str] = set()
+
+    def reader(site: Site) -> Any:
+        return lambda x: seen.__setitem__(site.name, x)
+
+    def checker(site: Site) -> Any:
+        def check(y: Tensor) -> None:
+            fired.add(site.name)
+            x = seen.get(site.name)
+            if x is None:
+                problems.append(f"{site.name}: its output appeared before any input was seen")
+                return
+            problem = _mismatch(site, x, y, tolerance)
+            if problem:
+                problems.append(f"{site.name}: {problem}")
+
+        return check
+
+    handles = [h for site in sites for h in site.attach(reader(site), checker(site))]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    problems += [
+        f"{site.name}: its hooks did not fire; the matrix is bypassed (split-qkv or result flags, "
+        "fused experts, or a module that is never called)"
+        for site in sites
+        if site.name not in fired
+    ]
+    if problems:
+        raise AttachError(
+            f"{len(problems)} of {len(sites)} sites of this {type(model).__name__} failed the "
+            "self-check, so nothing was attached:\n  " + "\n  ".join(problems)
+        )
+
+
+def _mismatch(site: Site, x: Tensor, y: Tensor, tolerance: float) -> str | None:
+    weight = site.weight
+    if not weight.is_floating_point():
+        return f"its weight is quantised ({weight.dtype}); load the model in fp32 or bf16"
+    if x.shape[-1] != weight.shape[0] or y.shape[-1] != weight.shape[1]:
+        return (
+            f"input {tuple(x.shape)} and output {tuple(y.shape)} do not fit "
+            f"W {tuple(weight.shape)}"
+        )
+    expected = x.float() @ weight.float()
+    if site.bias is not None:
+        expected = expected + site.bias.float()
+    error = relative_error(y.float(), expected)
+    if not error <= tolerance:
+        return f"x W + b differs from y by {error:.1e} (allowed {tolerance:.0e})"
+    return None

@@ -1,0 +1,198 @@
+"""A site: one weight matrix of a model, seen as `y = x W + b`.
+
+A site knows how to read its weight, where the matrix' input `x` appears and where its
+output `y` can be edited. It never replaces a module: it only registers PyTorch hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformer_lens.hook_points import HookPoint
+
+ReadInput = Callable[[Tensor], None]
+EditOutput = Callable[[Tensor], Tensor | None]
+
+
+class SiteHooks(nn.Module):
+    """The five TransformerLens hook points of one site, mounted as `<site>.vpd`.
+
+    | hook point | value | shape |
+    |---|---|---|
+    | `hook_acts` | subcomponent activations `x V` | `[*batch, C]` |
+    | `hook_ci` | causal importances | `[*batch, C]` |
+    | `hook_mask` | masks in use (1 where unmasked) | `[*batch, C]` |
+    | `hook_delta_mask` | the delta's mask | `[*batch]` |
+    | `hook_out` | the site's output as written | `[*batch, d_out]` |
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hook_acts = HookPoint()
+        self.hook_ci = HookPoint()
+        self.hook_mask = HookPoint()
+        self.hook_delta_mask = HookPoint()
+        self.hook_out = HookPoint()
+
+    def masks_are_watched(self) -> bool:
+        """Whether anyone listens to the activations or masks of this site."""
+        return (
+            has_listeners(self.hook_acts)
+            or has_listeners(self.hook_mask)
+            or has_listeners(self.hook_delta_mask)
+        )
+
+
+def has_listeners(hook_point: HookPoint) -> bool:
+    """Whether any forward or backward hook is registered on `hook_point`."""
+    return bool(hook_point._forward_hooks or hook_point._backward_hooks)
+
+
+@dataclass
+class InputPoint:
+    """Where a matrix' input can be read.
+
+    Attributes:
+        module: The module whose call carries the input.
+        kind: `"argument"`, the module's positional or keyword argument (read just before the
+            module runs), or `"output"`, the module's output after every other hook on it has run.
+        argument: Position or keyword of the argument, when `kind` is `"argument"`.
+    """
+
+    module: nn.Module
+    kind: str = "argument"
+    argument: int | str = 0
+
+
+@dataclass
+class Site:
+    """One weight matrix of a model and the places where its input and output appear.
+
+    Attributes:
+        name: Name of the site, the same for both TransformerLens classes
+            (`blocks.0.attn.q`, ..., `blocks.0.mlp.out`).
+        read_weight: Returns the current weight as `[d_in, d_out]`.
+        read_bias: Returns the bias that is part of `y` as `[d_out]`, or `None`.
+        inputs: Where the input appears. With several, the one nearest to the matrix wins.
+        output: The module whose value is the site's output.
+        output_kind: `"argument"`: `output` is a hook point that receives `y`, edited before
+            any hook on it runs; `"output"`: `output` is a module that returns `y`.
+        mount: Module path under which the hook points are mounted, `<mount>.vpd`.
+    """
+
+    name: str
+    read_weight: Callable[[], Tensor]
+    read_bias: Callable[[], Tensor | None]
+    inputs: list[InputPoint]
+    output: nn.Module
+    output_kind: str = "argument"
+    mount: str = ""
+    hooks: SiteHooks = field(default_factory=SiteHooks)
+
+    def __post_init__(self) -> None:
+        self.mount = self.mount or self.name
+
+    @property
+    def weight(self) -> Float[Tensor, "d_in d_out"]:
+        """The base weight, detached: reading it never builds a graph."""
+        return self.read_weight().detach()
+
+    @property
+    def bias(self) -> Float[Tensor, " d_out"] | None:
+        """The bias added by the matrix itself, or `None`."""
+        bias = self.read_bias()
+        return None if bias is None else bias.detach()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(d_in, d_out)`."""
+        d_in, d_out = self.weight.shape
+        return int(d_in), int(d_out)
+
+    def attach(self, read: ReadInput, edit: EditOutput) -> list[RemovableHandle]:
+        """Call `read(x)` on the matrix' input and let `edit(y)` replace its output.
+
+        Args:
+            read: Receives the input `[*batch, d_in]`, heads flattened.
+            edit: Receives the output `[*batch, d_out]`, heads flattened; returns the new
+                output, or `None` to leave it.
+
+        Returns:
+            Handles that undo the registration.
+        """
+        handles: list[RemovableHandle] = []
+        for point in self.inputs:
+            handles += _watch_input(point, read, self.shape[0])
+        handles.append(self._watch_output(edit))
+        return handles
+
+    def _watch_output(self, edit: EditOutput) -> RemovableHandle:
+        d_out = self.shape[1]
+
+        def edited(y: Tensor) -> Tensor | None:
+            new = edit(flatten_heads(y, d_out))
+            return None if new is None else new.reshape(y.shape)
+
+        if self.output_kind == "output":
+            return self.output.register_forward_hook(lambda _module, _args, y: edited(y))
+
+        def before(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            new = edited(args[0])
+            return None if new is None else (new, *args[1:])
+
+        return self.output.register_forward_pre_hook(before)
+
+
+def flatten_heads(x: Tensor, width: int) -> Tensor:
+    """View `[*batch, heads, d_head]` as `[*batch, width]`; other tensors pass unchanged."""
+    return x if x.shape[-1] == width else x.flatten(-2)
+
+
+def _watch_input(point: InputPoint, read: ReadInput, d_in: int) -> list[RemovableHandle]:
+    if point.kind == "argument":
+        argument = point.argument
+
+        def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = kwargs[argument] if isinstance(argument, str) else args[argument]
+            read(flatten_heads(x, d_in))
+
+        return [point.module.register_forward_pre_hook(before, with_kwargs=True)]
+
+    last = point.module.register_forward_hook(lambda _m, _a, x: read(flatten_heads(x, d_in)))
+
+    # A user's hook registered later would run later and could change what the matrix sees, so
+    # ours is moved to the end of the queue each time the hook point is entered.
+    def stay_last(module: nn.Module, _args: tuple) -> None:
+        module._forward_hooks.move_to_end(last.id)
+
+    return [last, point.module.register_forward_pre_hook(stay_last)]
+
+
+def weight_of(module: nn.Module) -> Callable[[], Tensor]:
+    """Weight reader for `nn.Linear` (`[out, in]`) and Hugging Face `Conv1D` (`[in, out]`).
+
+    Raises:
+        TypeError: If `module` is of another class.
+    """
+    if isinstance(module, nn.Linear):
+        return lambda: module.weight.T
+    if type(module).__name__ == "Conv1D":
+        return lambda: module.weight  # type: ignore[return-value]
+    raise TypeError(f"{type(module).__name__} is neither nn.Linear nor Conv1D")
+
+
+def no_bias() -> None:
+    """Bias reader of a matrix without a bias."""
+    return None
+
+
+@torch.no_grad()
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference, relative to the largest expected entry."""
+    scale = expected.abs().max().clamp(min=1e-12)
+    return float((got - expected).abs().max() / scale)
