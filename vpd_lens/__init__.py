@@ -1,0 +1,66 @@
+"""vpd_lens: adversarial Parameter Decomposition (VPD) for TransformerLens models.
+
+```python
+import vpd_lens
+
+model = vpd_lens.decompose(hooked_model)  # attach: exact, untrained
+model = vpd_lens.decompose(hooked_model, data=tokens, config=vpd_lens.VPDConfig.small())
+```
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+if os.environ.get("VPD_LENS_TYPECHECK") == "1":
+    # Shape annotations become run-time checks (jaxtyping + beartype). Off by default: checking
+    # costs about 60 microseconds per call.
+    from jaxtyping import install_import_hook
+
+    install_import_hook("vpd_lens", "beartype.beartype")
+
+if TYPE_CHECKING:
+    from vpd_lens.attach import remove
+    from vpd_lens.decomposing import decompose
+    from vpd_lens.decomposition import CausalImportanceConfig, Decomposition, Masks
+    from vpd_lens.decomposition.saving import load
+    from vpd_lens.evaluation import EvalReport, evaluate
+    from vpd_lens.sites import Site
+    from vpd_lens.training import VPDConfig, train
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "CausalImportanceConfig": "vpd_lens.decomposition",
+    "Decomposition": "vpd_lens.decomposition",
+    "EvalReport": "vpd_lens.evaluation",
+    "Masks": "vpd_lens.decomposition",
+    "Site": "vpd_lens.sites",
+    "VPDConfig": "vpd_lens.training",
+    "decompose": "vpd_lens.decomposing",
+    "evaluate": "vpd_lens.evaluation",
+    "load": "vpd_lens.decomposition.saving",
+    "remove": "vpd_lens.attach",
+    "train": "vpd_lens.training",
+}
+
+__all__ = [
+    "CausalImportanceConfig",
+    "Decomposition",
+    "EvalReport",
+    "Masks",
+    "Site",
+    "VPDConfig",
+    "decompose",
+    "evaluate",
+    "load",
+    "remove",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: importing transformer_lens takes seconds.
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'vpd_lens' has no attribute {name!r}")
