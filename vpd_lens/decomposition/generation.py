@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vpd_lens.decomposition.masks import Masks
+from vpd_lens.decomposition.masks import Masks, Sources
 from vpd_lens.decomposition.modes import MaskContext
-from vpd_lens.decomposition.pgd import adversarial_masks
 from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import VPDError
 
@@ -50,7 +49,7 @@ class Generation:
     def __init__(self) -> None:
         self.history: Tensor | None = None
         self.used: Masks | None = None
-        self.sources: Tensor | None = None
+        self.sources: Sources | None = None
 
     @torch.no_grad()
     def masks(
@@ -108,4 +107,4 @@ class Generation:
             return context.masks(importance, vpd.layout)
         if self.sources is None:
             self.sources = vpd.find_adversary(context, importance, output, args, kwargs)
-        return adversarial_masks(importance, self.sources, vpd.layout)
+        return self.sources.masks(importance)

@@ -21,9 +21,9 @@ from vpd_lens.decomposition.causal_importance import CausalImportanceConfig, bui
 from vpd_lens.decomposition.divergence import CustomDivergence, Divergence, DivergenceKind
 from vpd_lens.decomposition.generation import Generation, call_as_prefix
 from vpd_lens.decomposition.masked_site import edited_site, masked_site
-from vpd_lens.decomposition.masks import Layout, Masks
+from vpd_lens.decomposition.masks import Layout, Masks, SiteMasks, Sources
 from vpd_lens.decomposition.modes import MODES, NEEDS_IMPORTANCE, MaskContext, masks_from_tensors
-from vpd_lens.decomposition.pgd import adversarial_masks, pgd_sources
+from vpd_lens.decomposition.pgd import pgd_sources
 from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.decomposition.subcomponents import Subcomponents
 from vpd_lens.errors import InputError, VPDError
@@ -80,7 +80,7 @@ class Decomposition(nn.Module):
         self._contexts: list[MaskContext] = []
         self._generation: Generation | None = None
         self._running = False
-        self._masks: list[tuple[Tensor, Tensor]] | None = None
+        self._masks: list[SiteMasks] | None = None
         self._inputs: list[Tensor | None] = [None] * len(sites)
         self._outputs: list[Tensor | None] | None = None
         self.__dict__["attachment"] = Attachment(self)
@@ -195,8 +195,7 @@ class Decomposition(nn.Module):
             InputError: If the masks do not fit the input's batch and positions.
         """
         if masks is not None:
-            deltas = masks.delta.unsqueeze(-1).unbind(-2)
-            self._masks = list(zip(self.layout.split(masks.components), deltas, strict=True))
+            self._masks = masks.per_site(self.layout)
         self._running = True
         try:
             return self.attachment.original["forward"](*args, **kwargs)
@@ -267,10 +266,9 @@ class Decomposition(nn.Module):
         elif hooks.masks_are_watched():
             y = self._watched(index, y, self._masks[index])
         else:
-            mask, delta_mask = self._masks[index]
             v, u = self._directions(index)
             x = self._inputs[index]
-            y = masked_site(x, y, v, u, mask, delta_mask, self.sites[index].bias)  # type: ignore[arg-type]
+            y = masked_site(x, y, v, u, self._masks[index], self.sites[index].bias)  # type: ignore[arg-type]
         return hooks.hook_out(y)  # type: ignore[no-any-return]
 
     def _directions(self, index: int) -> tuple[Tensor, Tensor]:
@@ -288,7 +286,7 @@ class Decomposition(nn.Module):
         finally:
             self._frozen = before
 
-    def _watched(self, index: int, y: Tensor, masks: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _watched(self, index: int, y: Tensor, masks: SiteMasks | None) -> Tensor:
         """The site's output when someone listens to its activations or masks."""
         hooks = self.sites[index].hooks
         v, u = self._directions(index)
@@ -299,7 +297,10 @@ class Decomposition(nn.Module):
         if masks is None:
             mask, delta = acts.new_ones(acts.shape), acts.new_ones(batch)
         else:
-            mask, delta = masks[0].expand(acts.shape), masks[1].squeeze(-1).expand(batch)
+            mask, delta = masks.components.expand(acts.shape), masks.delta.squeeze(-1).expand(batch)
+            if masks.routed is not None:
+                mask = torch.where(masks.routed, mask, 1)
+                delta = torch.where(masks.routed.squeeze(-1), delta, 1)
         backward = False
         for hook, leaf in ((hooks.hook_mask, mask), (hooks.hook_delta_mask, delta)):
             if hook._backward_hooks and torch.is_grad_enabled() and not leaf.requires_grad:
@@ -369,12 +370,12 @@ class Decomposition(nn.Module):
         if context.mode != "adversarial":
             return context.masks(importance, self.layout)
         sources = self.find_adversary(context, importance, output, args, kwargs)
-        return adversarial_masks(importance, sources, self.layout)
+        return sources.masks(importance)
 
     def find_adversary(
         self, context: MaskContext, importance: Tensor, output: Tensor, args: tuple, kwargs: dict
-    ) -> Tensor:
-        """Sources `[1, 1, C_total + n_sites]` that hurt the output on one input most."""
+    ) -> Sources:
+        """Sources, shared over batch and positions, that hurt the output on one input most."""
 
         def divergence_of(masks: Masks) -> Tensor:
             return distance(self.run(masks, *args, **kwargs))

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vpd_lens.decomposition.masks import SiteMasks
+
 
 class _MaskedSite(torch.autograd.Function):
     """Hand-written backward: one elementwise pass less per product, nothing kept twice."""
@@ -29,26 +31,35 @@ class _MaskedSite(torch.autograd.Function):
         mask: Tensor,
         delta_mask: Tensor,
         bias: Tensor | None,
+        routed: Tensor | None,
     ) -> Tensor:
         acts = x @ v
         weight = mask - delta_mask
+        if routed is not None:
+            weight.mul_(routed)
+            delta_mask = torch.where(routed, delta_mask, 1)
         out = y * delta_mask if bias is None else torch.lerp(bias, y, delta_mask)
         out.addmm_(weight * acts, u)
-        ctx.save_for_backward(x, y, v, u, delta_mask, bias, acts, weight)
+        ctx.save_for_backward(x, y, v, u, delta_mask, bias, acts, weight, routed)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, y, v, u, delta_mask, bias, acts, weight = ctx.saved_tensors
-        need_x, need_y, need_v, need_u, need_mask, need_delta, _ = ctx.needs_input_grad
+        x, y, v, u, delta_mask, bias, acts, weight, routed = ctx.saved_tensors
+        need_x, need_y, need_v, need_u, need_mask, need_delta, _, _ = ctx.needs_input_grad
         grad_weighted = grad @ u.T
         grad_u = (weight * acts).T @ grad if need_u else None
-        grad_mask = grad_weighted * acts if need_mask or need_delta else None
-        grad_delta = None
+        grad_mask = grad_delta = None
+        if need_mask or need_delta:
+            grad_mask = grad_weighted * acts
+            if routed is not None:
+                grad_mask.mul_(routed)
         if need_delta:
             kept = y if bias is None else y - bias
-            grad_delta = (grad * kept).sum(-1, keepdim=True)
+            grad_delta = torch.linalg.vecdot(grad, kept).unsqueeze(-1)
+            if routed is not None:
+                grad_delta.mul_(routed)
             grad_delta -= grad_mask.sum(-1, keepdim=True)
         grad_x = grad_v = None
         if need_x or need_v:
@@ -56,7 +67,7 @@ class _MaskedSite(torch.autograd.Function):
             grad_x = grad_acts @ v.T if need_x else None
             grad_v = x.T @ grad_acts if need_v else None
         grad_y = grad * delta_mask if need_y else None
-        return grad_x, grad_y, grad_v, grad_u, grad_mask, grad_delta, None
+        return grad_x, grad_y, grad_v, grad_u, grad_mask, grad_delta, None, None
 
 
 def masked_site(
@@ -64,8 +75,7 @@ def masked_site(
     y: Float[Tensor, "*batch d_out"],
     v: Float[Tensor, "d_in C"],
     u: Float[Tensor, "C d_out"],
-    mask: Float[Tensor, "*batch C"],
-    delta_mask: Float[Tensor, "*batch 1"],
+    masks: SiteMasks,
     bias: Float[Tensor, " d_out"] | None,
 ) -> Float[Tensor, "*batch d_out"]:
     """A site's output under masks (the identity at the top of this file).
@@ -77,25 +87,29 @@ def masked_site(
         y: The unmasked output `x W + b`.
         v: Read directions.
         u: Write directions.
-        mask: Mask of each subcomponent.
-        delta_mask: Mask of the delta, one number per position.
+        masks: Masks of the subcomponents and the delta; where the site is not routed, all 1.
         bias: The bias contained in `y`, never masked.
 
     Returns:
-        `x (V diag(mask) U + delta_mask Delta) + bias`.
+        `x (V diag(m) U + m_delta Delta) + bias`.
     """
     dtype = y.dtype
-    rows = y.shape[:-1]
+    batch = y.shape[:-1]
+
+    def rows(t: Tensor) -> Tensor:
+        return t.expand(*batch, t.shape[-1]).reshape(-1, t.shape[-1])
+
     out = _MaskedSite.apply(
-        x.reshape(-1, x.shape[-1]).to(dtype),
-        y.reshape(-1, y.shape[-1]),
+        rows(x).to(dtype),
+        rows(y),
         v.to(dtype),
         u.to(dtype),
-        mask.to(dtype).expand(*rows, mask.shape[-1]).reshape(-1, mask.shape[-1]),
-        delta_mask.to(dtype).expand(*rows, 1).reshape(-1, 1),
+        rows(masks.components).to(dtype),
+        rows(masks.delta).to(dtype),
         None if bias is None else bias.to(dtype),
+        None if masks.routed is None else rows(masks.routed),
     )
-    return out.view(*rows, -1)  # type: ignore[no-any-return]
+    return out.view(*batch, -1)  # type: ignore[no-any-return]
 
 
 def edited_site(

@@ -60,17 +60,86 @@ class Masks:
         components: Mask `m` of every subcomponent, `[*batch, C_total]`; leading dimensions of
             size 1 are broadcast.
         delta: Mask of every delta, `[*batch, n_sites]`.
+        routed: Which sites are masked at each position; elsewhere they keep their original
+            weight, as if all their masks were 1. `None`: all are.
     """
 
     components: Float[Tensor, "*batch C_total"]
     delta: Float[Tensor, "*batch n_sites"]
+    routed: Bool[Tensor, "*batch n_sites"] | None = None
+
+    def per_site(self, layout: Layout) -> list[SiteMasks]:
+        """The masks of each site, as views.
+
+        Args:
+            layout: The columns of each site.
+        """
+        deltas = self.delta.split(1, dim=-1)
+        routed = [None] * layout.n_sites if self.routed is None else self.routed.split(1, dim=-1)
+        parts = zip(layout.split(self.components), deltas, routed, strict=True)
+        return [SiteMasks(*part) for part in parts]
+
+
+@dataclass
+class SiteMasks:
+    """The masks of one site.
+
+    Attributes:
+        components: `[*batch, C]`.
+        delta: `[*batch, 1]`.
+        routed: `[*batch, 1]` or `None`.
+    """
+
+    components: Float[Tensor, "*batch C"]
+    delta: Float[Tensor, "*batch 1"]
+    routed: Bool[Tensor, "*batch 1"] | None
+
+
+@dataclass
+class Sources:
+    """What decides masks between `g` and 1.
+
+    Attributes:
+        components: Source of every subcomponent, `[*batch, C_total]`.
+        delta: Source of every delta, `[*batch, n_sites]`.
+    """
+
+    components: Float[Tensor, "*batch C_total"]
+    delta: Float[Tensor, "*batch n_sites"]
+
+    def masks(self, importance: Float[Tensor, "*batch C_total"]) -> Masks:
+        """`m = g + (1 - g) r`; the delta's mask is its own source, its importance being 0.
+
+        Args:
+            importance: Causal importances `g`.
+        """
+        delta = self.delta.expand(*importance.shape[:-1], -1)
+        return Masks(interpolate(importance, self.components), delta)
+
+
+def uniform_sources(
+    importance: Float[Tensor, "*batch C_total"],
+    layout: Layout,
+    generator: torch.Generator | None = None,
+) -> Sources:
+    """Sources `r ~ U(0, 1)`, independently for every subcomponent and every delta.
+
+    Args:
+        importance: Gives shape, dtype and device.
+        layout: The columns of each site.
+        generator: Random generator on that device.
+    """
+    g = importance
+    components = torch.empty_like(g, requires_grad=False).uniform_(generator=generator)
+    delta = g.new_empty(*g.shape[:-1], layout.n_sites).uniform_(generator=generator)
+    return Sources(components, delta)
 
 
 class _Interpolate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, importance: Tensor, sources: Tensor) -> Tensor:
         ctx.save_for_backward(importance, sources)
-        return torch.addcmul(sources, importance, 1 - sources)
+        return torch.lerp(sources, sources.new_ones(()), importance)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -99,8 +168,7 @@ def interpolate(
 
 
 def uniform_k_subset(
-    batch_shape: tuple[int, ...],
-    n_sites: int,
+    shape: tuple[int, ...],
     device: torch.device,
     generator: torch.Generator | None = None,
 ) -> Bool[Tensor, "*batch n_sites"]:
@@ -111,29 +179,12 @@ def uniform_k_subset(
     without any.
 
     Args:
-        batch_shape: Leading shape, for language models `(batch, pos)`.
-        n_sites: Number of sites.
+        shape: `(*batch, n_sites)`, for language models `(batch, pos, n_sites)`.
         device: Where the result lives.
         generator: Random generator on that device.
     """
-    k = torch.randint(1, n_sites + 1, (*batch_shape, 1), device=device, generator=generator)
-    noise = torch.rand(*batch_shape, n_sites, device=device, generator=generator)
+    *batch, n_sites = shape
+    k = torch.randint(1, n_sites + 1, (*batch, 1), device=device, generator=generator)
+    noise = torch.rand(*batch, n_sites, device=device, generator=generator)
     rank = noise.argsort(-1).argsort(-1)
     return rank < k
-
-
-def route(
-    masks: Masks, routed: Bool[Tensor, "*batch n_sites"], layout: Layout
-) -> Masks:
-    """Sites that are not routed keep their original weight: all their masks become 1.
-
-    Args:
-        masks: Masks before routing.
-        routed: Which sites are masked at each position.
-        layout: The columns of each site.
-    """
-    keep = ~routed
-    per_component = torch.cat(
-        [keep[..., i : i + 1].expand(*keep.shape[:-1], c) for i, c in enumerate(layout.sizes)], -1
-    )
-    return Masks(masks.components.masked_fill(per_component, 1), masks.delta.masked_fill(keep, 1))

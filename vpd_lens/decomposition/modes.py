@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vpd_lens.decomposition.masks import Layout, Masks, interpolate
+from vpd_lens.decomposition.masks import Layout, Masks, uniform_sources
 from vpd_lens.errors import InputError
 
 MODES = ("target", "unmasked", "stochastic", "adversarial", "ci", "rounded", "random", "zero")
@@ -53,9 +53,7 @@ class MaskContext:
         g = importance
         delta = g.new_zeros(*g.shape[:-1], layout.n_sites)
         if self.mode == "stochastic":
-            sources = torch.rand(g.shape, device=g.device, generator=self.generator)
-            delta = torch.rand(delta.shape, device=g.device, generator=self.generator)
-            return Masks(interpolate(g, sources), delta)
+            return uniform_sources(g, layout, self.generator).masks(g)
         if self.mode == "ci":
             return Masks(g, delta)
         if self.mode == "rounded":

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vpd_lens.decomposition.masks import Layout, Masks, interpolate
+from vpd_lens.decomposition.masks import Layout, Masks, Sources, uniform_sources
 
 DivergenceOf = Callable[[Masks], Tensor]
 
@@ -21,12 +21,12 @@ def pgd_sources(
     step_size: float = 0.1,
     generator: torch.Generator | None = None,
     checkpoints: Sequence[int] = (),
-) -> tuple[Float[Tensor, "*one C_plus"], dict[int, float]]:
+) -> tuple[Sources, dict[int, float]]:
     """Sources that maximise a divergence, shared across batch and position.
 
-    One vector `[1, ..., C_total + n_sites]` (the deltas' sources come last) starts from U(0, 1)
-    and follows `r <- clamp(r + step * sign(grad), 0, 1)`. It is shared so that the adversary must
-    find systematic defects rather than the noise of one datapoint.
+    One source per subcomponent and delta, `[1, ..., C_total]` and `[1, ..., n_sites]`, starts
+    from U(0, 1) and follows `r <- clamp(r + step * sign(grad), 0, 1)`. It is shared so that the
+    adversary must find systematic defects rather than the noise of one datapoint.
 
     Args:
         divergence_of: The divergence of a masked forward, differentiable in the masks.
@@ -41,37 +41,22 @@ def pgd_sources(
         The final sources, and the divergence at each checkpoint (in `divergence_of`'s unit).
     """
     g = importance.detach()
-    shape = (1,) * (g.ndim - 1) + (layout.total + layout.n_sites,)
-    sources = torch.rand(shape, device=g.device, generator=generator)
+    one = (1,) * (g.ndim - 1)
+    sources = uniform_sources(g.new_empty(*one, layout.total), layout, generator)
     curve: dict[int, float] = {}
-    for step in range(n_steps + 1):
-        wanted = step in checkpoints
-        if step == n_steps and not wanted:
-            break
-        sources.requires_grad_(step < n_steps)
-        with torch.set_grad_enabled(step < n_steps):
-            divergence = divergence_of(adversarial_masks(g, sources, layout))
-        if wanted:
+    for step in range(n_steps):
+        leaves = [sources.components.requires_grad_(), sources.delta.requires_grad_()]
+        divergence = divergence_of(sources.masks(g))
+        if step in checkpoints:
             curve[step] = float(divergence)
-        if step < n_steps:
-            (gradient,) = torch.autograd.grad(divergence, sources)
-            sources = (sources.detach() + step_size * gradient.sign()).clamp_(0, 1)
-    return sources.detach(), curve
-
-
-def adversarial_masks(
-    importance: Float[Tensor, "*batch C_total"],
-    sources: Float[Tensor, "*#batch C_plus"],
-    layout: Layout,
-) -> Masks:
-    """Masks from joint sources whose last `n_sites` columns belong to the deltas.
-
-    Args:
-        importance: Causal importances.
-        sources: `[*, C_total + n_sites]`.
-        layout: The columns of each site.
-    """
-    components, delta = sources.split([layout.total, layout.n_sites], dim=-1)
-    return Masks(
-        interpolate(importance, components), delta.expand(*importance.shape[:-1], layout.n_sites)
-    )
+        gradients = torch.autograd.grad(divergence, leaves)
+        sources = Sources(
+            *(
+                (leaf.detach() + step_size * gradient.sign()).clamp_(0, 1)
+                for leaf, gradient in zip(leaves, gradients, strict=True)
+            )
+        )
+    if n_steps in checkpoints:
+        with torch.no_grad():
+            curve[n_steps] = float(divergence_of(sources.masks(g)))
+    return sources, curve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 LEAK = 0.01
+
+# 512 KiB of fp32, a share of a core's second-level cache.
+_BLOCK_ELEMENTS = 2**17
 
 
 class _LowerLeaky(torch.autograd.Function):
@@ -21,11 +25,26 @@ class _LowerLeaky(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (z,) = ctx.saved_tensors
-        (grad,) = grads
-        # Below zero only the push upwards (negative gradient) passes, scaled by alpha, so that a
-        # dead subcomponent can revive without its mask ever turning negative.
-        leak = grad.clamp(max=0).mul_(ctx.alpha)
-        return torch.where(z > 0, grad, leak).masked_fill_(z > 1, 0), None
+        out = torch.empty_like(z)
+        for z_rows, grad, result in row_blocks(z, grads[0].contiguous(), out):
+            # Below zero only the push upwards (negative gradient) passes, scaled by alpha, so
+            # that a dead subcomponent can revive without its mask ever turning negative.
+            torch.clamp(grad, max=0, out=result).mul_(ctx.alpha)
+            torch.where(z_rows > 0, grad, result, out=result).masked_fill_(z_rows > 1, 0)
+        return out, None
+
+
+def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors `[*batch, C]` cut into the same blocks of rows, as 2-D views.
+
+    A chain of elementwise operations on a block that fits the cache is several times faster on a
+    CPU than each operation sweeping memory; on a GPU there is one block.
+    """
+    flat = [t.view(-1, t.shape[-1]) for t in tensors]
+    rows = flat[0].shape[0]
+    if flat[0].device.type == "cpu":
+        rows = max(1, _BLOCK_ELEMENTS // flat[0].shape[1])
+    yield from zip(*(t.split(rows) for t in flat), strict=True)
 
 
 def lower_leaky(z: Float[Tensor, "*shape"], alpha: float = LEAK) -> Float[Tensor, "*shape"]:
@@ -55,4 +74,6 @@ def upper_leaky(z: Float[Tensor, "*shape"], alpha: float = LEAK) -> Float[Tensor
     Returns:
         Values in `[0, inf)`; those above 1 keep a gradient that pulls them back.
     """
-    return torch.where(z > 1, 1 + alpha * (z - 1), z.clamp(min=0))
+    positive = z.clamp(min=0)
+    # Below 1 the second line lies above the first, beyond 1 below it.
+    return torch.minimum(positive, positive * alpha + (1 - alpha))

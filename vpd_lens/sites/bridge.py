@@ -8,7 +8,7 @@ every point that can carry them, the nearest one winning, and outputs at `hook_o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def bridge_sites(model: nn.Module) -> list[Site]:
             for part in ("gate", "in", "out"):
                 module = _child(mlp, part)
                 if module is not None:
-                    sites.append(_site(f"blocks.{index}.mlp.{part}", mlp, module))
+                    sites.append(_site(f"blocks.{index}.mlp.{part}", mlp, module, block.hook_in))
     unembed = _child(model, "unembed")
     if unembed is not None:
         sites.append(_site("unembed", model, unembed))
@@ -63,7 +63,9 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
     return module._modules.get(name)
 
 
-def _site(name: str, container: nn.Module, module: nn.Module) -> Site:
+def _site(
+    name: str, container: nn.Module, module: nn.Module, frame: nn.Module | None = None
+) -> Site:
     part = name.rsplit(".", 1)[-1]
     linear = module.original_component
     inputs = []
@@ -75,26 +77,24 @@ def _site(name: str, container: nn.Module, module: nn.Module) -> Site:
     inputs.append(InputPoint(linear, "argument", 0))
     return Site(
         name=name,
-        read_weight=_weight_reader(container, module, part),
-        read_bias=_bias_reader(container, module, part),
+        read_weight=partial(_weight, container, module, part),
+        read_bias=partial(_bias, container, module, part),
         inputs=inputs,
         output=module.hook_out,
+        frame=frame,
     )
 
 
-def _weight_reader(container: nn.Module, module: nn.Module, part: str) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        processed = getattr(container, f"_processed_W_{part}", None)
-        if processed is not None and getattr(container, "_use_processed_weights", False):
-            return processed.T
-        linear = module.original_component
-        if type(linear).__name__ == "Conv1D":
-            return linear.weight
-        if isinstance(linear, nn.Linear):
-            return linear.weight.T
-        return _accessor_weight(container, part)
-
-    return read
+def _weight(container: nn.Module, module: nn.Module, part: str) -> Tensor:
+    processed = getattr(container, f"_processed_W_{part}", None)
+    if processed is not None and getattr(container, "_use_processed_weights", False):
+        return processed.T
+    linear = module.original_component
+    if type(linear).__name__ == "Conv1D":
+        return linear.weight
+    if isinstance(linear, nn.Linear):
+        return linear.weight.T
+    return _accessor_weight(container, part)
 
 
 def _accessor_weight(container: nn.Module, part: str) -> Tensor:
@@ -106,15 +106,10 @@ def _accessor_weight(container: nn.Module, part: str) -> Tensor:
     return rearrange(weight, "head d_in d_head -> d_in (head d_head)")
 
 
-def _bias_reader(
-    container: nn.Module, module: nn.Module, part: str
-) -> Callable[[], Tensor | None]:
-    def read() -> Tensor | None:
-        if getattr(container, "_use_processed_weights", False) and hasattr(
-            container, f"_processed_b_{part}"
-        ):
-            return getattr(container, f"_processed_b_{part}")
-        bias = getattr(module.original_component, "bias", None)
-        return None if bias is None else bias.flatten()
-
-    return read
+def _bias(container: nn.Module, module: nn.Module, part: str) -> Tensor | None:
+    if getattr(container, "_use_processed_weights", False) and hasattr(
+        container, f"_processed_b_{part}"
+    ):
+        return getattr(container, f"_processed_b_{part}")
+    bias = getattr(module.original_component, "bias", None)
+    return None if bias is None else bias.flatten()

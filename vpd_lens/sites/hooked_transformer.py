@@ -7,6 +7,8 @@ attention and MLP modules, which is what the matrices really multiply.
 
 from __future__ import annotations
 
+from functools import partial
+
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -30,8 +32,8 @@ def hooked_transformer_sites(model: nn.Module) -> list[Site]:
     sites.append(
         Site(
             name="unembed",
-            read_weight=lambda: unembed.W_U,
-            read_bias=lambda: unembed.b_U,
+            read_weight=partial(getattr, unembed, "W_U"),
+            read_bias=partial(getattr, unembed, "b_U"),
             inputs=[InputPoint(unembed.hook_in, "output")],
             output=unembed.hook_out,
         )
@@ -66,27 +68,35 @@ def _attention_sites(prefix: str, attn: nn.Module) -> list[Site]:
         stored = f"_W_{upper}" if f"_W_{upper}" in attn._parameters else f"W_{upper}"
         bias = f"_b_{upper}" if f"_b_{upper}" in attn._parameters else f"b_{upper}"
         source = {"q": "query_input", "k": "key_input", "v": "value_input"}[letter]
-
-        def weight() -> Tensor:
-            return rearrange(getattr(attn, stored), "head d_in d_head -> d_in (head d_head)")
-
         return Site(
             name=f"{prefix}.{letter}",
-            read_weight=weight,
-            read_bias=lambda: getattr(attn, bias).flatten(),
+            read_weight=partial(_reading_heads, attn, stored),
+            read_bias=partial(_flat, attn, bias),
             inputs=[InputPoint(attn, "argument", source)],
             output=getattr(attn, f"hook_{letter}"),
         )
 
     output = Site(
         name=f"{prefix}.o",
-        read_weight=lambda: rearrange(attn.W_O, "head d_head d_out -> (head d_head) d_out"),
-        read_bias=lambda: attn.b_O,
+        read_weight=partial(_writing_heads, attn),
+        read_bias=partial(getattr, attn, "b_O"),
         inputs=[InputPoint(attn.hook_z, "output")],
         output=attn,
         output_kind="output",
     )
     return [projection("q"), projection("k"), projection("v"), output]
+
+
+def _reading_heads(attn: nn.Module, name: str) -> Tensor:
+    return rearrange(getattr(attn, name), "head d_in d_head -> d_in (head d_head)")
+
+
+def _writing_heads(attn: nn.Module) -> Tensor:
+    return rearrange(attn.W_O, "head d_head d_out -> (head d_head) d_out")
+
+
+def _flat(attn: nn.Module, name: str) -> Tensor:
+    return getattr(attn, name).flatten()
 
 
 def _mlp_sites(prefix: str, mlp: nn.Module) -> list[Site]:
@@ -95,14 +105,16 @@ def _mlp_sites(prefix: str, mlp: nn.Module) -> list[Site]:
     sites = []
     if gated:
         sites.append(
-            Site(f"{prefix}.gate", lambda: mlp.W_gate, no_bias, [into], mlp.hook_pre)
+            Site(
+                f"{prefix}.gate", partial(getattr, mlp, "W_gate"), no_bias, [into], mlp.hook_pre
+            )
         )
     # A gated MLP adds b_in after the product with the gate, so it is not part of this output.
     sites.append(
         Site(
             name=f"{prefix}.in",
-            read_weight=lambda: mlp.W_in,
-            read_bias=no_bias if gated else (lambda: mlp.b_in),
+            read_weight=partial(getattr, mlp, "W_in"),
+            read_bias=no_bias if gated else partial(getattr, mlp, "b_in"),
             inputs=[into],
             output=mlp.hook_pre_linear if gated else mlp.hook_pre,
         )
@@ -110,8 +122,8 @@ def _mlp_sites(prefix: str, mlp: nn.Module) -> list[Site]:
     sites.append(
         Site(
             name=f"{prefix}.out",
-            read_weight=lambda: mlp.W_out,
-            read_bias=lambda: mlp.b_out,
+            read_weight=partial(getattr, mlp, "W_out"),
+            read_bias=partial(getattr, mlp, "b_out"),
             inputs=[InputPoint(mlp.hook_post, "output")],
             output=mlp,
             output_kind="output",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 from torch import nn
 
@@ -21,7 +22,7 @@ def module_sites(model: nn.Module) -> list[Site]:
             Site(
                 name=name,
                 read_weight=read_weight,
-                read_bias=lambda module=module: module.bias,
+                read_bias=partial(getattr, module, "bias"),
                 inputs=[InputPoint(module, "argument", 0)],
                 output=module,
                 output_kind="output",

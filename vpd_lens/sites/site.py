@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -83,6 +85,8 @@ class Site:
         output_kind: `"argument"`: `output` is a hook point that receives `y`, edited before
             any hook on it runs; `"output"`: `output` is a module that returns `y`.
         mount: Module path under which the hook points are mounted, `<mount>.vpd`.
+        frame: A hook point that sees `[batch, pos, ...]` just before, for a matrix whose module
+            may be called on `[batch * pos, d_in]` (OPT's MLP); `None` takes inputs as they come.
     """
 
     name: str
@@ -92,7 +96,9 @@ class Site:
     output: nn.Module
     output_kind: str = "argument"
     mount: str = ""
+    frame: nn.Module | None = None
     hooks: SiteHooks = field(default_factory=SiteHooks)
+    _rows: torch.Size | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.mount = self.mount or self.name
@@ -117,6 +123,9 @@ class Site:
     def attach(self, read: ReadInput, edit: EditOutput) -> list[RemovableHandle]:
         """Call `read(x)` on the matrix' input and let `edit(y)` replace its output.
 
+        Hooks are bound methods and partials, never closures, so that `copy.deepcopy` of the
+        model binds the copy's hooks to the copy.
+
         Args:
             read: Receives the input `[*batch, d_in]`, heads flattened.
             edit: Receives the output `[*batch, d_out]`, heads flattened; returns the new
@@ -125,27 +134,32 @@ class Site:
         Returns:
             Handles that undo the registration.
         """
+        d_in, d_out = self.shape
         handles: list[RemovableHandle] = []
+        if self.frame is not None:
+            handles.append(self.frame.register_forward_pre_hook(self._remember_rows))
         for point in self.inputs:
-            handles += _watch_input(point, read, self.shape[0])
-        handles.append(self._watch_output(edit))
+            handles += _watch_input(point, partial(self._on_input, read, d_in))
+        edited = partial(self._on_output, edit, d_out)
+        if self.output_kind == "output":
+            handles.append(self.output.register_forward_hook(partial(_replace_output, edited)))
+        else:
+            handles.append(self.output.register_forward_pre_hook(partial(_replace_input, edited)))
         return handles
 
-    def _watch_output(self, edit: EditOutput) -> RemovableHandle:
-        d_out = self.shape[1]
+    def _remember_rows(self, _module: nn.Module, args: tuple) -> None:
+        self._rows = args[0].shape[:-1]
 
-        def edited(y: Tensor) -> Tensor | None:
-            new = edit(flatten_heads(y, d_out))
-            return None if new is None else new.reshape(y.shape)
+    def _on_input(self, read: ReadInput, d_in: int, x: Tensor) -> None:
+        read(self._in_rows(x, d_in))
 
-        if self.output_kind == "output":
-            return self.output.register_forward_hook(lambda _module, _args, y: edited(y))
+    def _on_output(self, edit: EditOutput, d_out: int, y: Tensor) -> Tensor | None:
+        new = edit(self._in_rows(y, d_out))
+        return None if new is None else new.reshape(y.shape)
 
-        def before(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            new = edited(args[0])
-            return None if new is None else (new, *args[1:])
-
-        return self.output.register_forward_pre_hook(before)
+    def _in_rows(self, x: Tensor, width: int) -> Tensor:
+        x = flatten_heads(x, width)
+        return x if self._rows is None else x.reshape(*self._rows, width)
 
 
 def flatten_heads(x: Tensor, width: int) -> Tensor:
@@ -153,24 +167,38 @@ def flatten_heads(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else x.flatten(-2)
 
 
-def _watch_input(point: InputPoint, read: ReadInput, d_in: int) -> list[RemovableHandle]:
+def _replace_output(edited: EditOutput, _module: nn.Module, _args: tuple, y: Tensor) -> Any:
+    return edited(y)
+
+
+def _replace_input(edited: EditOutput, _module: nn.Module, args: tuple) -> Any:
+    new = edited(args[0])
+    return None if new is None else (new, *args[1:])
+
+
+def _watch_input(point: InputPoint, see: ReadInput) -> list[RemovableHandle]:
+    module = point.module
     if point.kind == "argument":
-        argument = point.argument
-
-        def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = kwargs[argument] if isinstance(argument, str) else args[argument]
-            read(flatten_heads(x, d_in))
-
-        return [point.module.register_forward_pre_hook(before, with_kwargs=True)]
-
-    last = point.module.register_forward_hook(lambda _m, _a, x: read(flatten_heads(x, d_in)))
-
+        hook = partial(_see_argument, see, point.argument)
+        return [module.register_forward_pre_hook(hook, with_kwargs=True)]
+    last = module.register_forward_hook(partial(_see_output, see))
     # A user's hook registered later would run later and could change what the matrix sees, so
     # ours is moved to the end of the queue each time the hook point is entered.
-    def stay_last(module: nn.Module, _args: tuple) -> None:
-        module._forward_hooks.move_to_end(last.id)
+    return [last, module.register_forward_pre_hook(partial(_move_last, last.id))]
 
-    return [last, point.module.register_forward_pre_hook(stay_last)]
+
+def _see_argument(
+    see: ReadInput, argument: int | str, _module: nn.Module, args: tuple, kwargs: dict
+) -> None:
+    see(kwargs[argument] if isinstance(argument, str) else args[argument])
+
+
+def _see_output(see: ReadInput, _module: nn.Module, _args: tuple, x: Tensor) -> None:
+    see(x)
+
+
+def _move_last(hook_id: int, module: nn.Module, _args: tuple) -> None:
+    module._forward_hooks.move_to_end(hook_id)
 
 
 def weight_of(module: nn.Module) -> Callable[[], Tensor]:
@@ -180,10 +208,14 @@ def weight_of(module: nn.Module) -> Callable[[], Tensor]:
         TypeError: If `module` is of another class.
     """
     if isinstance(module, nn.Linear):
-        return lambda: module.weight.T
+        return partial(_transposed_weight, module)
     if type(module).__name__ == "Conv1D":
-        return lambda: module.weight  # type: ignore[return-value]
+        return partial(getattr, module, "weight")
     raise TypeError(f"{type(module).__name__} is neither nn.Linear nor Conv1D")
+
+
+def _transposed_weight(module: nn.Linear) -> Tensor:
+    return module.weight.T
 
 
 def no_bias() -> None:

@@ -1,0 +1,108 @@
+"""The persistent adversary: sources that live across training steps (VPD, persistent PGD)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vpd_lens.decomposition.masks import Layout, Masks, Sources, uniform_sources
+from vpd_lens.errors import InputError
+from vpd_lens.training.config import AdversaryConfig
+
+
+class PersistentAdversary:
+    """Sources in [0, 1] for every subcomponent and delta, improved by Adam ascent.
+
+    Args:
+        config: Learning rate, betas, scope.
+        layout: The columns of each site.
+        batch_shape: Leading shape of a batch, `(batch, pos)` for language models.
+        device: Where the sources live.
+        generator: Random generator of the start, U(0, 1).
+
+    Attributes:
+        sources: One per subcomponent and delta, `[*scope, C_total]` and `[*scope, n_sites]`.
+        optimiser: Adam, ascending.
+    """
+
+    def __init__(
+        self,
+        config: AdversaryConfig,
+        layout: Layout,
+        batch_shape: tuple[int, ...],
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        scope = _scope_shape(config.scope, batch_shape)
+        start = torch.empty(*scope, layout.total, device=device)
+        self.sources = uniform_sources(start, layout, generator)
+        self.optimiser = torch.optim.Adam(
+            [self.sources.components.requires_grad_(), self.sources.delta.requires_grad_()],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            maximize=True,
+            fused=True,
+        )
+
+    def masks(self, importance: Tensor, rows: slice = slice(None)) -> Masks:
+        """The masks that the sources now make of these importances.
+
+        Args:
+            importance: Causal importances `[*batch, C_total]`.
+            rows: Which sequences of the batch they belong to, for micro-batches.
+
+        Raises:
+            InputError: If the batch does not fit the sources.
+        """
+        sources = self.sources
+        if sources.components.shape[0] > 1:
+            sources = Sources(sources.components[rows], sources.delta[rows])
+        try:
+            return sources.masks(importance)
+        except RuntimeError as error:
+            raise InputError(
+                f"the adversary keeps sources for batches of shape "
+                f"{tuple(self.sources.delta.shape[:-1])}, which do not fit one of shape "
+                f"{tuple(importance.shape[:-1])}; every batch must have the same shape."
+            ) from error
+
+    def leaves(self) -> list[Tensor]:
+        """The source tensors, to differentiate by."""
+        return [self.sources.components, self.sources.delta]
+
+    def ascend(self, gradients: Sequence[Tensor], n_positions: int) -> None:
+        """One Adam step up the divergence, then clamp to [0, 1].
+
+        Args:
+            gradients: Gradient of the *mean* divergence by each of `leaves`.
+            n_positions: `B T`; the step uses the gradient of the sum over positions, so that
+                Adam's epsilon does not swallow gradients that shrink as `1/(B T)`.
+        """
+        for leaf, gradient in zip(self.leaves(), gradients, strict=True):
+            leaf.grad = gradient.mul_(n_positions)
+        self.optimiser.step()
+        with torch.no_grad():
+            for leaf in self.leaves():
+                leaf.grad = None
+                leaf.clamp_(0, 1)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next updates."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+
+
+def _scope_shape(scope: str, batch_shape: tuple[int, ...]) -> tuple[int, ...]:
+    batch, *positions = batch_shape
+    ones = [1] * len(positions)
+    return {
+        "position": (batch, *positions),
+        "sequence": (batch, *ones),
+        "batch": (1, *positions),
+        "single": (1, *ones),
+    }[scope]

@@ -1,0 +1,168 @@
+"""Batches that the user makes: iterables, iterators and generator functions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from vpd_lens.errors import DataError
+from vpd_lens.training.data.batches import BatchSpec, TokenBatches
+from vpd_lens.training.data.checks import check_batch, checksum
+
+END: Any = object()
+
+
+class IteratorBatches(TokenBatches):
+    """Batches of an iterable or iterator, checked and passed through.
+
+    An iterable is started again when it ends. On resume its own `load_state_dict` is used if it
+    has one; otherwise the batches consumed so far are drawn again. A bare iterator cannot be
+    resumed. A last batch with fewer rows than the others is left out.
+
+    Args:
+        source: Gives tensors or arrays `[batch, ...]`.
+        spec: What was asked for.
+
+    Raises:
+        DataError: If the source's own state is not JSON-serialisable.
+    """
+
+    def __init__(self, source: Iterable[Any], spec: BatchSpec) -> None:
+        spec.forbid_bos("an iterable of batches")
+        self._source = source
+        self._again = not isinstance(source, Iterator)
+        self._has_state = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
+        if self._has_state:
+            self._source_state()  # rather an error now than at the first checkpoint
+        if self._has_state:
+            resume = "resumed by its own state"
+        elif self._again:
+            resume = "resumed by drawing again"
+        else:
+            resume = "cannot be resumed"
+        name = f"batches from a {type(source).__name__}, {resume}; no BOS added"
+        super().__init__(spec, spec.seq_len, name, {})
+        self._iterator: Iterator[Any] | None = None
+        self._consumed = 0
+        self._last: Tensor | None = None
+
+    def __next__(self) -> Shaped[Tensor, "batch *row"]:
+        """The next batch, as the source gives it."""
+        if self._iterator is None:
+            self._iterator = iter(self._source)
+        batch = next(self._iterator, END)
+        if batch is not END:
+            batch = check_batch(batch, self._spec)
+        if batch is END or self._is_short_last(batch):
+            batch = self._restart()
+        self._consumed += 1
+        self._last = batch
+        return batch
+
+    def _is_short_last(self, batch: Tensor) -> bool:
+        if len(batch) == self.batch_size:
+            return False
+        short = len(batch) < self.batch_size
+        if self._iterator and short and self._consumed and next(self._iterator, END) is END:
+            return True
+        raise DataError(
+            f"source gave a batch of {len(batch)} rows; expected batch_size={self.batch_size}. "
+            "Only the last batch of a pass may have fewer (it is left out)."
+        )
+
+    def _restart(self) -> Tensor:
+        if not self._again:
+            raise DataError(
+                f"source, a {type(self._source).__name__}, ended after {self._consumed} batches "
+                "and cannot be started again. Pass an iterable (a list, a DataLoader, an object "
+                "with __iter__) or an endless generator."
+            )
+        self._iterator = iter(self._source)
+        batch = next(self._iterator, END)
+        if batch is END:
+            raise DataError("source is an iterable that gives no batches. Is it empty?")
+        batch = check_batch(batch, self._spec)
+        if len(batch) != self.batch_size:
+            raise DataError(
+                f"source began a new pass with a batch of {len(batch)} rows; expected "
+                f"batch_size={self.batch_size}."
+            )
+        return batch
+
+    def _source_state(self) -> Any:
+        state = self._source.state_dict()
+        try:
+            json.dumps(state)
+        except TypeError as error:
+            raise DataError(
+                f"source, a {type(self._source).__name__}, has a state_dict that JSON cannot hold "
+                f"({error}). Let it return numbers, text, lists and dictionaries."
+            ) from error
+        return state
+
+    def _position(self) -> dict[str, Any]:
+        position: dict[str, Any] = {"consumed": self._consumed}
+        if self._has_state:
+            return {**position, "source": self._source_state()}
+        return {**position, "crc32": None if self._last is None else checksum(self._last)}
+
+    def _seek(self, position: dict[str, Any]) -> None:
+        consumed = position["consumed"]
+        if not (self._has_state or self._again) and consumed != self._consumed:
+            raise DataError(
+                f"source, a {type(self._source).__name__}, cannot be resumed: it is an iterator "
+                f"without state_dict, and {consumed} batches of it are consumed. Pass an iterable "
+                "that can be started again (a list, a DataLoader, an object with __iter__), or a "
+                "function f(generator, batch_size)."
+            )
+        if self._has_state:
+            self._source.load_state_dict(position["source"])
+            self._iterator, self._consumed, self._last = None, consumed, None
+        elif self._again:
+            self._iterator, self._consumed, self._last = None, 0, None
+            for _ in range(consumed):
+                next(self)
+            if self._last is not None and checksum(self._last) != position["crc32"]:
+                raise DataError(
+                    "source gave other batches than before the interruption. Make its order "
+                    "depend on a seed (for a DataLoader pass generator=), or give it state_dict "
+                    "and load_state_dict."
+                )
+
+
+class FunctionBatches(TokenBatches):
+    """Batches of a function `f(generator, batch_size) -> Tensor`, mostly toy data.
+
+    Args:
+        function: Must take all its randomness from the generator.
+        spec: What was asked for.
+    """
+
+    def __init__(self, function: Callable[[torch.Generator, int], Any], spec: BatchSpec) -> None:
+        spec.forbid_bos("a function")
+        name = getattr(function, "__name__", type(function).__name__)
+        super().__init__(spec, spec.seq_len, f"batches generated by {name}; no BOS added", {})
+        self._function = function
+        self._generator = spec.generator(0)
+
+    def __next__(self) -> Shaped[Tensor, "batch *row"]:
+        """The next batch, as the function gives it."""
+        batch = check_batch(self._function(self._generator, self.batch_size), self._spec)
+        if len(batch) != self.batch_size:
+            raise DataError(
+                f"source, a function, gave {len(batch)} rows when asked for "
+                f"batch_size={self.batch_size}."
+            )
+        return batch
+
+    def _position(self) -> dict[str, Any]:
+        return {"generator": self._generator.get_state().numpy().tobytes().hex()}
+
+    def _seek(self, position: dict[str, Any]) -> None:
+        state = bytearray.fromhex(position["generator"])
+        self._generator.set_state(torch.frombuffer(state, dtype=torch.uint8))

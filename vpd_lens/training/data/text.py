@@ -1,0 +1,165 @@
+"""Text to tokens: the tokenizer, the BOS and EOS policy, and files of text."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vpd_lens.errors import DataError
+from vpd_lens.training.data.batches import BatchSpec, ModelLimits
+from vpd_lens.training.data.checks import progress
+
+CHUNK_CHARACTERS = 1 << 20
+"""Text per call of the tokenizer: enough to use its threads, little enough memory."""
+
+
+def bos_of(limits: ModelLimits) -> int:
+    """The BOS token's number.
+
+    Raises:
+        DataError: If there is none.
+    """
+    bos = getattr(limits.tokenizer, "bos_token_id", None)
+    if bos is None:
+        raise DataError(
+            "prepend_bos=True, but model.tokenizer has no BOS token. Pass prepend_bos=False, or "
+            "set model.tokenizer.bos_token."
+        )
+    return int(bos)
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """How documents become one stream of tokens.
+
+    Attributes:
+        tokenizer: The model's own.
+        bos: Token in front of every row, or None.
+        eos: Token after every document, or None.
+    """
+
+    tokenizer: Any
+    bos: int | None
+    eos: int | None
+
+    @classmethod
+    def of(cls, spec: BatchSpec) -> TextEncoder:
+        """The encoder for a model and a BOS policy.
+
+        Raises:
+            DataError: If the model has no tokenizer, or no BOS token where one is asked for.
+        """
+        limits = spec.limits
+        tokenizer = limits.tokenizer
+        if tokenizer is None:
+            raise DataError(
+                "source is text, but the model has no tokenizer (model.tokenizer is None). Pass "
+                "tokens, or set one with model.set_tokenizer(...)."
+            )
+        wanted = spec.prepend_bos
+        if wanted is None:
+            wanted = limits.default_prepend_bos and tokenizer.bos_token_id is not None
+        return cls(tokenizer, bos_of(limits) if wanted else None, tokenizer.eos_token_id)
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Tokens of documents, each followed by EOS, one after the other; empty ones left out."""
+        texts = [text for text in texts if text]
+        if not texts:
+            return np.empty(0, np.int64)
+        # Without special tokens: TransformerLens makes many tokenizers add a BOS to each document.
+        # Not verbose: documents longer than the context are cut into rows later.
+        documents = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        end = [] if self.eos is None else [self.eos]
+        return np.concatenate([np.array([*ids, *end], np.int64) for ids in documents])
+
+    @property
+    def eos_policy(self) -> str:
+        """What separates documents, in words."""
+        return "no EOS between them" if self.eos is None else f"EOS ({self.eos}) after each"
+
+
+def find_text_files(path: Path) -> list[Path]:
+    """Files in a directory (recursively, hidden ones left out), or matching a glob, in order.
+
+    Raises:
+        DataError: If there are none.
+    """
+    if path.is_dir():
+        found = [
+            file
+            for file in path.rglob("*")
+            if not any(part.startswith(".") for part in file.relative_to(path).parts)
+        ]
+    elif path.exists():
+        found = [path]
+    else:
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+    files = sorted(file for file in found if file.is_file())
+    if not files:
+        raise DataError(
+            f"source is {path}, but no files are found there. Pass an existing directory or file, "
+            "a glob such as 'corpus/**/*.txt', or 'hf:NAME' for a Hugging Face dataset."
+        )
+    return files
+
+
+def tokenize_files(files: list[Path], encoder: TextEncoder, name: str) -> tuple[np.ndarray, str]:
+    """Tokenise all files that are UTF-8 text.
+
+    Args:
+        files: Text files; binary ones are skipped and counted.
+        encoder: How.
+        name: What to call the data.
+
+    Returns:
+        The stream `[n_tokens]` (int32, to halve the memory) and a description of it.
+
+    Raises:
+        DataError: If a file cannot be read or there is no text.
+    """
+    skipped: list[Path] = []
+    pieces: list[np.ndarray] = []
+    texts: list[str] = []
+    waiting = 0
+    for text in _read(progress(files, f"Tokenising {name}", hide=len(files) < 2), skipped):
+        texts.append(text)
+        waiting += len(text)
+        if waiting >= CHUNK_CHARACTERS:
+            pieces.append(encoder.encode(texts).astype(np.int32))
+            texts, waiting = [], 0
+    pieces.append(encoder.encode(texts).astype(np.int32))
+    tokens = np.concatenate(pieces)
+    if not len(tokens):
+        raise DataError(
+            f"source is {name}, but there is no text in it ({len(files)} files, {len(skipped)} "
+            "of them binary). For Parquet, Arrow or compressed files pass 'hf:DIRECTORY'."
+        )
+    ignored = f", {len(skipped)} binary files skipped" if skipped else ""
+    n_files = len(files) - len(skipped)
+    return tokens, f"{name}: {n_files} text files{ignored}, {encoder.eos_policy}"
+
+
+def _read(files: Any, skipped: list[Path]) -> Iterator[str]:
+    for file in files:
+        try:
+            text = file.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError:
+            skipped.append(file)
+            continue
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error}.") from error
+        if "\0" in text:  # valid UTF-8, but no text
+            skipped.append(file)
+        else:
+            yield text

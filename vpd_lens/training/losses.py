@@ -1,0 +1,128 @@
+"""The training losses (VPD, section on training losses), read together with `adversary.py`.
+
+Each reconstruction loss is the divergence between the target's output and the output under
+masks; the others look at the importances and at the deltas alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vpd_lens.decomposition.masks import Layout, Masks, uniform_k_subset, uniform_sources
+from vpd_lens.decomposition.sigmoids import LEAK, row_blocks, upper_leaky
+
+DivergenceOf = Callable[[Masks], Tensor]
+
+
+def stochastic_reconstruction(
+    divergence_of: DivergenceOf,
+    importance: Float[Tensor, "*batch C_total"],
+    layout: Layout,
+    routing: str = "subset",
+    n_samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, ""]:
+    """`E_r D(f(x | masks(g, r)))`, by default on a random subset of sites per position.
+
+    Args:
+        divergence_of: The divergence of a masked forward from the target.
+        importance: Causal importances.
+        layout: The columns of each site.
+        routing: `"subset"` or `"all"`.
+        n_samples: Mask draws to average.
+        generator: Random generator.
+    """
+    losses = []
+    for _ in range(n_samples):
+        masks = uniform_sources(importance, layout, generator).masks(importance)
+        if routing == "subset":
+            masks.routed = uniform_k_subset(masks.delta.shape, masks.delta.device, generator)
+        losses.append(divergence_of(masks))
+    return torch.stack(losses).mean()
+
+
+def layerwise_reconstruction(
+    divergence_of: DivergenceOf,
+    importance: Float[Tensor, "*batch C_total"],
+    layout: Layout,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, ""]:
+    """SPD's layer-wise loss: one site masked at a time, mean over sites.
+
+    Args:
+        divergence_of: The divergence of a masked forward from the target.
+        importance: Causal importances.
+        layout: The columns of each site.
+        generator: Random generator.
+    """
+    masks = uniform_sources(importance, layout, generator).masks(importance)
+    losses = []
+    for index in range(layout.n_sites):
+        masks.routed = torch.zeros_like(masks.delta, dtype=torch.bool)
+        masks.routed[..., index] = True
+        losses.append(divergence_of(masks))
+    return torch.stack(losses).mean()
+
+
+class _PowerSum(torch.autograd.Function):
+    """`sum_{b,t} (upper_leaky(z) + eps)^p` per subcomponent; its backward is one multiplication."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, p: float, eps: float) -> Tensor:
+        slope = torch.empty_like(z)
+        total = z.new_zeros(z.shape[-1])
+        for rows, out in row_blocks(z.contiguous(), slope):
+            g = upper_leaky(rows).add_(eps)
+            torch.pow(g, p, out=out)
+            total += out.sum(0)
+            out.div_(g).mul_(p)
+            torch.where(rows > 1, LEAK * out, out, out=out).masked_fill_(rows < 0, 0)
+        ctx.save_for_backward(slope)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * grads[0], None, None
+
+
+def importance_power_sum(
+    z: Float[Tensor, "*batch C_total"], p: float, eps: float = 1e-12
+) -> Float[Tensor, " C_total"]:
+    """`s_c = sum_{b,t} (g_upper + eps)^p` of every subcomponent.
+
+    Args:
+        z: Pre-sigmoid importances.
+        p: The exponent.
+        eps: Added before the power.
+    """
+    return _PowerSum.apply(z, p, eps)  # type: ignore[no-any-return]
+
+
+def minimality(
+    power_sum: Float[Tensor, " C_total"], n_positions: int, frequency: float
+) -> Float[Tensor, ""]:
+    """Importance and frequency minimality: `1/(B T) sum_c (s_c + beta s_c log2(1 + s_c))`.
+
+    Args:
+        power_sum: `s_c`, summed over the global batch.
+        n_positions: `B T` of that batch.
+        frequency: `beta`.
+    """
+    s = power_sum
+    return (s + frequency * s * torch.log2(1 + s)).sum() / n_positions
+
+
+def faithfulness(deltas: Sequence[Float[Tensor, "_i _o"]]) -> Float[Tensor, ""]:
+    """Delta-L2: `1/N sum_l ||Delta_l||_F^2`, N the number of decomposed parameters.
+
+    Args:
+        deltas: `Delta_l = W_l - V_l U_l` of every site.
+    """
+    total = torch.stack([delta.square().sum() for delta in deltas]).sum()
+    return total / sum(delta.numel() for delta in deltas)

@@ -1,0 +1,302 @@
+"""One training step, in the order of the paper: everything that a step computes is here.
+
+1. The target's output and every site's input, without masks or gradients.
+2. Causal importances.
+3. The adversary's inner updates on this batch.
+4. All losses and one backward pass, which also yields the adversary's last gradient.
+5. The adversary's last update, gradient clipping, the optimiser.
+
+A batch may be cut into micro-batches to save memory; the result is that of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from vpd_lens.decomposition import Decomposition, Divergence, Masks
+from vpd_lens.decomposition.masks import uniform_k_subset
+from vpd_lens.decomposition.sigmoids import lower_leaky
+from vpd_lens.errors import NonFiniteLossError
+from vpd_lens.training.adversary import PersistentAdversary
+from vpd_lens.training.config import VPDConfig
+from vpd_lens.training.losses import (
+    faithfulness,
+    importance_power_sum,
+    layerwise_reconstruction,
+    minimality,
+    stochastic_reconstruction,
+)
+from vpd_lens.training.schedules import adversary_lr, exponent, learning_rate
+
+Losses = dict[str, Tensor]
+
+
+@dataclass
+class _Part:
+    """One micro-batch: its tokens, what the target did on it, and its importances."""
+
+    rows: slice
+    batch: Tensor
+    inputs: list[Tensor]
+    divergence: Divergence
+    z: Tensor
+
+    def under(self, vpd: Decomposition) -> Callable[[Masks], Tensor]:
+        """The divergence of a masked forward from the target's output."""
+        return lambda masks: self.divergence(vpd.run(masks, self.batch))
+
+
+class Stepper:
+    """The state that a training step carries forward, and the step itself.
+
+    Args:
+        vpd: The decomposition to train.
+        config: The run.
+
+    Attributes:
+        optimiser: AdamW over U, V (first group) and the causal importance function (second).
+        adversary: The persistent sources; made at the first batch, whose shape they take.
+        generator: Source of all randomness of the steps.
+    """
+
+    def __init__(self, vpd: Decomposition, config: VPDConfig) -> None:
+        self.vpd = vpd
+        self.config = config
+        self.device = vpd.device
+        self.weights = [site.weight.float().contiguous() for site in vpd.sites]
+        self.generator = torch.Generator(device=self.device).manual_seed(config.seed)
+        self.adversary: PersistentAdversary | None = None
+        opt = config.optimiser
+        self.optimiser = torch.optim.AdamW(
+            [
+                {"params": list(vpd.subcomponents.parameters()), "base": opt.lr},
+                {
+                    "params": list(vpd.importance.parameters()),
+                    "base": opt.importance_lr or opt.lr,
+                },
+            ],
+            lr=opt.lr,
+            betas=(opt.beta1, opt.beta2),
+            weight_decay=opt.weight_decay,
+            fused=True,
+        )
+
+    def step(self, batch: Tensor, step: int) -> tuple[Losses, Tensor]:
+        """Train on one batch.
+
+        Args:
+            batch: Tokens `[batch, pos]` (or whatever the model takes).
+            step: The step, from 0; it decides learning rates and the exponent.
+
+        Returns:
+            The losses by name (unweighted, plus `total` and the gradient norms) as tensors that
+            are still on the device, and the causal importances `[batch, pos, C_total]`.
+
+        Raises:
+            NonFiniteLossError: On CPU, if a loss is not finite; the parameters are untouched.
+        """
+        self._schedule(step)
+        batch = batch.to(self.device, non_blocking=True)
+        with self._autocast():
+            parts = self._prepare(batch)
+            if self.config.adversary.coefficient > 0:
+                with record_function("vpd::adversary"):
+                    self._refine_adversary(parts, batch)
+        losses = self._backward(parts, step)
+        importance = torch.cat([part.z.detach().clamp(0, 1) for part in parts])
+        with record_function("vpd::update"):
+            self._update(losses, importance[..., 0].numel())
+        return losses, importance
+
+    # -------------------------------------------------------------- 1 and 2
+
+    def _prepare(self, batch: Tensor) -> list[_Part]:
+        count = self.config.micro_batches
+        size = batch.shape[0] // count
+        parts = []
+        for index in range(count):
+            rows = slice(index * size, (index + 1) * size)
+            piece = batch[rows]
+            with record_function("vpd::target"):
+                output, inputs = self.vpd.target(piece)
+                divergence = Divergence(output, self.vpd.divergence)
+            # With several parts the graph of the importances is rebuilt part by part later.
+            with record_function("vpd::importance"), torch.set_grad_enabled(count == 1):
+                z = self.vpd.pre_importance(inputs)
+            parts.append(_Part(rows, piece, inputs, divergence, z))
+        return parts
+
+    # -------------------------------------------------------------------- 3
+
+    def _refine_adversary(self, parts: list[_Part], batch: Tensor) -> None:
+        lead = (batch.shape[0], *parts[0].z.shape[1:-1])
+        if self.adversary is None:
+            self.adversary = PersistentAdversary(
+                self.config.adversary, self.vpd.layout, lead, self.device, self.generator
+            )
+            self.adversary.set_lr(self._adversary_lr)
+        importances = [part.z.detach().clamp(0, 1) for part in parts]
+        n_positions = sum(g[..., 0].numel() for g in importances)
+        for _ in range(self.config.adversary.inner_steps):
+            for part, g in zip(parts, importances, strict=True):
+                with self.vpd.frozen_subcomponents():
+                    loss = part.under(self.vpd)(self.adversary.masks(g, part.rows)) / len(parts)
+                loss.backward(inputs=self.adversary.leaves())
+            self._ascend(n_positions)
+
+    # -------------------------------------------------------------------- 4
+
+    def _backward(self, parts: list[_Part], step: int) -> Losses:
+        p = exponent(self.config.minimality, step, self.config.steps)
+        minimal = self.config.minimality
+        sums = [importance_power_sum(part.z, p, minimal.eps) for part in parts]
+        total_sum = torch.stack(sums).sum(0).detach()
+        n_positions = sum(part.z[..., 0].numel() for part in parts)
+        total_sum.requires_grad_()
+        least = minimality(total_sum, n_positions, minimal.frequency)
+        # The frequency term couples all positions of the batch. Its slope at the batch's total
+        # makes the gradient of each part exact.
+        (slope,) = torch.autograd.grad(least, total_sum)
+        losses: Losses = {"minimality": least.detach()}
+        for index, (part, power_sum) in enumerate(zip(parts, sums, strict=True)):
+            with record_function("vpd::losses"), self._autocast():
+                own = self._reconstruction(part, len(parts))
+                if len(parts) > 1:
+                    power_sum = importance_power_sum(part.z, p, minimal.eps)
+                own["minimality"] = (slope * power_sum).sum()
+                if index == 0:
+                    own["faithfulness"] = self._faithfulness()
+                total = torch.stack([c * own[name] for name, c in self._weights() if name in own])
+            with record_function("vpd::backward"):
+                total.sum().backward()
+            for name, loss in own.items():
+                if name != "minimality":
+                    losses[name] = losses.get(name, 0) + loss.detach()
+        losses["total"] = torch.stack([c * losses[n] for n, c in self._weights() if n in losses]).sum()
+        return losses
+
+    def _reconstruction(self, part: _Part, n_parts: int) -> Losses:
+        vpd, config = self.vpd, self.config
+        if n_parts > 1:
+            part.z = vpd.pre_importance(part.inputs)
+        g = lower_leaky(part.z)
+        under = part.under(vpd)
+        losses: Losses = {}
+        if config.stochastic.coefficient > 0:
+            losses["stochastic"] = (
+                stochastic_reconstruction(
+                    under,
+                    g,
+                    vpd.layout,
+                    config.stochastic.routing,
+                    config.stochastic.n_samples,
+                    self.generator,
+                )
+                / n_parts
+            )
+        if config.stochastic.layerwise_coefficient > 0:
+            losses["layerwise"] = (
+                layerwise_reconstruction(under, g, vpd.layout, self.generator) / n_parts
+            )
+        if self.adversary is not None:
+            masks = self.adversary.masks(g, part.rows)
+            if config.adversary.routing == "subset":
+                masks.routed = uniform_k_subset(masks.delta.shape, g.device, self.generator)
+            losses["adversarial"] = under(masks) / n_parts
+        return losses
+
+    def _faithfulness(self) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):
+            return faithfulness(self.vpd.subcomponents.deltas(self.weights))
+
+    def _weights(self) -> list[tuple[str, float]]:
+        config = self.config
+        return [
+            ("stochastic", config.stochastic.coefficient),
+            ("layerwise", config.stochastic.layerwise_coefficient),
+            ("adversarial", config.adversary.coefficient),
+            ("minimality", config.minimality.coefficient),
+            ("faithfulness", config.faithfulness.coefficient),
+        ]
+
+    # -------------------------------------------------------------------- 5
+
+    def _update(self, losses: Losses, n_positions: int) -> None:
+        if self.device.type == "cpu":
+            require_finite(losses)
+        if self.adversary is not None:
+            # Only the adversarial loss reaches the sources, so its own gradient is theirs
+            # divided by the coefficient; no second backward pass is needed.
+            self._ascend(n_positions, 1 / self.config.adversary.coefficient)
+        opt = self.config.optimiser
+        limits = (opt.clip_subcomponents, opt.clip_importance)
+        names = ("subcomponents", "importance")
+        for group, limit, name in zip(self.optimiser.param_groups, limits, names, strict=True):
+            norm = torch.nn.utils.clip_grad_norm_(group["params"], limit or float("inf"))
+            losses[f"grad_norm/{name}"] = norm
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+
+    def _ascend(self, n_positions: int, scale: float = 1.0) -> None:
+        assert self.adversary is not None
+        gradients = [leaf.grad.mul_(scale) for leaf in self.adversary.leaves() if leaf.grad is not None]
+        self.adversary.ascend(gradients, n_positions)
+
+    # ---------------------------------------------------------------- helpers
+
+    def _schedule(self, step: int) -> None:
+        config = self.config
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(config.optimiser, group["base"], step, config.steps)
+        self._adversary_lr = adversary_lr(config.adversary, step, config.steps)
+        if self.adversary is not None:
+            self.adversary.set_lr(self._adversary_lr)
+
+    def _autocast(self) -> Any:
+        on = self.config.autocast and self.device.type == "cuda"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+
+
+def require_finite(losses: Losses) -> None:
+    """Raise if a loss is NaN or infinite.
+
+    Raises:
+        NonFiniteLossError: Naming the terms.
+    """
+    bad = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))]
+    if bad:
+        terms = [name for name in bad if name != "total"] or bad
+        raise NonFiniteLossError(
+            f"the {', '.join(terms)} loss is not finite. Lower optimiser.lr, set "
+            "optimiser.clip_importance=1.0, or check the data; the last checkpoint is kept."
+        )
+
+
+def warm_up_faithfulness(stepper: Stepper) -> float:
+    """Fit `V U` to the weights before training: AdamW on U and V against Delta-L2 alone.
+
+    Args:
+        stepper: Holds the decomposition, its weights and the configuration.
+
+    Returns:
+        The last value of the loss.
+    """
+    config = stepper.config.faithfulness
+    parameters = list(stepper.vpd.subcomponents.parameters())
+    optimiser = torch.optim.AdamW(
+        parameters, lr=config.warmup_lr, weight_decay=config.warmup_weight_decay, fused=True
+    )
+    loss = torch.zeros(())
+    for _ in range(config.warmup_steps):
+        optimiser.zero_grad()
+        loss = faithfulness(stepper.vpd.subcomponents.deltas(stepper.weights))
+        loss.backward()
+        optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return float(loss)
