@@ -81,6 +81,7 @@ class Decomposition(nn.Module):
         self._generation: Generation | None = None
         self._running = False
         self._masks: list[SiteMasks] | None = None
+        self._edited = [False] * len(sites)
         self._inputs: list[Tensor | None] = [None] * len(sites)
         self._outputs: list[Tensor | None] | None = None
         self.__dict__["attachment"] = Attachment(self)
@@ -193,15 +194,36 @@ class Decomposition(nn.Module):
 
         Raises:
             InputError: If the masks do not fit the input's batch and positions.
+            VPDError: If the forward pass went around a masked matrix.
         """
+        before = self._running, self._masks
+        self._running, self._masks = True, None
         if masks is not None:
             self._masks = masks.per_site(self.layout)
-        self._running = True
+            self._edited = [False] * len(self.sites)
         try:
-            return self.attachment.original["forward"](*args, **kwargs)
+            output = self.attachment.original["forward"](*args, **kwargs)
         finally:
-            self._running = False
-            self._masks = None
+            self._running, self._masks = before
+        if masks is not None:
+            self._require_all_edited(kwargs)
+        return output
+
+    def _require_all_edited(self, kwargs: Mapping[str, Any]) -> None:
+        """A flag switched on after attaching may bypass a matrix; its masks would do nothing."""
+        edited = self._edited
+        if kwargs.get("stop_at_layer") is not None or kwargs.get("start_at_layer") is not None:
+            reached = [index for index, done in enumerate(edited) if done] or [0]
+            expected = range(reached[0], reached[-1])
+        else:
+            expected = range(len(edited))
+        missed = [self.layout.names[index] for index in expected if not edited[index]]
+        if missed:
+            raise VPDError(
+                f"masks are active, but the forward pass went around {missed}. Switch off the "
+                "flags that bypass them (model.set_use_split_qkv_input(False), "
+                "model.set_use_attn_result(False)), or decompose other sites."
+            )
 
     def target(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
         """One forward of the target model: its output and every site's input.
@@ -254,7 +276,7 @@ class Decomposition(nn.Module):
             self._outputs[index] = y
         hooks = self.sites[index].hooks
         if self._masks is None:
-            if self._contexts and not self._running:
+            if self._contexts and self._contexts[-1].mode != "target" and not self._running:
                 raise VPDError(
                     "masks are active, but the model runs without passing through model.forward "
                     "(hf_generate, a submodule called by hand). Call the model itself, or leave "
@@ -262,14 +284,29 @@ class Decomposition(nn.Module):
                 )
             if not hooks.masks_are_watched():
                 return hooks.hook_out(y) if has_listeners(hooks.hook_out) else None
-            y = self._watched(index, y, None)
-        elif hooks.masks_are_watched():
-            y = self._watched(index, y, self._masks[index])
+            return hooks.hook_out(self._watched(index, y, None))  # type: ignore[no-any-return]
+        masks = self._masks[index]
+        self._edited[index] = True
+        self._require_fit(index, masks, y)
+        if hooks.masks_are_watched():
+            y = self._watched(index, y, masks)
         else:
             v, u = self._directions(index)
             x = self._inputs[index]
-            y = masked_site(x, y, v, u, self._masks[index], self.sites[index].bias)  # type: ignore[arg-type]
+            y = masked_site(x, y, v, u, masks, self.sites[index].bias)  # type: ignore[arg-type]
         return hooks.hook_out(y)  # type: ignore[no-any-return]
+
+    def _require_fit(self, index: int, masks: SiteMasks, y: Tensor) -> None:
+        batch = y.shape[:-1]
+        for mask in (masks.components, masks.delta):
+            given = mask.shape[:-1]
+            pairs = zip(reversed(given), reversed(batch), strict=False)
+            if len(given) > len(batch) or any(got not in (1, need) for got, need in pairs):
+                raise InputError(
+                    f"the masks of {self.layout.names[index]} have leading shape {tuple(given)}, "
+                    f"but the model runs on {tuple(batch)} (batch and positions); give the same, "
+                    "or 1 where one mask serves all."
+                )
 
     def _directions(self, index: int) -> tuple[Tensor, Tensor]:
         v, u = self.subcomponents.v[index], self.subcomponents.u[index]

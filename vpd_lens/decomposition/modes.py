@@ -91,7 +91,15 @@ def masks_from_tensors(
         InputError: If a site does not exist or a last dimension does not fit.
     """
     if isinstance(tensors, Masks):
+        widths = (tensors.components.shape[-1], tensors.delta.shape[-1])
+        if widths != (layout.total, layout.n_sites):
+            raise InputError(
+                f"Masks have widths {widths}; expected C_total and the number of sites, "
+                f"{(layout.total, layout.n_sites)}."
+            )
         return tensors
+    if isinstance(delta, Mapping) and (strange := sorted(set(delta) - set(layout.names))):
+        raise InputError(f"delta: no site named {strange}; sites: {list(layout.names)}.")
     if isinstance(tensors, Mapping):
         unknown = sorted(set(tensors) - set(layout.names))
         if unknown:

@@ -26,7 +26,9 @@ def model_kind(model: nn.Module) -> str:
     """
     if hasattr(model, "adapter") and hasattr(model, "original_model"):
         return "bridge"
-    if all(name in model._modules for name in ("blocks", "unembed")) and hasattr(model, "hook_dict"):
+    if all(name in model._modules for name in ("blocks", "unembed")) and hasattr(
+        model, "hook_dict"
+    ):
         return "hooked_transformer"
     return "module"
 
@@ -155,8 +157,7 @@ def _mismatch(site: Site, x: Tensor, y: Tensor, tolerance: float) -> str | None:
         return f"its weight is quantised ({weight.dtype}); load the model in fp32 or bf16"
     if x.shape[-1] != weight.shape[0] or y.shape[-1] != weight.shape[1]:
         return (
-            f"input {tuple(x.shape)} and output {tuple(y.shape)} do not fit "
-            f"W {tuple(weight.shape)}"
+            f"input {tuple(x.shape)} and output {tuple(y.shape)} do not fit W {tuple(weight.shape)}"
         )
     expected = x.float() @ weight.float()
     if site.bias is not None:

@@ -105,9 +105,7 @@ def _mlp_sites(prefix: str, mlp: nn.Module) -> list[Site]:
     sites = []
     if gated:
         sites.append(
-            Site(
-                f"{prefix}.gate", partial(getattr, mlp, "W_gate"), no_bias, [into], mlp.hook_pre
-            )
+            Site(f"{prefix}.gate", partial(getattr, mlp, "W_gate"), no_bias, [into], mlp.hook_pre)
         )
     # A gated MLP adds b_in after the product with the gate, so it is not part of this output.
     sites.append(

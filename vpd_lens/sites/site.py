@@ -220,7 +220,6 @@ def _transposed_weight(module: nn.Linear) -> Tensor:
 
 def no_bias() -> None:
     """Bias reader of a matrix without a bias."""
-    return None
 
 
 @torch.no_grad()

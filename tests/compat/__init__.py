@@ -1,0 +1,1 @@
+"""What must hold on every supported TransformerLens version."""

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from .builders import boot, has_hooked_transformer, hooked, native, save_architecture
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.compat)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_and_single_threaded() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., nn.Module]:
+    """`build("bridge-llama-processed")`, `build("native-ln")`, `build("hooked-rms")`: a new model.
+
+    Saved architectures are written on first use. HookedTransformer cases skip the test where
+    TransformerLens no longer has the class.
+    """
+    folder = tmp_path_factory.mktemp("models")
+
+    def new(case: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+        kind, name, *mode = case.split("-")
+        if kind == "bridge":
+            return boot(save_architecture(name, folder), *mode, dtype=dtype)
+        if kind == "native":
+            return native(name, dtype)
+        if not has_hooked_transformer():
+            pytest.skip("TransformerLens 4 has no HookedTransformer")
+        return hooked(name, dtype)
+
+    return new
