@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from vpd_lens.errors import AttachError
 from vpd_lens.sites import find_sites, model_kind, self_check
 from vpd_lens.sites.discovery import SiteSelection
 
-if TYPE_CHECKING:
-    from vpd_lens.training.config import VPDConfig
-
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -30,6 +27,7 @@ def attach(
     example: Tensor | None = None,
     divergence: DivergenceKind | CustomDivergence | None = None,
     seed: int = 0,
+    check: bool = True,
 ) -> Model:
     """Attach an untrained decomposition; see `vpd_lens.decompose`."""
     if "vpd" in model.__dict__:
@@ -40,7 +38,8 @@ def attach(
     chosen = find_sites(model, sites)
     dtype = chosen[0].weight.dtype
     half = dtype in (torch.float16, torch.bfloat16)
-    self_check(model, chosen, _tiny_forward(model, example), 5e-2 if half else 1e-4)
+    if check:
+        self_check(model, chosen, _tiny_forward(model, example), 5e-2 if half else 1e-4)
     counts = resolve_counts(chosen, n_subcomponents)
     if divergence is None:
         divergence = "mse" if model_kind(model) == "module" else "kl"

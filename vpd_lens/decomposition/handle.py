@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Decomposition(nn.Module):
         importance: The causal importance function.
         layout: Names and sizes of the sites.
         trained_steps: Training steps behind this decomposition; 0 if it is untrained.
+        training_config: The `VPDConfig` it was trained with, as a dictionary.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Decomposition(nn.Module):
         self.importance_config = importance
         self.divergence = divergence
         self.trained_steps = 0
+        self.training_config: dict[str, Any] | None = None
         width, depth = _target_size(model, sites)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -110,6 +113,12 @@ class Decomposition(nn.Module):
         index = self._index(name)
         weight = self.sites[index].weight.float()
         return torch.addmm(weight, self.subcomponents.v[index], self.subcomponents.u[index], alpha=-1)
+
+    def save(self, path: str | Path, metrics: dict[str, Any] | None = None) -> Path:
+        """Write this decomposition to a directory; see `vpd_lens.decomposition.saving.save`."""
+        from vpd_lens.decomposition.saving import save
+
+        return save(self, path, metrics)
 
     def _index(self, name: str) -> int:
         if name not in self.layout.names:

@@ -68,7 +68,8 @@ class IteratorBatches(TokenBatches):
         if len(batch) == self.batch_size:
             return False
         short = len(batch) < self.batch_size
-        if self._iterator and short and self._consumed and next(self._iterator, END) is END:
+        rest = self._iterator if short and self._consumed else None
+        if rest is not None and next(rest, END) is END:
             return True
         raise DataError(
             f"source gave a batch of {len(batch)} rows; expected batch_size={self.batch_size}. "

@@ -66,7 +66,7 @@ class TextEncoder:
             wanted = limits.default_prepend_bos and tokenizer.bos_token_id is not None
         return cls(tokenizer, bos_of(limits) if wanted else None, tokenizer.eos_token_id)
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
+    def encode(self, texts: Sequence[str | None]) -> np.ndarray:
         """Tokens of documents, each followed by EOS, one after the other; empty ones left out."""
         texts = [text for text in texts if text]
         if not texts:

@@ -1,0 +1,94 @@
+"""`decompose`: the front door. Attach a decomposition to a model, and train it if data is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from vpd_lens.attach import attach
+from vpd_lens.decomposition import CausalImportanceConfig
+from vpd_lens.decomposition.divergence import CustomDivergence, DivergenceKind
+from vpd_lens.decomposition.subcomponents import CountSpec
+from vpd_lens.errors import AttachError, ConfigError
+from vpd_lens.sites.discovery import SiteSelection
+from vpd_lens.training import VPDConfig, train
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def decompose(
+    model: Model,
+    data: Any = None,
+    config: VPDConfig | None = None,
+    *,
+    sites: SiteSelection | None = None,
+    n_subcomponents: CountSpec | None = None,
+    importance: CausalImportanceConfig | None = None,
+    divergence: DivergenceKind | CustomDivergence | None = None,
+    example: Tensor | None = None,
+    seed: int | None = None,
+    **training: Any,
+) -> Model:
+    """Attach a decomposition to `model`, and train it if `data` is given.
+
+    The model is returned as it came, with one handle added, `model.vpd`. While no masks are
+    active its outputs are bit-identical to before. Its weights are frozen and never modified;
+    `vpd_lens.remove(model)` restores it.
+
+    On attach a tiny forward checks at every site that `x W + b = y`.
+
+    Args:
+        model: A HookedTransformer, a TransformerBridge, or any module with linear layers.
+        data: What to train on; see `vpd_lens.train`. `None` attaches an untrained decomposition.
+        config: The run; also gives sites, sizes and seed unless the arguments below do.
+        sites: `"all"` (default), a regular expression, a list of names, or `Site` objects.
+        n_subcomponents: An int, `"paper"` (default), `"faithful"`, a mapping from patterns to
+            ints, or a callable from `Site` to int.
+        importance: The causal importance function; default: a transformer sized by the target.
+        divergence: `"kl"` (default for transformers), `"mse"` (default for other modules), or a
+            callable `(masked, target) -> scalar`.
+        example: One input batch, needed for models that are not transformers.
+        seed: Seed of the initialisation.
+        **training: Further arguments of `vpd_lens.train` (`output`, `resume`, `wandb`, ...).
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        AttachError: If no site matches, the model is decomposed already, or a site fails the
+            self-check; the message lists the sites and the cause.
+        ConfigError: If a number of subcomponents is below 1.
+
+    Example:
+        >>> from transformer_lens.config import TransformerBridgeConfig
+        >>> from transformer_lens.model_bridge import TransformerBridge
+        >>> import vpd_lens
+        >>> model = TransformerBridge.boot_native(TransformerBridgeConfig(
+        ...     d_model=16, d_head=8, n_heads=2, n_layers=1, n_ctx=8, d_vocab=20, d_mlp=32,
+        ...     act_fn="gelu", seed=0))
+        >>> vpd_lens.decompose(model).vpd
+        Decomposition(6 sites, 152 subcomponents, TransformerImportance, untrained)
+    """
+    base = config or VPDConfig()
+    if training and data is None:
+        raise ConfigError(f"{sorted(training)} only make sense with data=...; none was given.")
+    configured = base.sites if isinstance(base.sites, str) else list(base.sites)
+    if "vpd" in model.__dict__:
+        raise AttachError(
+            "This model is decomposed already. Call vpd_lens.remove(model) first, or train the "
+            "decomposition it carries with vpd_lens.train(model, data, config)."
+        )
+    attach(
+        model,
+        configured if sites is None else sites,
+        base.n_subcomponents if n_subcomponents is None else n_subcomponents,
+        importance or base.importance,
+        example,
+        divergence,
+        base.seed if seed is None else seed,
+    )
+    if data is not None:
+        train(model, data, config, **training)
+    return model

@@ -1,0 +1,247 @@
+"""Save a decomposition to a directory, and load it onto the model it belongs to.
+
+| file | content |
+|---|---|
+| `subcomponents.safetensors` | `<site>.V` `[d_in, C]`, `<site>.U` `[C, d_out]`, fp32 |
+| `causal_importance.safetensors` | parameters of the causal importance function |
+| `config.json` | format version, sites, sizes, importance function, divergence, training config, file hashes |
+| `base_model.json` | library versions, model class and name, dtype, BOS policy, processing, hash of each weight |
+| `metrics.json` | what was measured, if anything |
+| `README.md` | a model card |
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vpd_lens.attach import attach
+from vpd_lens.decomposition.causal_importance import CausalImportanceConfig
+from vpd_lens.decomposition.handle import Decomposition
+from vpd_lens.errors import ArtefactError
+from vpd_lens.files import (
+    FORMAT_VERSION,
+    atomic_directory,
+    existing_directory,
+    file_hash,
+    read_json,
+    read_tensors,
+    weight_hash,
+    write_json,
+)
+from vpd_lens.sites import model_kind
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_TENSOR_FILES = ("subcomponents.safetensors", "causal_importance.safetensors")
+
+
+def save(vpd: Decomposition, path: str | Path, metrics: dict[str, Any] | None = None) -> Path:
+    """Write a decomposition to a directory, whole or not at all.
+
+    Args:
+        vpd: The decomposition.
+        path: The directory; an earlier one there is replaced only once the new one is complete.
+        metrics: Anything measured, stored beside it as `metrics.json`.
+
+    Returns:
+        The directory.
+    """
+    path = Path(path)
+    with atomic_directory(path) as folder:
+        save_file(subcomponent_tensors(vpd), folder / _TENSOR_FILES[0])
+        save_file(_contiguous(vpd.importance.state_dict()), folder / _TENSOR_FILES[1])
+        write_json(folder / "base_model.json", base_model_record(vpd))
+        write_json(folder / "metrics.json", metrics or {})
+        (folder / "README.md").write_text(_model_card(vpd))
+        write_json(
+            folder / "config.json",
+            {
+                "format_version": FORMAT_VERSION,
+                "vpd_lens_version": importlib.metadata.version("vpd-lens"),
+                "sites": list(vpd.layout.names),
+                "n_subcomponents": list(vpd.layout.sizes),
+                "importance": vpd.importance_config.model_dump(mode="json"),
+                "divergence": vpd.divergence if isinstance(vpd.divergence, str) else "custom",
+                "trained_steps": vpd.trained_steps,
+                "training": vpd.training_config,
+                "sha256": {name: file_hash(folder / name) for name in _TENSOR_FILES},
+            },
+        )
+    return path
+
+
+def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
+    """Attach a saved decomposition to the model it was made from.
+
+    Args:
+        path: The directory that `vpd.save` wrote.
+        model: The base model, processed and in the dtype as it was then.
+        divergence: The output divergence, needed if a custom one was used in training.
+
+    Returns:
+        The same model, with `model.vpd`.
+
+    Raises:
+        ArtefactError: If a file is missing, damaged or newer than this library, or a decomposed
+            weight of `model` differs; the message names the site. The model is left untouched.
+        AttachError: If the model is decomposed already or a site does not exist.
+    """
+    folder = existing_directory(Path(path))
+    config = read_config(folder)
+    for name, expected in config["sha256"].items():
+        if file_hash(folder / name) != expected:
+            raise ArtefactError(
+                f"{folder / name}: its content does not match the checksum in config.json; the "
+                "file is truncated or was changed. Restore it from a copy."
+            )
+    if config["divergence"] == "custom" and divergence is None:
+        raise ArtefactError(
+            "This decomposition was trained with a custom divergence; pass it as divergence=..."
+        )
+    tensors = read_tensors(folder / _TENSOR_FILES[0])
+    importance = read_tensors(folder / _TENSOR_FILES[1])
+    base = read_json(folder / "base_model.json")
+    counts = dict(zip(config["sites"], config["n_subcomponents"], strict=True))
+    attach(
+        model,
+        sites=config["sites"],
+        n_subcomponents=lambda site: counts[site.name],
+        importance=CausalImportanceConfig(**config["importance"]),
+        divergence=divergence or config["divergence"],
+        check=False,
+    )
+    vpd: Decomposition = model.__dict__["vpd"]
+    try:
+        check_weights(vpd, base)
+        load_subcomponents(vpd, tensors)
+        vpd.importance.load_state_dict(importance)
+    except (ArtefactError, KeyError, RuntimeError) as error:
+        vpd.attachment.detach()
+        if isinstance(error, ArtefactError):
+            raise
+        raise ArtefactError(f"{folder}: its tensors do not fit its config.json: {error}") from None
+    vpd.trained_steps = config["trained_steps"]
+    vpd.training_config = config["training"]
+    return model
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a saved decomposition, checked for its format.
+
+    Raises:
+        ArtefactError: If it is damaged, incomplete or written by a newer version.
+    """
+    config = read_json(folder / "config.json")
+    version = config.get("format_version")
+    if not isinstance(version, int):
+        raise ArtefactError(f"{folder / 'config.json'}: it has no format_version.")
+    if version > FORMAT_VERSION:
+        raise ArtefactError(
+            f"{folder}: format version {version} is newer than this library reads "
+            f"({FORMAT_VERSION}). Upgrade vpd-lens."
+        )
+    expected = {
+        "vpd_lens_version",
+        "sites",
+        "n_subcomponents",
+        "importance",
+        "divergence",
+        "trained_steps",
+        "training",
+        "sha256",
+        "format_version",
+    }
+    if set(config) != expected:
+        raise ArtefactError(
+            f"{folder / 'config.json'}: missing fields {sorted(expected - set(config))}, unknown "
+            f"fields {sorted(set(config) - expected)}. It was changed, or written by another version."
+        )
+    return config
+
+
+def subcomponent_tensors(vpd: Decomposition) -> dict[str, Tensor]:
+    """`{<site>.V, <site>.U}` of every site."""
+    tensors = {}
+    for name, v, u in zip(vpd.layout.names, vpd.subcomponents.v, vpd.subcomponents.u, strict=True):
+        tensors[f"{name}.V"] = v
+        tensors[f"{name}.U"] = u
+    return _contiguous(tensors)
+
+
+def load_subcomponents(vpd: Decomposition, tensors: dict[str, Tensor]) -> None:
+    """Copy `V` and `U` of every site in place."""
+    names = zip(vpd.layout.names, vpd.subcomponents.v, vpd.subcomponents.u, strict=True)
+    for name, v, u in names:
+        v.data.copy_(tensors[f"{name}.V"])
+        u.data.copy_(tensors[f"{name}.U"])
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def base_model_record(vpd: Decomposition) -> dict[str, Any]:
+    """What identifies the base model: versions, class, processing, dtype, weight hashes."""
+    model = vpd.model
+    cfg = getattr(model, "cfg", None)
+    return {
+        "transformer_lens_version": importlib.metadata.version("transformer-lens"),
+        "torch_version": importlib.metadata.version("torch"),
+        "model_class": type(model).__name__,
+        "kind": model_kind(model),
+        "model_name": getattr(cfg, "model_name", None),
+        "dtype": str(vpd.sites[0].weight.dtype).removeprefix("torch."),
+        "default_prepend_bos": getattr(cfg, "default_prepend_bos", None),
+        "normalization_type": getattr(cfg, "normalization_type", None),
+        "compatibility_mode": bool(getattr(model, "compatibility_mode", False)),
+        "weights": {site.name: weight_hash(site.weight) for site in vpd.sites},
+    }
+
+
+def check_weights(vpd: Decomposition, base: dict[str, Any]) -> None:
+    """Compare the model's weights with the recorded hashes.
+
+    Raises:
+        ArtefactError: Naming the sites that differ, and the likely cause.
+    """
+    recorded = base.get("weights", {})
+    different = [
+        site.name for site in vpd.sites if recorded.get(site.name) != weight_hash(site.weight)
+    ]
+    if not different:
+        return
+    now = base_model_record(vpd)
+    changed = [
+        f"{key}: {base.get(key)!r} then, {now[key]!r} now"
+        for key in ("model_name", "kind", "dtype", "normalization_type", "compatibility_mode")
+        if base.get(key) != now[key]
+    ]
+    hint = f" What else differs: {'; '.join(changed)}." if changed else ""
+    raise ArtefactError(
+        f"{len(different)} of {len(vpd.sites)} decomposed weights of this model differ from those "
+        f"the decomposition was made for: {', '.join(different[:6])}"
+        f"{', ...' if len(different) > 6 else ''}.{hint} Load the same checkpoint with the same "
+        "processing (fold_ln, compatibility mode) and dtype."
+    )
+
+
+def _model_card(vpd: Decomposition) -> str:
+    base = base_model_record(vpd)
+    rows = "\n".join(
+        f"| `{name}` | {size} |"
+        for name, size in zip(vpd.layout.names, vpd.layout.sizes, strict=True)
+    )
+    return (
+        f"# VPD decomposition of {base['model_name'] or base['model_class']}\n\n"
+        f"Trained for {vpd.trained_steps} steps with vpd_lens "
+        f"{importlib.metadata.version('vpd-lens')}. Base model: {base['model_class']}, "
+        f"{base['dtype']}.\n\n"
+        "```python\nimport vpd_lens\n\nmodel = vpd_lens.load(\"path/to/this/folder\", base_model)\n"
+        "```\n\n"
+        f"| site | subcomponents |\n|---|---|\n{rows}\n"
+    )

@@ -1,0 +1,115 @@
+"""Where metrics go: JSON lines always, a progress bar, and wandb when asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class MetricsLog:
+    """One metrics.jsonl, one progress bar, and optionally one wandb run.
+
+    Args:
+        folder: Directory of `metrics.jsonl`.
+        steps: Steps of the run.
+        start: Finished steps on entry; later lines of an earlier attempt are dropped.
+        progress: Show a progress bar, or lines where the output is not a terminal.
+        wandb: Arguments of `wandb.init` (`{"project": ..., "mode": "offline"}`), or `None`.
+        config: Recorded with the wandb run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        start: int = 0,
+        progress: bool = True,
+        wandb: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.steps = steps
+        self.start = start
+        self.console = Console(quiet=not progress)
+        self.run: Any = None
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=self.console,
+            disable=not progress or not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("VPD", total=steps, completed=start, losses="")
+        if wandb is not None:
+            import wandb as wandb_module
+
+            self.run = wandb_module.init(config=config, dir=str(folder), **wandb)
+
+    def __enter__(self) -> MetricsLog:
+        self._drop_later_lines()
+        self._file = self.path.open("a")
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+        self._file.close()
+        if self.run is not None:
+            self.run.finish(exit_code=0 if kind is None else 1)
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step` finished steps."""
+        self._bar.update(self._task, completed=step)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Record one line of metrics, keyed by the finished steps."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        text = "  ".join(
+            f"{name} {metrics[name]:.3g}"
+            for name in ("stochastic", "adversarial", "l0", "faithfulness")
+            if name in metrics
+        )
+        self._bar.update(self._task, losses=text)
+        if not self.console.is_terminal:
+            seconds = metrics["seconds_per_step"]
+            left = (self.steps - step) * seconds
+            self.console.print(
+                f"step {step}/{self.steps}  {text}  {seconds * 1e3:.0f} ms/step  "
+                f"{left / 60:.1f} min left",
+                highlight=False,
+            )
+        if self.run is not None:
+            self.run.log(metrics, step=step)
+
+    def _drop_later_lines(self) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= self.start:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # a line cut short by an interruption
+        self.path.write_text("".join(line + "\n" for line in kept))
