@@ -234,6 +234,21 @@ class Decomposition(nn.Module):
                 "model.set_use_attn_result(False)), or decompose other sites."
             )
 
+    @torch.no_grad()
+    def run_recording(self, masks: Masks | None, *args: Any) -> tuple[Any, list[Tensor]]:
+        """Like `run`, without gradients, and with every site's output as written.
+
+        Args:
+            masks: The masks, or `None` for the target model.
+            *args: Passed to the model.
+        """
+        self._outputs = [None] * len(self.sites)
+        try:
+            output = self.run(masks, *args)
+            return output, [y for y in self._outputs if y is not None]
+        finally:
+            self._outputs = None
+
     def target(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
         """One forward of the target model: its output and every site's input.
 
@@ -281,8 +296,12 @@ class Decomposition(nn.Module):
         self._inputs[index] = x
 
     def _edit(self, index: int, y: Tensor) -> Tensor | None:
+        edited = self._new_output(index, y)
         if self._outputs is not None:
-            self._outputs[index] = y
+            self._outputs[index] = y if edited is None else edited
+        return edited
+
+    def _new_output(self, index: int, y: Tensor) -> Tensor | None:
         hooks = self.sites[index].hooks
         if self._masks is None:
             if self._contexts and self._contexts[-1].mode != "target" and not self._running:
