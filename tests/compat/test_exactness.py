@@ -6,7 +6,7 @@ Thirteen architectures as `TransformerBridge`, unprocessed and processed; native
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -38,13 +38,12 @@ def pair(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> Pai
     return Pair(request.param, build(request.param), build(request.param))
 
 
-@pytest.fixture
-def attached(pair: Pair) -> Iterator[nn.Module]:
-    from vpd_lens.attach import attach, remove
+@pytest.fixture(scope="module")
+def attached(pair: Pair) -> nn.Module:
+    from vpd_lens.attach import attach
 
     sites = "attn" if "mixtral" in pair.case else "all"
-    yield attach(pair.model, sites=sites, n_subcomponents=COMPONENTS)
-    remove(pair.model)
+    return attach(pair.model, sites=sites, n_subcomponents=COMPONENTS)
 
 
 def expected_sites(case: str) -> list[str]:
@@ -108,7 +107,8 @@ def test_masks_per_position_reach_only_that_position(pair: Pair, attached: nn.Mo
 def test_remove_restores_everything(pair: Pair) -> None:
     from vpd_lens.attach import attach, remove
 
-    model = pair.model
+    model = pair.reference
+    expected = model(tokens())
     before = traces(model)
     attach(model, sites="attn", n_subcomponents=COMPONENTS)
     assert any(".vpd.hook_mask" in name for name in model.hook_dict)
@@ -117,7 +117,7 @@ def test_remove_restores_everything(pair: Pair) -> None:
         model(tokens())
     remove(model)
     assert traces(model) == before
-    assert torch.equal(model(tokens()), pair.reference(tokens()))
+    assert torch.equal(model(tokens()), expected)
 
 
 def traces(model: nn.Module) -> dict[str, object]:

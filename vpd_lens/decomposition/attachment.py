@@ -34,6 +34,10 @@ class Attachment:
     def __init__(self, decomposition: Decomposition) -> None:
         self.decomposition = decomposition
         self.model: nn.Module = decomposition.model
+        # Called last in a whole forward; `None` in models that always run to their end.
+        self.end: nn.Module | None = None
+        if model_kind(self.model) != "module":
+            self.end = self.model._modules.get("unembed")
         self.handles: list[RemovableHandle] = []
         self.mounted: list[tuple[nn.Module, str]] = []
         self.previous: dict[str, Any] = {}
@@ -45,6 +49,8 @@ class Attachment:
         for index, site in enumerate(vpd.sites):
             self._mount(site.mount, site.hooks)
             self.handles += site.attach(partial(vpd._read, index), partial(vpd._edit, index))
+        if self.end is not None:
+            self.handles.append(self.end.register_forward_pre_hook(vpd._note_end))
         for name in _WRAPPED:
             if hasattr(type(self.model), name):
                 self.original[name] = getattr(self.model, name)

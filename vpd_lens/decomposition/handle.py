@@ -85,6 +85,7 @@ class Decomposition(nn.Module):
         self._running = False
         self._masks: list[SiteMasks] | None = None
         self._edited = [False] * len(sites)
+        self._finished = False
         self._inputs: list[Tensor | None] = [None] * len(sites)
         self._outputs: list[Tensor | None] | None = None
         self.__dict__["attachment"] = Attachment(self)
@@ -210,6 +211,7 @@ class Decomposition(nn.Module):
         if masks is not None:
             self._masks = masks.per_site(self.layout)
             self._edited = [False] * len(self.sites)
+            self._finished = self.attachment.end is None
         try:
             output = self.attachment.original["forward"](*args, **kwargs)
         finally:
@@ -220,13 +222,11 @@ class Decomposition(nn.Module):
 
     def _require_all_edited(self, kwargs: Mapping[str, Any]) -> None:
         """A flag switched on after attaching may bypass a matrix; its masks would do nothing."""
-        edited = self._edited
-        if kwargs.get("stop_at_layer") is not None or kwargs.get("start_at_layer") is not None:
-            reached = [index for index, done in enumerate(edited) if done] or [0]
-            expected = range(reached[0], reached[-1])
-        else:
-            expected = range(len(edited))
-        missed = [self.layout.names[index] for index in expected if not edited[index]]
+        reached = [index for index, done in enumerate(self._edited) if done] or [0]
+        # A run may start or stop at a layer; between its ends no site may be missing.
+        start = 0 if kwargs.get("start_at_layer") is None else reached[0]
+        stop = len(self._edited) if self._finished else reached[-1]
+        missed = [self.layout.names[i] for i in range(start, stop) if not self._edited[i]]
         if missed:
             raise VPDError(
                 f"masks are active, but the forward pass went around {missed}. Switch off the "
@@ -336,6 +336,9 @@ class Decomposition(nn.Module):
                     "or 1 where one mask serves all."
                 )
 
+    def _note_end(self, _module: nn.Module, _args: tuple) -> None:
+        self._finished = True
+
     def _directions(self, index: int) -> tuple[Tensor, Tensor]:
         v, u = self.subcomponents.v[index], self.subcomponents.u[index]
         return (v.detach(), u.detach()) if self._frozen else (v, u)
@@ -362,7 +365,9 @@ class Decomposition(nn.Module):
         if masks is None:
             mask, delta = acts.new_ones(acts.shape), acts.new_ones(batch)
         else:
-            mask, delta = masks.components.expand(acts.shape), masks.delta.squeeze(-1).expand(batch)
+            # Copies, because a hook may write to them in place.
+            mask = masks.components.expand(acts.shape).clone()
+            delta = masks.delta.squeeze(-1).expand(batch).clone()
             if masks.routed is not None:
                 mask = torch.where(masks.routed, mask, 1)
                 delta = torch.where(masks.routed.squeeze(-1), delta, 1)

@@ -1,0 +1,143 @@
+"""Generation under masks: the same with and without a key-value cache, on every class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from .builders import tokens
+from .dense import dense_weights, masked_weights, random_masks
+
+CASES = [
+    *("bridge-gpt2-default", "bridge-llama-default", "bridge-llama-processed"),
+    *("bridge-gemma2-default", "bridge-gpt_neox-unprocessed"),
+    *("native-rms_gated", "hooked-rotary", "hooked-grouped"),
+]
+MODES = ["target", "unmasked", "ci", "rounded", "stochastic", "adversarial", "random"]
+NEW = 4
+
+
+@pytest.fixture(scope="module", params=CASES)
+def model(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> nn.Module:
+    from vpd_lens.attach import attach
+
+    return attach(build(request.param), n_subcomponents=5)
+
+
+@pytest.fixture
+def logits(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Logits of the last position of every masked forward, in order."""
+    seen: list[Tensor] = []
+    handle = model.unembed.register_forward_hook(
+        lambda _m, _a, out: seen.append(out[:, -1].clone()) if model.vpd._masks else None
+    )
+    yield seen
+    handle.remove()
+
+
+def generate(model: nn.Module, prompt: Any, cached: bool, **kwargs: Any) -> Any:
+    arguments = {"max_new_tokens": NEW, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    if isinstance(prompt, Tensor):
+        arguments["return_type"] = "tokens"
+    return model.generate(prompt, use_past_kv_cache=cached, **{**arguments, **kwargs})
+
+
+def has_cache(model: nn.Module) -> bool:
+    """Native bridges recompute the sequence; they refuse or ignore a cache."""
+    return type(model.original_model).__name__ != "NativeModel" if is_bridge(model) else True
+
+
+def is_bridge(model: nn.Module) -> bool:
+    return hasattr(model, "adapter")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_cached_and_uncached_generation_agree(
+    model: nn.Module, logits: list[Tensor], mode: str
+) -> None:
+    x = tokens(length=5)
+    with model.vpd.masked(mode, seed=7, n_steps=2):
+        cached = generate(model, x, cached=has_cache(model))
+    with_cache = logits[-NEW:]
+    logits.clear()
+    with model.vpd.masked(mode, seed=7, n_steps=2):
+        uncached = generate(model, x, cached=False)
+    assert torch.equal(cached, uncached)
+    assert cached.shape == (2, 5 + NEW)
+    if mode != "target":
+        assert len(with_cache) == NEW
+        torch.testing.assert_close(
+            torch.stack(with_cache), torch.stack(logits[-NEW:]), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_generation_under_fixed_masks_equals_dense_weights(
+    model: nn.Module, request: pytest.FixtureRequest, build: Callable[..., nn.Module]
+) -> None:
+    reference = build(request.node.callspec.params["model"])
+    masks, deltas = random_masks(model.vpd)
+    x = tokens(length=5)
+    with model.vpd.masked(masks, delta=deltas):
+        got = generate(model, x, cached=has_cache(model))
+    plain = generate(model, x, cached=has_cache(model))
+    with dense_weights(reference, masked_weights(model.vpd, masks, deltas)):
+        assert torch.equal(got, generate(reference, x, cached=has_cache(model)))
+    assert torch.equal(plain, generate(reference, x, cached=has_cache(model)))
+    assert not torch.equal(got, plain)
+
+
+@pytest.mark.parametrize("mode", ["ci", "stochastic"])
+def test_stream_agrees_with_generate(model: nn.Module, mode: str) -> None:
+    if not hasattr(model, "generate_stream"):
+        pytest.skip("this class has no generate_stream")
+    x = tokens(length=5)
+    # HookedTransformer streams one sequence at a time.
+    x = x if is_bridge(model) else x[:1]
+    with model.vpd.masked(mode, seed=7):
+        expected = generate(model, x, cached=has_cache(model))
+    with model.vpd.masked(mode, seed=7):
+        pieces = list(
+            model.generate_stream(
+                x,
+                max_new_tokens=NEW,
+                max_tokens_per_yield=2,
+                do_sample=False,
+                stop_at_eos=False,
+                use_past_kv_cache=has_cache(model),
+                verbose=False,
+                return_type="tokens",
+            )
+        )
+    assert torch.equal(torch.cat(pieces, dim=-1).reshape(expected.shape[0], -1), expected)
+
+
+@pytest.mark.parametrize("mode", ["ci", "rounded", "stochastic", "adversarial"])
+@pytest.mark.parametrize("case", ["bridge-gpt2-default", "bridge-llama-default"])
+def test_left_padded_strings(case: str, mode: str, build: Callable[..., nn.Module]) -> None:
+    from vpd_lens.attach import attach
+
+    model = attach(build(case), n_subcomponents=5)
+    prompts = ["w9 w10 w11 w12 w13", "w20 w21"]
+    outputs = []
+    for cached in (True, False):
+        with model.vpd.masked(mode, seed=7, n_steps=2):
+            outputs.append(generate(model, prompts, cached, return_type="tokens"))
+    assert torch.equal(*outputs)
+    with model.vpd.masked("unmasked"):
+        batch = generate(model, prompts, True, return_type="tokens")
+        alone = generate(model, prompts[1], True, return_type="tokens")
+    assert torch.equal(batch[1, -NEW:], alone[0, -NEW:])
+
+
+def test_generation_leaves_no_trace(model: nn.Module) -> None:
+    x = tokens(length=5)
+    before = model(x)
+    with model.vpd.masked("ci"):
+        inside = model(x)
+        generate(model, x, cached=has_cache(model))
+        assert torch.equal(model(x), inside)
+    assert torch.equal(model(x), before)
