@@ -46,7 +46,6 @@ def attach(
     vpd = Decomposition(
         model, chosen, counts, importance or CausalImportanceConfig(), divergence, seed
     )
-    model.requires_grad_(False)
     vpd.attachment.attach()
     return model
 
@@ -54,7 +53,7 @@ def attach(
 def remove(model: Model) -> Model:
     """Take a decomposition off and restore the model completely.
 
-    The weights stay frozen (`requires_grad=False`) unless they were trainable before.
+    Weights that were trainable before are trainable again.
 
     Args:
         model: A decomposed model.

@@ -38,14 +38,17 @@ class Attachment:
         self.end: nn.Module | None = None
         if model_kind(self.model) != "module":
             self.end = self.model._modules.get("unembed")
+        self.trainable: list[nn.Parameter] = []
         self.handles: list[RemovableHandle] = []
         self.mounted: list[tuple[nn.Module, str]] = []
         self.previous: dict[str, Any] = {}
         self.original: dict[str, Callable[..., Any]] = {}
 
     def attach(self) -> None:
-        """Mount the hook points, register the hooks and wrap the instance's entry points."""
+        """Freeze the weights, mount the hook points, register the hooks, wrap the entry points."""
         vpd = self.decomposition
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.requires_grad_(False)
         for index, site in enumerate(vpd.sites):
             self._mount(site.mount, site.hooks)
             self.handles += site.attach(partial(vpd._read, index), partial(vpd._edit, index))
@@ -73,6 +76,8 @@ class Attachment:
         for name in _WRAPPED:
             self.model.__dict__.pop(name, None)
         self.model.__dict__.update(self.previous)
+        for parameter in self.trainable:
+            parameter.requires_grad_()
         del self.model.__dict__["vpd"]
         refresh_hook_names(self.model)
 

@@ -31,6 +31,12 @@ from vpd_lens.errors import InputError, VPDError
 from vpd_lens.sites import Site
 from vpd_lens.sites.site import has_listeners
 
+_FLAGS = (
+    "Switch off flags that multiply per head or go around a matrix "
+    "(model.set_use_split_qkv_input(False), model.set_use_attn_result(False), "
+    "model.set_use_attn_in(False)), or decompose other sites."
+)
+
 
 class Decomposition(nn.Module):
     """Subcomponents and causal importance function of a model, attached to it by hooks.
@@ -212,6 +218,7 @@ class Decomposition(nn.Module):
             self._masks = masks.per_site(self.layout)
             self._edited = [False] * len(self.sites)
             self._finished = self.attachment.end is None
+            self._inputs = [None] * len(self.sites)
         try:
             output = self.attachment.original["forward"](*args, **kwargs)
         finally:
@@ -228,11 +235,7 @@ class Decomposition(nn.Module):
         stop = len(self._edited) if self._finished else reached[-1]
         missed = [self.layout.names[i] for i in range(start, stop) if not self._edited[i]]
         if missed:
-            raise VPDError(
-                f"masks are active, but the forward pass went around {missed}. Switch off the "
-                "flags that bypass them (model.set_use_split_qkv_input(False), "
-                "model.set_use_attn_result(False)), or decompose other sites."
-            )
+            raise VPDError(f"masks are active, but the forward pass went around {missed}. {_FLAGS}")
 
     @torch.no_grad()
     def run_recording(self, masks: Masks | None, *args: Any) -> tuple[Any, list[Tensor]]:
@@ -288,6 +291,8 @@ class Decomposition(nn.Module):
                 f"the forward pass never reached {missing}, so causal importances cannot be "
                 "computed. Run the whole model (no stop_at_layer) and leave split-qkv flags off."
             )
+        if len({x.shape[:-1] for x in inputs}) > 1:
+            raise VPDError(f"the sites' inputs differ in batch or positions. {_FLAGS}")
         return inputs
 
     # ------------------------------------------------------- what hooks call
@@ -320,9 +325,18 @@ class Decomposition(nn.Module):
             y = self._watched(index, y, masks)
         else:
             v, u = self._directions(index)
-            x = self._inputs[index]
-            y = masked_site(x, y, v, u, masks, self.sites[index].bias)  # type: ignore[arg-type]
+            x = self._input_of(index, y)
+            y = masked_site(x, y, v, u, masks, self.sites[index].bias)
         return hooks.hook_out(y)  # type: ignore[no-any-return]
+
+    def _input_of(self, index: int, y: Tensor) -> Tensor:
+        x = self._inputs[index]
+        if x is None or x.shape[:-1] != y.shape[:-1]:
+            raise VPDError(
+                f"the output of {self.layout.names[index]} was computed from something other than "
+                f"one input per position. {_FLAGS}"
+            )
+        return x
 
     def _require_fit(self, index: int, masks: SiteMasks, y: Tensor) -> None:
         batch = y.shape[:-1]
@@ -358,8 +372,7 @@ class Decomposition(nn.Module):
         """The site's output when someone listens to its activations or masks."""
         hooks = self.sites[index].hooks
         v, u = self._directions(index)
-        x = self._inputs[index]
-        assert x is not None
+        x = self._input_of(index, y)
         acts = x.to(y.dtype) @ v.to(y.dtype)
         batch = acts.shape[:-1]
         if masks is None:

@@ -68,8 +68,8 @@ class MaskContext:
             return self.given
         value = 1.0 if self.mode == "unmasked" else 0.0
         return Masks(
-            torch.full((1, 1, layout.total), value, device=device),
-            torch.zeros(1, 1, layout.n_sites, device=device),
+            torch.full((layout.total,), value, device=device),
+            torch.zeros(layout.n_sites, device=device),
         )
 
 
@@ -111,7 +111,7 @@ def masks_from_tensors(
                     f"masks[{name!r}] has shape {tuple(mask.shape)}; its last dimension must be "
                     f"the site's {expected} subcomponents."
                 )
-        batch = torch.broadcast_shapes((1, 1), *(m.shape[:-1] for m in tensors.values()))
+        batch = torch.broadcast_shapes(*(m.shape[:-1] for m in tensors.values()))
         parts = [
             tensors[name].to(device).float().expand(*batch, size)
             if name in tensors

@@ -30,8 +30,15 @@ class _LowerLeaky(torch.autograd.Function):
             # Below zero only the push upwards (negative gradient) passes, scaled by alpha, so
             # that a dead subcomponent can revive without its mask ever turning negative.
             torch.clamp(grad, max=0, out=result).mul_(ctx.alpha)
-            torch.where(z_rows > 0, grad, result, out=result).masked_fill_(z_rows > 1, 0)
+            result -= where_above(result, z_rows, 0)
+            result += where_above(grad, z_rows, 0)
+            result -= where_above(grad, z_rows, 1)
         return out, None
+
+
+def where_above(x: Tensor, z: Tensor, threshold: float) -> Tensor:
+    """`x` where `z > threshold`, else 0; several times faster on a CPU than `torch.where`."""
+    return torch.ops.aten.threshold_backward(x, z, threshold)  # type: ignore[no-any-return]
 
 
 def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

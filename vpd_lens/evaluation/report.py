@@ -35,7 +35,7 @@ class EvalReport(BaseModel):
         trained_steps: Training steps behind the decomposition.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
     modes: dict[str, dict[str, float]]
     pgd: dict[str, dict[str, float]]
@@ -72,7 +72,11 @@ class EvalReport(BaseModel):
             raise ArtefactError(f"{path}: not a readable evaluation report ({error}).") from None
 
     def to_html(
-        self, path: str | Path, title: str = "VPD evaluation", beside: EvalReport | None = None
+        self,
+        path: str | Path,
+        title: str = "VPD evaluation",
+        beside: EvalReport | None = None,
+        beside_name: str = "beside",
     ) -> Path:
         """Write one self-contained HTML page with tables and plots.
 
@@ -80,11 +84,12 @@ class EvalReport(BaseModel):
             path: The file.
             title: Heading of the page.
             beside: Another report, whose figures are shown in a second column.
+            beside_name: What to call it, for example `"without the adversary"`.
         """
         from vpd_lens.evaluation.page import render
 
         path = Path(path)
-        path.write_text(render(self, title, beside))
+        path.write_text(render(self, title, beside, beside_name), encoding="utf-8")
         return path
 
     def summary(self) -> dict[str, float]:
@@ -100,14 +105,14 @@ class EvalReport(BaseModel):
             "delta_relative": self.delta["total"]["relative"],
         }
 
-    def tables(self, beside: EvalReport | None = None, name: str = "beside") -> Group:
+    def tables(self, beside: EvalReport | None = None, beside_name: str = "beside") -> Group:
         """The report as rich tables.
 
         Args:
             beside: Another report to show next to this one.
-            name: Heading of its columns.
+            beside_name: Heading of its columns.
         """
-        return Group(self._modes_table(beside, name), self._sites_table())
+        return Group(self._modes_table(beside, beside_name), self._sites_table())
 
     def _modes_table(self, beside: EvalReport | None, name: str) -> Table:
         unit = "KL" if self.divergence == "kl" else "divergence"

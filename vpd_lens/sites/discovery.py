@@ -113,7 +113,13 @@ def self_check(model: nn.Module, sites: list[Site], forward: Any, tolerance: flo
         AttachError: Listing every site that failed and why.
     """
     seen: dict[str, Tensor] = {}
-    problems: list[str] = []
+    problems = [
+        f"{site.name}: its weight is quantised ({dtype}); load the model in fp32 or bf16"
+        for site in sites
+        if not (dtype := site.weight.dtype).is_floating_point
+    ]
+    if problems:
+        raise AttachError(_report(model, sites, problems))
     fired: set[str] = set()
 
     def reader(site: Site) -> Any:
@@ -145,16 +151,18 @@ def self_check(model: nn.Module, sites: list[Site], forward: Any, tolerance: flo
         if site.name not in fired
     ]
     if problems:
-        raise AttachError(
-            f"{len(problems)} of {len(sites)} sites of this {type(model).__name__} failed the "
-            "self-check, so nothing was attached:\n  " + "\n  ".join(problems)
-        )
+        raise AttachError(_report(model, sites, problems))
+
+
+def _report(model: nn.Module, sites: list[Site], problems: list[str]) -> str:
+    return (
+        f"{len(problems)} of {len(sites)} sites of this {type(model).__name__} failed the "
+        "self-check, so nothing was attached:\n  " + "\n  ".join(problems)
+    )
 
 
 def _mismatch(site: Site, x: Tensor, y: Tensor, tolerance: float) -> str | None:
     weight = site.weight
-    if not weight.is_floating_point():
-        return f"its weight is quantised ({weight.dtype}); load the model in fp32 or bf16"
     if x.shape[-1] != weight.shape[0] or y.shape[-1] != weight.shape[1]:
         return (
             f"input {tuple(x.shape)} and output {tuple(y.shape)} do not fit W {tuple(weight.shape)}"

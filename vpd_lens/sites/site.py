@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
@@ -104,7 +104,7 @@ class Site:
         self.mount = self.mount or self.name
 
     @property
-    def weight(self) -> Float[Tensor, "d_in d_out"]:
+    def weight(self) -> Num[Tensor, "d_in d_out"]:
         """The base weight, detached: reading it never builds a graph."""
         return self.read_weight().detach()
 

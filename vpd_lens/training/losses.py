@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vpd_lens.decomposition.masks import Layout, Masks, uniform_k_subset, uniform_sources
-from vpd_lens.decomposition.sigmoids import LEAK, row_blocks, upper_leaky
+from vpd_lens.decomposition.sigmoids import LEAK, row_blocks, upper_leaky, where_above
 
 DivergenceOf = Callable[[Masks], Tensor]
 
@@ -81,7 +81,8 @@ class _PowerSum(torch.autograd.Function):
             torch.pow(g, p, out=out)
             total += out.sum(0)
             out.div_(g).mul_(p)
-            torch.where(rows > 1, LEAK * out, out, out=out).masked_fill_(rows < 0, 0)
+            above_one = where_above(out, rows, 1)
+            out.copy_(where_above(out, rows, 0)).sub_(above_one, alpha=1 - LEAK)
         ctx.save_for_backward(slope)
         return total
 

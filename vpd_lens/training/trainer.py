@@ -24,6 +24,7 @@ from vpd_lens.training.config import VPDConfig
 from vpd_lens.training.data import token_batches
 from vpd_lens.training.diagnostics import Diagnostics
 from vpd_lens.training.logging import MetricsLog
+from vpd_lens.training.memory import keep_freed_memory
 from vpd_lens.training.step import Losses, Stepper, require_finite, warm_up_faithfulness
 
 
@@ -94,6 +95,8 @@ def train(
             model, sites, config.n_subcomponents, config.importance, example, seed=config.seed
         )
     vpd: Decomposition = model.__dict__["vpd"]
+    if vpd.device.type == "cpu":
+        keep_freed_memory()
     batches = token_batches(
         data,
         model=model,

@@ -1,0 +1,116 @@
+"""Matplotlib figures as inline SVG that takes its colours from the page around it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Stand-ins, replaced by the page's own colours, which differ between light and dark themes.
+INK, MUTED, GRID = "#010203", "#040506", "#070809"
+_CSS = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--grid)"}
+
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+}
+
+
+@contextmanager
+def svg_style(name: str) -> Iterator[None]:
+    """Make figures inside the block fit for `to_svg`, without touching the user's settings.
+
+    Args:
+        name: Distinguishes the figure's identifiers from those of others on the page.
+    """
+    with rc_context({**_STYLE, "svg.hashsalt": name}):
+        yield
+
+
+def draw(name: str, label: str, size: tuple[float, float], plot: Callable[[Figure], object]) -> str:
+    """Draw one figure.
+
+    Args:
+        name: Unique on the page.
+        label: What it shows, for screen readers.
+        size: Width and height in inches; only their ratio and the size of text follow from it.
+        plot: Fills the figure.
+
+    Returns:
+        An `<svg>` element without width, height, external references or namespaces.
+    """
+    with svg_style(name):
+        figure = Figure(figsize=size, layout="constrained")
+        plot(figure)
+        return to_svg(figure, label)
+
+
+def to_svg(figure: Figure, label: str) -> str:
+    """`figure` as an inline `<svg>` element; see `draw`."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    view = re.search(r'viewBox="([^"]*)"', text)
+    assert view is not None
+    body = text[text.index(">", view.end()) + 1 :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
+    body = re.sub(r"<!--.*?-->\s*", "", body, flags=re.S)
+    body = re.sub(r'<g id="[^"]*"', "<g", body).replace("xlink:href", "href")
+    body = re.sub(r"font: (\S+) [^;\"]*", r"font-size: \1", body)
+    body = re.sub(r"(\d\.\d\d)\d+", r"\1", body)
+    body = re.sub(r"\s*\n\s*", "\n", body)
+    for stand_in, colour in _CSS.items():
+        body = body.replace(stand_in, colour)
+    return f'<svg viewBox="{view[1]}" role="img" aria-label="{label}">{body.strip()}'
+
+
+def legend_above(axes: Axes, handles: Sequence[Artist] | None = None) -> None:
+    """A legend in one line above the axes, so that it never covers data.
+
+    Args:
+        axes: Where.
+        handles: The entries; by default every labelled artist.
+    """
+    if handles is None:
+        handles = axes.get_legend_handles_labels()[0]
+    axes.legend(
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=12,
+        borderaxespad=0.3,
+        columnspacing=1.4,
+        handlelength=1.2,
+        handletextpad=0.5,
+        borderpad=0.2,
+    )
