@@ -95,11 +95,11 @@ def save_architecture(architecture: str, folder: Path) -> Path:
         )
         model = randomise(getattr(transformers, model_class)(config))
         model.save_pretrained(target)
-        _tokenizer().save_pretrained(target)
+        make_tokenizer().save_pretrained(target)
     return target
 
 
-def _tokenizer() -> Any:
+def make_tokenizer() -> Any:
     """A word-level tokenizer: `w3 w4` has one token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

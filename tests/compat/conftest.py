@@ -3,12 +3,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from .builders import boot, has_hooked_transformer, hooked, native, save_architecture
+from .builders import (
+    boot,
+    has_hooked_transformer,
+    hooked,
+    make_tokenizer,
+    native,
+    save_architecture,
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,3 +55,13 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., nn.Module]:
         return hooked(name, dtype)
 
     return new
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer loaded from disk, as HookedTransformer wants it."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer().save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)

@@ -13,11 +13,10 @@ from .builders import tokens
 from .dense import dense_weights, masked_weights, random_masks
 
 CASES = [
-    *("bridge-gpt2-default", "bridge-llama-default", "bridge-llama-processed"),
-    *("bridge-gemma2-default", "bridge-gpt_neox-unprocessed"),
-    *("native-rms_gated", "hooked-rotary", "hooked-grouped"),
+    *("bridge-gpt2-default", "bridge-llama-processed", "bridge-gemma2-unprocessed"),
+    *("native-rms_gated", "hooked-grouped"),
 ]
-MODES = ["target", "unmasked", "ci", "rounded", "stochastic", "adversarial", "random"]
+MODES = ["target", "ci", "rounded", "stochastic", "adversarial"]
 NEW = 4
 
 
@@ -60,11 +59,11 @@ def test_cached_and_uncached_generation_agree(
     model: nn.Module, logits: list[Tensor], mode: str
 ) -> None:
     x = tokens(length=5)
-    with model.vpd.masked(mode, seed=7, n_steps=2):
+    with model.vpd.masked(mode, seed=7, n_steps=1):
         cached = generate(model, x, cached=has_cache(model))
     with_cache = logits[-NEW:]
     logits.clear()
-    with model.vpd.masked(mode, seed=7, n_steps=2):
+    with model.vpd.masked(mode, seed=7, n_steps=1):
         uncached = generate(model, x, cached=False)
     assert torch.equal(cached, uncached)
     assert cached.shape == (2, 5 + NEW)
@@ -91,12 +90,14 @@ def test_generation_under_fixed_masks_equals_dense_weights(
 
 
 @pytest.mark.parametrize("mode", ["ci", "stochastic"])
-def test_stream_agrees_with_generate(model: nn.Module, mode: str) -> None:
+def test_stream_agrees_with_generate(model: nn.Module, mode: str, tokenizer: Any) -> None:
     if not hasattr(model, "generate_stream"):
         pytest.skip("this class has no generate_stream")
     x = tokens(length=5)
-    # HookedTransformer streams one sequence at a time.
-    x = x if is_bridge(model) else x[:1]
+    # HookedTransformer streams one sequence at a time, and only with a tokenizer.
+    if not is_bridge(model):
+        x = x[:1]
+        model.set_tokenizer(tokenizer)
     with model.vpd.masked(mode, seed=7):
         expected = generate(model, x, cached=has_cache(model))
     with model.vpd.masked(mode, seed=7):
@@ -124,7 +125,7 @@ def test_left_padded_strings(case: str, mode: str, build: Callable[..., nn.Modul
     prompts = ["w9 w10 w11 w12 w13", "w20 w21"]
     outputs = []
     for cached in (True, False):
-        with model.vpd.masked(mode, seed=7, n_steps=2):
+        with model.vpd.masked(mode, seed=7, n_steps=1):
             outputs.append(generate(model, prompts, cached, return_type="tokens"))
     assert torch.equal(*outputs)
     with model.vpd.masked("unmasked"):
