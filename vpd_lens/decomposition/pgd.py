@@ -48,7 +48,7 @@ def pgd_sources(
         leaves = [sources.components.requires_grad_(), sources.delta.requires_grad_()]
         divergence = divergence_of(sources.masks(g))
         if step in checkpoints:
-            curve[step] = float(divergence)
+            curve[step] = float(divergence.detach())
         gradients = torch.autograd.grad(divergence, leaves)
         sources = Sources(
             *(
