@@ -1,0 +1,387 @@
+"""What `evaluate` reports, checked against dense references and direct counts."""
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import vpd_lens
+from vpd_lens.decomposition import Divergence, Layout, Masks
+from vpd_lens.decomposition.pgd import pgd_sources
+from vpd_lens.errors import ArtefactError, AttachError
+from vpd_lens.evaluation.metrics import (
+    Sparsity,
+    delta_sizes,
+    hidden_error,
+    next_token_cross_entropy,
+    pgd_curve,
+)
+from vpd_lens.sites import find_sites
+
+VOCABULARY, LENGTH = 29, 8
+SETTINGS = {
+    "batch_size": 4,
+    "n_batches": 2,
+    "pgd_steps": (1, 10),
+    "pgd_restarts": 2,
+    "progress": False,
+}
+
+
+def new_model():
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge import TransformerBridge
+
+    model = TransformerBridge.boot_native(
+        TransformerBridgeConfig(
+            d_model=16,
+            d_head=4,
+            n_heads=4,
+            n_layers=2,
+            n_ctx=LENGTH,
+            d_vocab=VOCABULARY,
+            d_mlp=24,
+            act_fn="gelu",
+            normalization_type="LN",
+            seed=0,
+        )
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A decomposed model whose importances cover 0, 1 and everything between."""
+    model = vpd_lens.decompose(new_model(), n_subcomponents=20, seed=2)
+    *_, last = model.vpd.importance.parameters()
+    with torch.no_grad():
+        last += torch.randn(last.shape, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(
+        VOCABULARY, (8, LENGTH), generator=torch.Generator().manual_seed(4)
+    )  # [batch, pos]
+
+
+@pytest.fixture(scope="module")
+def report(model, tokens):
+    return vpd_lens.evaluate(model, tokens, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def importance(model, tokens):
+    g = model.vpd.causal_importance(tokens)
+    assert (g == 0).any()
+    assert (g == 1).any()
+    assert ((g > 0.1) & (g < 0.9)).any()
+    return g
+
+
+def kl(target, masked):
+    log_p, log_q = target.log_softmax(-1), masked.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+
+def cross_entropy(logits, tokens):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+
+@torch.no_grad()
+def dense(model, weight_of):
+    """The same model with every decomposed matrix replaced."""
+    other = new_model()
+    for site in find_sites(other):
+        site.weight.copy_(weight_of(site.name))
+        assert torch.equal(site.weight, weight_of(site.name))
+    return other
+
+
+# --------------------------------------------------------------------- masking modes
+
+
+def test_unmasked_is_the_model_with_the_weights_v_u(model, tokens, report):
+    vpd = model.vpd
+    swapped = dense(model, lambda name: (vpd.v(name) @ vpd.u(name)).detach())
+    with torch.no_grad():
+        target, logits = model(tokens), swapped(tokens)
+    assert kl(target, logits) > 0.1
+    assert report.modes["unmasked"]["kl"] == pytest.approx(kl(target, logits), rel=1e-4)
+    assert report.modes["unmasked"]["ce"] == pytest.approx(cross_entropy(logits, tokens), rel=1e-5)
+
+
+def test_zero_is_the_model_without_its_matrices(model, tokens, report):
+    empty = dense(model, lambda name: torch.zeros(model.vpd.site(name).shape))
+    with torch.no_grad():
+        target, logits = model(tokens), empty(tokens)
+    assert report.modes["zero"]["kl"] == pytest.approx(kl(target, logits), rel=1e-4)
+    assert report.modes["zero"]["ce_recovered"] == pytest.approx(0.0, abs=1e-12)
+    assert report.modes["target"]["kl"] == 0.0
+    assert report.modes["target"]["ce_recovered"] == 1.0
+    assert report.modes["target"]["ce"] == pytest.approx(cross_entropy(target, tokens), rel=1e-6)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.5])
+def test_rounded_masks_are_zeros_and_ones(model, tokens, importance, report, threshold):
+    vpd = model.vpd
+    masks = dict(
+        zip(vpd.layout.names, vpd.layout.split((importance > threshold).float()), strict=True)
+    )
+    with torch.no_grad():
+        target = model(tokens)
+        with vpd.masked(masks, delta=0.0):
+            logits = model(tokens)
+    assert report.modes[f"rounded>{threshold:g}"]["kl"] == pytest.approx(
+        kl(target, logits), rel=1e-4
+    )
+
+
+def test_importances_as_masks_leave_the_delta_out(model, tokens, importance, report):
+    vpd = model.vpd
+    with torch.no_grad():
+        target = model(tokens)
+        with vpd.masked(importance, delta=0.0):
+            logits = model(tokens)
+    assert report.modes["ci"]["kl"] == pytest.approx(kl(target, logits), rel=1e-4)
+    ce = report.modes["ci"]["ce"]
+    zero, whole = report.modes["zero"]["ce"], report.modes["target"]["ce"]
+    assert report.modes["ci"]["ce_recovered"] == pytest.approx((zero - ce) / (zero - whole))
+
+
+def test_cross_entropy_counts_one_term_per_predicted_token():
+    tokens = torch.randint(5, (3, 7))
+    logits = torch.randn(3, 7, 5)
+    terms = [
+        -logits[b, t].log_softmax(-1)[tokens[b, t + 1]] for b in range(3) for t in range(7 - 1)
+    ]
+    assert len(terms) == 3 * (7 - 1)
+    assert next_token_cross_entropy(logits, tokens) == pytest.approx(
+        float(torch.stack(terms).mean()), rel=1e-6
+    )
+
+
+# -------------------------------------------------------------------------- sparsity
+
+
+def test_l0_is_a_count(importance, report, model):
+    layout = model.vpd.layout
+    for key, values in report.l0.items():
+        counts = (importance > float(key)).double().sum(-1).mean()
+        assert values["total"] == pytest.approx(float(counts))
+        for name in layout.names:
+            part = importance[..., layout.columns(name)]
+            assert values[name] == pytest.approx(float((part > float(key)).double().sum(-1).mean()))
+
+
+def test_sums_per_layer_and_total(report):
+    for values in [*report.l0.values(), report.alive]:
+        sites = list(report.n_subcomponents)
+        assert values["total"] == pytest.approx(sum(values[name] for name in sites))
+        for layer in ("blocks.0", "blocks.1"):
+            mine = [values[name] for name in sites if name.startswith(layer + ".")]
+            assert len(mine) == 6
+            assert values[layer] == pytest.approx(sum(mine))
+
+
+def test_alive_means_a_mean_importance_above_one_in_a_million(importance, report):
+    mean = importance.double().flatten(0, -2).mean(0)
+    assert report.alive["total"] == int((mean > 1e-6).sum())
+    sparsity = Sparsity(Layout(("a", "b"), (2, 1)), [0.0], torch.device("cpu"))
+    sparsity.add(torch.tensor([[0.0, 4e-6, 0.9e-6], [0.0, 0.0, 0.9e-6]]))  # means 0, 2e-6, 0.9e-6
+    assert sparsity.alive() == {"a": 1.0, "b": 0.0, "total": 1.0}
+
+
+def test_importances_are_counted_and_sorted(importance, report, model):
+    assert sum(report.ci_histogram) == importance.numel()
+    assert report.ci_histogram[0] >= int((importance == 0).sum())
+    mean = importance.flatten(0, -2).mean(0)
+    for name, values in report.mean_ci.items():
+        expected = mean[model.vpd.layout.columns(name)].sort(descending=True).values
+        assert torch.allclose(torch.tensor(values), expected, atol=1e-6)
+    assert report.n_positions == 8 * LENGTH
+    assert report.batch_shape == [4, LENGTH]
+
+
+# ------------------------------------------------------------------------- adversary
+
+
+def test_the_curve_is_a_forward_with_the_sources_found(model, tokens, importance):
+    vpd = model.vpd
+    with torch.no_grad():
+        target = model(tokens)
+    divergence = Divergence(target, "kl")
+    arguments = {"n_steps": 5, "step_size": 1.0}
+    sources, _ = pgd_sources(
+        lambda masks: divergence(vpd.run(masks, tokens)),
+        importance,
+        vpd.layout,
+        generator=torch.Generator().manual_seed(5),
+        **arguments,
+    )
+    curve = pgd_curve(
+        vpd,
+        tokens,
+        importance,
+        divergence,
+        [0, 5],
+        1.0,
+        torch.Generator().manual_seed(5),
+    )
+    masks = importance + (1 - importance) * sources.components
+    with torch.no_grad(), vpd.masked(masks, delta=_by_site(vpd, sources.delta)):
+        logits = model(tokens)
+    assert curve[5] == pytest.approx(kl(target, logits), rel=1e-4)
+    assert curve[5] > curve[0]
+
+
+def _by_site(vpd, delta):
+    return {name: float(delta[..., i]) for i, name in enumerate(vpd.layout.names)}
+
+
+def test_the_adversary_ends_in_a_corner(model, tokens, importance):
+    vpd = model.vpd
+    with torch.no_grad():
+        divergence = Divergence(model(tokens), "kl")
+    sources, _ = pgd_sources(
+        lambda masks: divergence(vpd.run(masks, tokens)), importance, vpd.layout, 5, 1.0
+    )
+    assert sources.components.shape == (1, 1, vpd.layout.total)
+    free = (importance < 1).flatten(0, -2).any(0)  # elsewhere the mask is 1 whatever the source
+    corners = torch.cat([sources.components[..., free], sources.delta], -1)
+    assert ((corners == 0) | (corners == 1)).all()
+
+
+def test_the_adversary_is_worse_than_chance(report):
+    assert report.pgd["10"]["mean"] > report.pgd["1"]["mean"]
+    assert report.pgd["10"]["mean"] > report.modes["stochastic"]["kl"]
+    assert all(value["max"] >= value["mean"] for value in report.pgd.values())
+    assert report.n_pgd_runs == 2
+
+
+# ---------------------------------------------------------------------- faithfulness
+
+
+def test_delta_sizes(model):
+    vpd = model.vpd
+    squares, weights, entries = 0.0, 0.0, 0
+    sizes = delta_sizes(vpd)
+    for site in vpd.sites:
+        delta = vpd.delta(site.name)
+        assert torch.allclose(delta, site.weight - vpd.v(site.name) @ vpd.u(site.name), atol=1e-5)
+        assert sizes[site.name]["mse"] == pytest.approx(float(delta.square().mean()), rel=1e-5)
+        assert sizes[site.name]["relative"] == pytest.approx(
+            float(delta.norm() / site.weight.norm()), rel=1e-5
+        )
+        squares += float(delta.square().sum())
+        weights += float(site.weight.square().sum())
+        entries += delta.numel()
+    assert sizes["total"]["mse"] == pytest.approx(squares / entries, rel=1e-5)
+    assert sizes["total"]["relative"] == pytest.approx((squares / weights) ** 0.5, rel=1e-5)
+
+
+def test_an_exact_decomposition_has_no_error(tokens):
+    model = vpd_lens.decompose(new_model(), n_subcomponents=lambda site: site.shape[0])
+    vpd = model.vpd
+    with torch.no_grad():
+        for site in vpd.sites:
+            vpd.v(site.name).copy_(torch.eye(site.shape[0]))
+            vpd.u(site.name).copy_(site.weight)
+    ones = Masks(torch.ones(1, 1, vpd.layout.total), torch.zeros(1, 1, vpd.layout.n_sites))
+    _, clean = vpd.run_recording(None, tokens)
+    assert max(hidden_error(vpd, tokens, ones, clean).values()) < 1e-10
+    report = vpd_lens.evaluate(model, tokens, **{**SETTINGS, "pgd_steps": ()})
+    assert report.modes["unmasked"]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert report.modes["unmasked"]["ce_recovered"] == pytest.approx(1.0, abs=1e-5)
+    assert report.delta["total"]["relative"] == 0.0
+    assert report.pgd == {}
+
+
+# ----------------------------------------------------------------- report and page
+
+
+def test_the_same_seed_gives_the_same_report(model, tokens, report):
+    assert vpd_lens.evaluate(model, tokens, **SETTINGS) == report
+    other = vpd_lens.evaluate(model, tokens, **{**SETTINGS, "pgd_steps": ()}, seed=1)
+    assert other.modes["stochastic"] != report.modes["stochastic"]
+    assert other.modes["unmasked"] == report.modes["unmasked"]
+
+
+def test_without_a_decomposition():
+    with pytest.raises(AttachError, match="decompose"):
+        vpd_lens.evaluate(new_model(), torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_json_round_trip(report, tmp_path):
+    path = report.to_json(tmp_path / "report.json")
+    assert vpd_lens.EvalReport.from_json(path) == report
+    odd = copy.deepcopy(report)
+    odd.modes["ci"]["ce_recovered"] = float("nan")
+    again = vpd_lens.EvalReport.from_json(odd.to_json(tmp_path / "odd.json"))
+    assert again.modes["ci"]["ce_recovered"] != again.modes["ci"]["ce_recovered"]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"modes": {}}', None, "extra"])
+def test_damaged_json(report, tmp_path, damage):
+    path = tmp_path / "report.json"
+    if damage == "extra":
+        path.write_text(report.model_dump_json()[:-1] + ', "new": 1}')
+    elif damage is not None:
+        path.write_text(damage)
+    with pytest.raises(ArtefactError, match=r"report\.json"):
+        vpd_lens.EvalReport.from_json(path)
+
+
+def test_the_tables_name_every_site_and_mode(report):
+    text = str(report)
+    assert all(name in text for name in [*report.n_subcomponents, *report.modes])
+    assert "kl_pgd_10=" in repr(report)
+
+
+def test_the_page_stands_alone(report, tmp_path):
+    beside = copy.deepcopy(report)
+    beside.pgd["10"]["mean"] = 12.345
+    path = report.to_html(tmp_path / "report.html", "A <title>", beside, "without the adversary")
+    page = path.read_text(encoding="utf-8")
+    assert len(page) < 1_000_000
+    assert "http://" not in page
+    assert "https://" not in page
+    assert not re.search(r"<script|<link|<img|@import|\bsrc=", page)
+    references = set(re.findall(r'(?:href="|url\()([^")]*)', page))
+    assert references
+    assert all(reference.startswith("#") for reference in references)
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert {reference[1:] for reference in references} <= set(ids)
+    assert "prefers-color-scheme: dark" in page
+    assert "A &lt;title&gt;" in page
+    assert "<title>A <title>" not in page
+    assert "without the adversary" in page
+    assert "12.35" in page or "12.34" in page
+    for name in [*report.n_subcomponents, *(mode.replace(">", "&gt;") for mode in report.modes)]:
+        assert name in page
+
+
+def test_the_page_of_a_toy_model(tmp_path):
+    toy = nn.Sequential(nn.Linear(5, 4, bias=False), nn.Linear(4, 5))
+    data = torch.rand(8, 5, generator=torch.Generator().manual_seed(0))
+    vpd_lens.decompose(toy, n_subcomponents=6, example=data)
+    report = vpd_lens.evaluate(
+        toy, iter([data]), batch_size=8, n_batches=1, pgd_steps=(), progress=False
+    )
+    assert report.divergence == "mse"
+    assert "ce" not in report.modes["zero"]
+    with torch.no_grad():
+        expected = (toy(data) - toy[1].bias).square().mean()
+    assert report.modes["zero"]["kl"] == pytest.approx(float(expected), rel=1e-5)
+    page = report.to_html(tmp_path / "toy.html").read_text(encoding="utf-8")
+    assert "Unmasked MSE" in page
+    assert "cross-entropy" not in page
