@@ -19,7 +19,8 @@ def plain_model() -> nn.Module:
 
 
 def hooked_root_module() -> nn.Module:
-    from transformer_lens.hook_points import HookedRootModule, HookPoint
+    from transformer_lens.hook_points import HookPoint
+    from transformer_lens.HookedRootModule import HookedRootModule
 
     class Two(HookedRootModule):
         def __init__(self) -> None:

@@ -13,10 +13,10 @@ from .builders import tokens
 from .dense import dense_weights, error, masked_weights, random_masks
 
 CASES = [
-    *(f"bridge-{name}-default" for name in ("gpt2", "llama", "gemma2", "gpt_neox", "opt", "olmo2")),
-    *(f"bridge-{name}-processed" for name in ("gpt2", "llama", "gemma2", "gptj")),
+    *(f"bridge-{name}-default" for name in ("gpt2", "gemma2", "gpt_neox", "opt", "olmo2")),
+    *(f"bridge-{name}-processed" for name in ("llama", "gemma2")),
     "native-rms_gated",
-    *(f"hooked-{name}" for name in ("ln", "grouped", "parallel", "post_norm")),
+    *(f"hooked-{name}" for name in ("ln", "grouped", "post_norm")),
 ]
 
 # Where the input of some matrix can be changed; those that a model lacks are left out.
