@@ -163,7 +163,7 @@ def test_damaged_descriptions(saved):
     with pytest.raises(ArtefactError, match="Upgrade vpd-lens"):
         load_model(saved)
     edit(saved, format_version=1, cfg={**record["cfg"], "d_model": 32})
-    with pytest.raises(ArtefactError, match="cannot be rebuilt"):
+    with pytest.raises(ArtefactError, match="cannot rebuild this model"):
         load_model(saved)
     edit(saved, cfg={**record["cfg"], "dtype": "float3"})
     with pytest.raises(ArtefactError, match="float3"):

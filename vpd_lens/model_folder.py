@@ -152,9 +152,9 @@ def hooked_transformer_class() -> tuple[Any, Any]:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
     except ImportError:
         raise ArtefactError(
-            f"A HookedTransformer is asked for, and TransformerLens {installed_version()} no longer "
-            "has that class. Install transformer-lens<4, or use model_class='bridge' with a Hugging "
-            "Face model."
+            f"A HookedTransformer is asked for, and TransformerLens {installed_version()} no "
+            "longer has that class. Install transformer-lens<4, or use model_class='bridge' with "
+            "a Hugging Face model."
         ) from None
     return HookedTransformer, HookedTransformerConfig
 

@@ -33,6 +33,7 @@ from vpd_lens.files import (
     weight_hash,
     write_json,
 )
+from vpd_lens.saved_config import read_config
 from vpd_lens.sites import model_kind
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -128,40 +129,6 @@ def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
     vpd.trained_steps = config["trained_steps"]
     vpd.training_config = config["training"]
     return model
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a saved decomposition, checked for its format.
-
-    Raises:
-        ArtefactError: If it is damaged, incomplete or written by a newer version.
-    """
-    config = read_json(folder / "config.json")
-    version = config.get("format_version")
-    if not isinstance(version, int):
-        raise ArtefactError(f"{folder / 'config.json'}: it has no format_version.")
-    if version > FORMAT_VERSION:
-        raise ArtefactError(
-            f"{folder}: format version {version} is newer than this library reads "
-            f"({FORMAT_VERSION}). Upgrade vpd-lens."
-        )
-    expected = {
-        "vpd_lens_version",
-        "sites",
-        "n_subcomponents",
-        "importance",
-        "divergence",
-        "trained_steps",
-        "training",
-        "sha256",
-        "format_version",
-    }
-    if set(config) != expected:
-        raise ArtefactError(
-            f"{folder / 'config.json'}: missing fields {sorted(expected - set(config))}, unknown "
-            f"fields {sorted(set(config) - expected)}. It was changed, or written by another version."
-        )
-    return config
 
 
 def subcomponent_tensors(vpd: Decomposition) -> dict[str, Tensor]:

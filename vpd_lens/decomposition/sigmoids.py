@@ -30,9 +30,9 @@ class _LowerLeaky(torch.autograd.Function):
             # Below zero only the push upwards (negative gradient) passes, scaled by alpha, so
             # that a dead subcomponent can revive without its mask ever turning negative.
             torch.clamp(grad, max=0, out=result).mul_(ctx.alpha)
-            result -= where_above(result, z_rows, 0)
-            result += where_above(grad, z_rows, 0)
-            result -= where_above(grad, z_rows, 1)
+            result -= where_above(result, z_rows, 0.0)
+            result += where_above(grad, z_rows, 0.0)
+            result -= where_above(grad, z_rows, 1.0)
         return out, None
 
 

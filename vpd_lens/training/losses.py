@@ -81,8 +81,8 @@ class _PowerSum(torch.autograd.Function):
             torch.pow(g, p, out=out)
             total += out.sum(0)
             out.div_(g).mul_(p)
-            above_one = where_above(out, rows, 1)
-            out.copy_(where_above(out, rows, 0)).sub_(above_one, alpha=1 - LEAK)
+            above_one = where_above(out, rows, 1.0)
+            out.copy_(where_above(out, rows, 0.0)).sub_(above_one, alpha=1 - LEAK)
         ctx.save_for_backward(slope)
         return total
 

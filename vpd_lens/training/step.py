@@ -299,4 +299,4 @@ def warm_up_faithfulness(stepper: Stepper) -> float:
         loss.backward()
         optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return float(loss)
+    return float(loss.detach())

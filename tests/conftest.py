@@ -1,0 +1,55 @@
+"""Shared fixtures. transformer_lens is imported inside functions: the shape checks come first."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def shared_folder(name: str) -> Path:
+    """A folder of reference data kept beside the repository; skips where it is absent."""
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"the reference data {name!r} is not beside this repository")
+    return folder
+
+
+def tiny_bridge(seed: int = 0, **changes):
+    """A 2-layer native bridge with every parameter, norms and biases included, randomised."""
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge import TransformerBridge
+
+    shape = {
+        "d_model": 16,
+        "d_head": 8,
+        "n_heads": 2,
+        "n_layers": 2,
+        "n_ctx": 12,
+        "d_vocab": 29,
+        "d_mlp": 24,
+        "act_fn": "gelu",
+        "normalization_type": "LN",
+        "seed": seed,
+    }
+    model = TransformerBridge.boot_native(TransformerBridgeConfig(**{**shape, **changes}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def model():
+    return tiny_bridge()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 29, (64, 8), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,325 @@
+"""The command line: in this process where possible, as a real process where it matters."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from compat.builders import VOCABULARY, native, save_architecture
+from typer.testing import CliRunner
+
+from vpd_lens import EvalReport
+from vpd_lens.cli import app
+from vpd_lens.errors import ConfigError
+from vpd_lens.models import save_model
+from vpd_lens.run_file import read_run_file
+
+TRAINING = {
+    "preset": "small",
+    "n_subcomponents": 6,
+    "importance": {"d_model": 16, "n_blocks": 1, "n_heads": 2, "d_ffn": 16},
+    "steps": 6,
+    "batch_size": 4,
+    "seq_len": 8,
+    "log_every": 2,
+    "faithfulness": {"warmup_steps": 3},
+}
+PROGRAM = [sys.executable, "-c", "from vpd_lens.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a model that has a tokenizer, token data and text data."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = AutoTokenizer.from_pretrained(str(save_architecture("llama", folder)))
+    model = TransformerBridge.boot_native(native("ln").cfg, tokenizer=tokenizer)
+    save_model(model, folder / "model")
+    random = np.random.default_rng(0)
+    np.save(folder / "tokens.npy", random.integers(4, VOCABULARY, 5000).astype(np.uint16))
+    (folder / "text").mkdir()
+    for index in range(3):
+        words = (f"w{i}" for i in random.integers(4, VOCABULARY, 300))
+        (folder / "text" / f"{index}.txt").write_text(" ".join(words))
+    return folder
+
+
+@pytest.fixture
+def write_run(base, tmp_path):
+    """Write a run file, with changes at the top level and in `training`."""
+
+    def write(training=None, **changes):
+        run = {
+            "model": {"source": str(base / "model")},
+            "data": str(base / "tokens.npy"),
+            "output": str(tmp_path / "out"),
+            "training": {**TRAINING, **(training or {})},
+            **changes,
+        }
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in run.items() if v is not None}))
+        return path
+
+    return write
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def assert_one_line(result, *words):
+    assert result.stderr.startswith("vpd-lens: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def steps_of(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    """A finished run with an evaluation, through the program."""
+    folder = tmp_path_factory.mktemp("finished")
+    run = {
+        "model": {"source": str(base / "model")},
+        "data": str(base / "text"),
+        "output": str(folder / "out"),
+        "training": TRAINING,
+        "evaluation": {
+            "data": str(base / "text"),
+            "n_batches": 1,
+            "batch_size": 4,
+            "pgd_steps": [2],
+            "pgd_restarts": 1,
+        },
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    result = call("train", folder / "run.yaml")
+    return folder / "out", result
+
+
+# ----------------------------------------------------------------------------- train
+
+
+def test_training_on_text_with_an_evaluation(finished):
+    folder, result = finished
+    assert steps_of(folder) == [2, 4, 6]
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoint",
+        "config.yaml",
+        "decomposition",
+        "metrics.jsonl",
+        "report.html",
+        "report.json",
+    }
+    report = EvalReport.from_json(folder / "report.json")
+    assert report.trained_steps == 6
+    assert report.batch_shape == [4, 8]  # as long as in training
+    assert list(report.pgd) == ["2"]
+    assert "blocks.1.mlp.out" in (folder / "report.html").read_text()
+    assert "Masking modes" in result.stdout
+
+
+def test_overrides(write_run, base, tmp_path):
+    path = write_run(output="not/here", data="nor/here")
+    changes = ["steps=2", "optimiser.lr=1e-3", "training.seed=7", "minimality={p_end: 0.5}"]
+    changes += [f"data={base / 'tokens.npy'}", "sites=mlp"]
+    flags = [part for change in changes for part in ("--set", change)]
+    result = call("train", path, *flags, "--output", tmp_path / "a: #b", "--quiet")
+    assert result.output == ""
+    config = yaml.safe_load((tmp_path / "a: #b" / "config.yaml").read_text())
+    assert config["steps"] == 2
+    assert config["seed"] == 7
+    assert config["optimiser"]["lr"] == 1e-3
+    assert config["optimiser"]["clip_importance"] == 1.0  # the preset's, not replaced
+    assert config["minimality"]["p_end"] == 0.5
+    assert config["sites"] == "mlp"
+    sites = json.loads((tmp_path / "a: #b" / "decomposition" / "config.json").read_text())["sites"]
+    assert sites == [f"blocks.{i}.mlp.{kind}" for i in (0, 1) for kind in ("in", "out")]
+
+
+def test_numbers_with_exponents_are_numbers(write_run):
+    path = write_run()
+    path.write_text(path.read_text().replace("steps: 6", "steps: 1e1\n  optimiser: {lr: 2E-4}"))
+    run = read_run_file(path, ["faithfulness.coefficient=1e6", "n_subcomponents={attn: 3, mlp: 4}"])
+    assert run.training.steps == 10
+    assert run.training.optimiser.lr == 2e-4
+    assert run.training.faithfulness.coefficient == 1e6
+    assert run.training.faithfulness.warmup_steps == 3
+    assert run.training.n_subcomponents == {"attn": 3, "mlp": 4}
+    assert read_run_file(path, ["model.processing=none"]).model.processing == "none"
+    assert read_run_file(path, ["prepend_bos=false"]).prepend_bos is False
+    with pytest.raises(ConfigError, match=r"model\.source\.x"):
+        read_run_file(path, ["model.source.x=1"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--set", "optimiser.lrr=1"], ["optimiser.lrr", "no such field"]),
+        (["--set", "modle=1"], ["modle", "no such field"]),
+        (["--set", "model.sauce=1"], ["model.sauce", "no such field"]),
+        (["--set", "steps"], ["PATH=VALUE"]),
+        (["--set", "steps=[1"], ["not YAML"]),
+        (["--set", "steps=0"], ["steps", "greater than or equal to 1", "got 0"]),
+        (["--set", "preset=big"], ["preset", "paper, small, spd"]),
+        (["--set", "model.model_class=gpt"], ["model.model_class", "hooked_transformer"]),
+        (["--set", "model.source=./nowhere"], ["nowhere", "no such directory"]),
+        (["--set", "data=/nowhere.npy"], ["/nowhere.npy"]),
+        (["--device", "quantum"], ["device='quantum'"]),
+        (["--wandb-mode", "offline"], ["--wandb PROJECT"]),
+        (["--resume"], ["checkpoint"]),
+    ],
+)
+def test_bad_input_is_said_in_one_line(write_run, flags, words):
+    assert_one_line(call("train", write_run(), *flags, code=2), *words)
+
+
+def test_bad_run_files(write_run, tmp_path):
+    assert_one_line(call("train", tmp_path / "none.yaml", code=2), "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    assert_one_line(call("train", tmp_path / "bad.yaml", code=2), "bad.yaml", "YAML")
+    (tmp_path / "list.yaml").write_text("- 1")
+    assert_one_line(call("train", tmp_path / "list.yaml", code=2), "mapping", "list")
+    assert_one_line(call("train", write_run(data=None), code=2), "data: missing")
+    assert_one_line(call("train", write_run(colour="red"), code=2), "colour", "no such field")
+    result = call("train", write_run(evaluation={"n_batches": 0}), code=2)
+    assert_one_line(result, "evaluation.data: missing", "evaluation.n_batches")
+
+
+def test_an_output_is_not_overwritten(finished, write_run):
+    folder, _ = finished
+    result = call("train", write_run(), "--output", folder, code=2)
+    assert_one_line(result, "already holds a run")
+    assert isinstance(
+        CliRunner().invoke(app, ["train", "nowhere.yaml", "--debug"]).exception, ConfigError
+    )
+
+
+def test_interrupted_and_resumed(write_run, tmp_path):
+    path = write_run({"steps": 40, "batch_size": 64, "seq_len": 32, "log_every": 1})
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [*PROGRAM, "train", str(path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not ((out / "metrics.jsonl").exists() and steps_of(out)):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "stopped by SIGTERM" in errors
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    done = json.loads((out / "checkpoint" / "checkpoint.json").read_text())["step"]
+    assert 1 <= done < 40
+    assert not (out / "decomposition").exists()
+    assert_one_line(call("info", out, code=2), "--resume")
+    assert_one_line(call("train", path, "--resume", "--set", "seed=1", code=2), "seed")
+    call("train", path, "--resume", "--quiet")
+    assert steps_of(out) == list(range(1, 41))
+    assert json.loads((out / "decomposition" / "config.json").read_text())["trained_steps"] == 40
+
+
+def test_wandb_offline(write_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    call("train", write_run(), "--wandb", "vpd", "--wandb-mode", "offline", "--quiet")
+    files = list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 1
+    assert files[0].stat().st_size > 0
+    state = json.loads((tmp_path / "out" / "checkpoint" / "checkpoint.json").read_text())
+    assert state["extra"]["wandb_id"] in files[0].name
+
+
+# ---------------------------------------------------------------------- eval and info
+
+
+def test_eval(finished, base, tmp_path):
+    folder, _ = finished
+    arguments = ["eval", folder, "--model", base / "model", "--data", base / "tokens.npy"]
+    arguments += ["--n-batches", 1, "--batch-size", 2, "--seq-len", 8, "--pgd-steps", "1,2"]
+    new = tmp_path / "new"
+    result = call(*arguments, "--json", new / "r.json", "--html", new / "r.html")
+    assert "stochastic_subset" in result.stdout
+    assert "blocks.0.attn.q" in result.stdout
+    report = EvalReport.from_json(new / "r.json")
+    assert list(report.pgd) == ["1", "2"]
+    assert report.batch_shape == [2, 8]
+    arguments[arguments.index("1,2")] = "none"
+    beside = ["--beside", folder / "report.json", "--beside-name", "on text"]
+    result = call(*arguments, *beside, "--html", new / "r.html", "--seed", 1)
+    assert "on text" in result.stdout
+    assert "on text" in (new / "r.html").read_text()
+
+
+def test_eval_of_the_wrong_things(finished, base, tmp_path):
+    folder, _ = finished
+    data = ["--data", base / "tokens.npy"]
+    model = ["--model", base / "model"]
+    assert_one_line(call("eval", tmp_path / "none", *model, *data, code=2), "none")
+    assert_one_line(call("eval", folder, *model, *data, "--pgd-steps", "a", code=2), "--pgd-steps")
+    other = save_model(native("rms_gated"), tmp_path / "other")
+    result = call("eval", folder, "--model", other, *data, code=2)
+    assert_one_line(result, "differ")
+
+
+def test_info_needs_neither_model_nor_transformer_lens(finished):
+    folder, _ = finished
+    program = (
+        "import sys; from vpd_lens.cli import app; app(sys.argv[1:], standalone_mode=False); "
+        "assert 'transformer_lens' not in sys.modules"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, "info", str(folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for word in ("trained for 6 steps", "blocks.1.attn.o", "optimiser.lr", "stochastic", "native"):
+        assert word in result.stdout
+
+
+def test_info_of_the_wrong_things(finished, tmp_path):
+    assert_one_line(call("info", tmp_path / "none", code=2), "no such directory")
+    (tmp_path / "config.json").write_text('{"format_version": 99}')
+    assert_one_line(call("info", tmp_path, code=2), "Upgrade vpd-lens")
+
+
+# ------------------------------------------------------------------------- the program
+
+
+def test_help_is_fast():
+    program = (
+        "import sys, time; start = time.process_time(); from vpd_lens.cli import app; "
+        "app(['train', '--help'], standalone_mode=False); seconds = time.process_time() - start; "
+        "assert 'torch' not in sys.modules; assert seconds < 1, seconds"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "--set" in re.sub(r"\x1b\[[0-9;]*m", "", result.stdout)
+
+
+def test_the_installed_command():
+    command = Path(sys.executable).with_name("vpd-lens")
+    assert os.access(command, os.X_OK)
+    result = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("vpd-lens 0.")

@@ -1,0 +1,108 @@
+"""The documentation runs: every Python block of every page, page by page, and names what is public."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import vpd_lens
+from vpd_lens import errors
+
+DOCS = Path(__file__).parents[1] / "docs"
+NO_RUN = "<!-- no-run -->"
+FENCE = re.compile(r"^(?P<indent> *)```python *\n(?P<code>.*?)^(?P=indent)``` *$", re.M | re.S)
+
+
+class Block(NamedTuple):
+    """A code block and the line it begins on."""
+
+    line: int
+    code: str
+
+
+def blocks(page: Path) -> list[Block]:
+    """The blocks of a page that are run: all but those below a `<!-- no-run -->` line."""
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in FENCE.finditer(text):
+        before = text[: match.start()].rstrip().rsplit("\n", 1)[-1].strip()
+        if before != NO_RUN:
+            line = text.count("\n", 0, match.start("code"))
+            found.append(Block(line, textwrap.dedent(match["code"])))
+    return found
+
+
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if blocks(page)]
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory, one thread and no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_every_python_block_runs(page: Path, scratch: Path) -> None:
+    namespace = {"__name__": "docs"}
+    for block in blocks(page):
+        # Blank lines in front, so that a traceback names the line of the page.
+        source = "\n" * block.line + block.code
+        exec(compile(source, str(page), "exec", dont_inherit=True), namespace)
+
+
+def api_pages() -> str:
+    return "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+
+
+@pytest.mark.parametrize("name", vpd_lens.__all__)
+def test_every_public_name_is_in_the_api_pages(name: str) -> None:
+    assert re.search(rf"^::: vpd_lens\.(\w+\.)*{name}$", api_pages(), re.M), name
+
+
+ERRORS = [name for name, kind in vars(errors).items() if inspect.isclass(kind)]
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_every_error_is_in_the_api_and_explained(name: str) -> None:
+    assert f"::: vpd_lens.errors.{name}" in api_pages()
+    assert f"`{name}`" in (DOCS / "errors.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda p: str(p.relative_to(DOCS)))
+def test_documented_members_exist(page: Path) -> None:
+    """An explicit `members:` list must not name what was renamed or removed."""
+    text = page.read_text(encoding="utf-8")
+    for match in re.finditer(r"^::: ([\w.]+)\n((?: {4}.*\n?)*)", text, re.M):
+        target = resolve(match[1])
+        for member in re.findall(r"^ {8,}- (\w+)$", match[2], re.M):
+            assert hasattr(target, member) or member in inspect.get_annotations(target), (
+                f"{match[1]} has no {member}"
+            )
+
+
+def resolve(path: str) -> object:
+    """The object that a dotted path names."""
+    import importlib
+
+    parts = path.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            target: object = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[cut:]:
+            target = getattr(target, part)
+        return target
+    raise AssertionError(f"{path} cannot be imported")

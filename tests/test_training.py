@@ -1,0 +1,515 @@
+"""The step and the loop: gradients, micro-batches, resuming, interruption, failures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from conftest import tiny_bridge
+
+from vpd_lens import load, remove
+from vpd_lens.attach import attach
+from vpd_lens.decomposing import decompose
+from vpd_lens.decomposition import CausalImportanceConfig, Divergence
+from vpd_lens.decomposition.sigmoids import lower_leaky
+from vpd_lens.errors import ArtefactError, ConfigError, NonFiniteLossError
+from vpd_lens.training import VPDConfig, train
+from vpd_lens.training.diagnostics import Diagnostics, TrainingWarning
+from vpd_lens.training.losses import faithfulness, importance_power_sum, minimality
+from vpd_lens.training.step import Stepper, warm_up_faithfulness
+
+IMPORTANCE = CausalImportanceConfig(d_model=16, n_blocks=1, n_heads=2, d_ffn=32)
+
+
+def config(**changes):
+    base = {
+        "steps": 8,
+        "batch_size": 4,
+        "n_subcomponents": 12,
+        "importance": IMPORTANCE,
+        "faithfulness": {"coefficient": 1e3, "warmup_steps": 5},
+        "log_every": 2,
+    }
+    return VPDConfig.small(**{**base, **changes})
+
+
+def state(vpd):
+    return [p.detach().clone() for p in vpd.parameters()]
+
+
+def fresh_stepper(changes=None):
+    model = tiny_bridge()
+    attach(model, n_subcomponents=12, importance=IMPORTANCE)
+    return Stepper(model.vpd, config(**(changes or {})))
+
+
+def test_one_step_is_the_paper_s_step(tokens):
+    """Losses and parameter gradients of a step against a literal, loss-by-loss computation."""
+    stepper = fresh_stepper({"stochastic": {"routing": "all"}})
+    vpd, cfg = stepper.vpd, stepper.config
+    stepper.step(tokens[:4], 0)  # creates sources and moments
+    before = torch.Generator().set_state(stepper.generator.get_state())
+    sources = [leaf.detach().clone() for leaf in stepper.adversary.leaves()]
+    seen = {}
+    stepper._update = lambda losses, n: seen.update(
+        losses=losses, source=[leaf.grad.clone() for leaf in stepper.adversary.leaves()]
+    )
+    stepper.config = cfg.replaced({"adversary.inner_steps": 0})
+    stepper.step(tokens[4:8], 3)
+    got = [p.grad.clone() for p in vpd.parameters()]
+    vpd.zero_grad()
+
+    output, inputs = vpd.target(tokens[4:8])
+    divergence = Divergence(output)
+    z = vpd.pre_importance(inputs)
+    g = lower_leaky(z)
+    p = 2.0 + (0.4 - 2.0) * 3 / cfg.steps
+    r = torch.rand(g.shape, generator=before)
+    r_delta = torch.rand(*g.shape[:-1], vpd.layout.n_sites, generator=before)
+    stochastic = divergence(vpd.run(_masks(g, r, r_delta), tokens[4:8]))
+    leaves = [leaf.requires_grad_() for leaf in sources]
+    adversarial = divergence(vpd.run(_masks(g, *leaves), tokens[4:8]))
+    least = minimality(importance_power_sum(z, p), 4 * 8, 0.5)
+    faith = faithfulness(vpd.subcomponents.deltas([s.weight for s in vpd.sites]))
+    total = (
+        0.5 * stochastic
+        + 0.5 * adversarial
+        + cfg.minimality.coefficient * least
+        + cfg.faithfulness.coefficient * faith
+    )
+    total.backward()
+    for name, expected in (
+        ("stochastic", stochastic),
+        ("adversarial", adversarial),
+        ("minimality", least),
+        ("faithfulness", faith),
+        ("total", total),
+    ):
+        torch.testing.assert_close(seen["losses"][name], expected.detach(), rtol=1e-4, atol=1e-6)
+    for a, e in zip(got, [p.grad for p in vpd.parameters()], strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-6)
+    # The main backward leaves coefficient times the sources' own gradient: nothing else reaches them.
+    for a, leaf in zip(seen["source"], leaves, strict=True):
+        torch.testing.assert_close(a, leaf.grad, rtol=1e-3, atol=1e-8)
+
+
+def _masks(g, r, r_delta):
+    from vpd_lens.decomposition import Masks
+
+    return Masks(g + (1 - g) * r, r_delta)
+
+
+def test_source_update_ignores_the_loss_coefficient(tokens):
+    """Doubling the adversary's coefficient changes the parameters but not the sources."""
+    results = []
+    for coefficient in (0.5, 1.0):
+        stepper = fresh_stepper({"adversary": {"coefficient": coefficient, "lr_warmup": 0.0}})
+        stepper.step(tokens[:4], 0)
+        results.append([leaf.detach().clone() for leaf in stepper.adversary.leaves()])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
+
+
+def test_micro_batches_equal_the_whole_batch(tokens):
+    """Sums over the batch inside the frequency term included."""
+    gradients, sources = [], []
+    for count in (1, 4):
+        stepper = fresh_stepper({"micro_batches": count, "stochastic": {"coefficient": 0.0}})
+        stepper.optimiser.step = lambda: None
+        stepper.optimiser.zero_grad = lambda set_to_none=True: None
+        losses, _ = stepper.step(tokens[:4], 3)
+        gradients.append([p.grad.clone() for p in stepper.vpd.parameters()] + list(losses.values()))
+        sources.append([leaf.detach().clone() for leaf in stepper.adversary.leaves()])
+    for one, many in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, many, rtol=2e-4, atol=1e-6)
+    for one, many in zip(*sources, strict=True):
+        # Adam's first steps follow the sign, so a gradient that is zero up to rounding may differ.
+        assert ((one - many).abs() < 1e-5).float().mean() > 0.999
+
+
+def test_importances_are_constant_in_the_inner_steps_and_weights_get_no_gradient(tokens):
+    stepper = fresh_stepper()
+    stepper._schedule(0)
+    parts = stepper._prepare(tokens[:4])
+    stepper._refine_adversary(parts, tokens[:4])
+    assert all(p.grad is None for p in stepper.vpd.parameters())
+    assert all(p.grad is None for p in stepper.vpd.model.parameters())
+
+
+def test_only_the_subcomponents_are_clipped_by_default(tokens):
+    stepper = fresh_stepper({"optimiser": {"lr": 1e-3, "clip_subcomponents": 1e-3}})
+    norms = {}
+    stepper.optimiser.step = lambda: norms.update(
+        v=_norm(stepper.vpd.subcomponents), g=_norm(stepper.vpd.importance)
+    )
+    losses, _ = stepper.step(tokens[:4], 0)
+    assert norms["v"] == pytest.approx(1e-3, rel=1e-3)
+    assert norms["g"] == pytest.approx(float(losses["grad_norm/importance"]), rel=1e-4)
+
+
+def _norm(module):
+    return float(torch.stack([p.grad.norm() for p in module.parameters()]).norm())
+
+
+def test_faithfulness_warm_up_fits_the_weights():
+    stepper = fresh_stepper({"faithfulness": {"warmup_steps": 400, "warmup_lr": 1e-2}, "n_subcomponents": 32})
+    importance = [p.clone() for p in stepper.vpd.importance.parameters()]
+    start = float(faithfulness(stepper.vpd.subcomponents.deltas(stepper.weights)).detach())
+    end = warm_up_faithfulness(stepper)
+    assert end < start / 20
+    assert all(map(torch.equal, importance, stepper.vpd.importance.parameters()))
+
+
+def test_training_improves_and_leaves_the_base_weights_alone(tokens, tmp_path):
+    model = tiny_bridge()
+    weights = [p.clone() for p in model.parameters()]
+    logits = model(tokens[:4])
+    result = train(
+        model, tokens, config(steps=40, log_every=5), output=tmp_path / "run", progress=False
+    )
+    assert all(map(torch.equal, weights, model.parameters()))
+    assert torch.equal(model(tokens[:4]), logits)
+    first, last = result.history[0], result.history[-1]
+    assert last["stochastic"] < 0.7 * first["stochastic"]
+    assert model.vpd.trained_steps == 40
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(5, 41, 5))
+    again = load(result.folder / "decomposition", tiny_bridge())
+    assert all(map(torch.equal, state(model.vpd), state(again.vpd)))
+
+
+def test_the_same_seed_gives_the_same_run(tokens, tmp_path):
+    runs = []
+    for name in "ab":
+        model = tiny_bridge()
+        train(model, tokens, config(), output=tmp_path / name, progress=False)
+        runs.append(state(model.vpd))
+    assert all(map(torch.equal, *runs))
+
+
+def test_resuming_after_a_crash_is_bit_identical(tokens, tmp_path):
+    """2N steps equal N steps, a crash some steps after the checkpoint, and the rest."""
+    run = config(checkpoint_every=4)
+    straight = tiny_bridge()
+    train(straight, tokens, run, output=tmp_path / "straight", progress=False)
+
+    class Crash(Exception):
+        pass
+
+    broken = tiny_bridge()
+    original, calls = Stepper.step, []
+
+    def failing(self, batch, step):
+        if step == 6 and not calls:
+            calls.append(step)
+            raise Crash
+        return original(self, batch, step)
+
+    Stepper.step = failing
+    try:
+        with pytest.raises(Crash):
+            train(broken, tokens, run, output=tmp_path / "broken", progress=False)
+    finally:
+        Stepper.step = original
+    with pytest.raises(ConfigError, match="resume=True"):
+        train(tiny_bridge(), tokens, run, output=tmp_path / "broken", progress=False)
+    resumed = tiny_bridge()
+    train(resumed, tokens, run, output=tmp_path / "broken", resume=True, progress=False)
+    assert all(map(torch.equal, state(straight.vpd), state(resumed.vpd)))
+    steps = [
+        [json.loads(line)["step"] for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("straight", "broken")
+    ]
+    assert steps[0] == steps[1] == [2, 4, 6, 8]
+
+
+class Process:
+    """A training run in a process of its own, which signals can reach at any step."""
+
+    def __init__(self, folder, tokens):
+        self.folder = folder
+        torch.save(tokens, folder / "tokens.pt")
+        (folder / "run.py").write_text(
+            textwrap.dedent(f"""
+            import sys, torch
+            sys.path.insert(0, {os.path.dirname(__file__)!r})
+            torch.set_num_threads(1)
+            from conftest import tiny_bridge
+            from test_training import config
+            from vpd_lens.training import train
+            model = tiny_bridge()
+            train(model, torch.load("tokens.pt"), config(steps=40, log_every=1), output="run",
+                  resume=sys.argv[1] == "resume", progress=False)
+            torch.save([p.detach() for p in model.vpd.parameters()], "result.pt")
+            """)
+        )
+
+    def start(self, mode):
+        return subprocess.Popen(
+            [sys.executable, "run.py", mode],
+            cwd=self.folder,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def stop_with(self, number):
+        """Start, send the signal once five steps are logged, and return what was printed."""
+        process = self.start("new")
+        metrics = self.folder / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 200
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=100)
+        assert process.returncode != 0
+        return error
+
+
+def stopped_at(folder):
+    return json.loads((folder / "run" / "checkpoint" / "checkpoint.json").read_text())["step"]
+
+
+def test_a_killed_process_resumes_bit_identically(tokens, tmp_path):
+    process = Process(tmp_path, tokens)
+    error = process.stop_with(signal.SIGTERM)
+    assert "TrainingInterrupted: stopped by SIGTERM" in error
+    assert "resume=True" in error
+    assert 5 <= stopped_at(tmp_path) < 40
+    assert process.start("resume").wait(200) == 0
+    straight = tiny_bridge()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(
+            straight,
+            tokens,
+            config(steps=40, log_every=1),
+            output=tmp_path / "straight",
+            progress=False,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, state(straight.vpd), torch.load(tmp_path / "result.pt")))
+
+
+def test_ctrl_c_writes_a_checkpoint(tokens, tmp_path):
+    error = Process(tmp_path, tokens).stop_with(signal.SIGINT)
+    assert "TrainingInterrupted: stopped by SIGINT" in error
+    assert 5 <= stopped_at(tmp_path) < 40
+
+
+def test_checkpoint_of_another_configuration_or_model_is_refused(tokens, tmp_path):
+    train(tiny_bridge(), tokens, config(), output=tmp_path / "run", progress=False)
+    options = {"output": tmp_path / "run", "resume": True, "progress": False}
+    with pytest.raises(ArtefactError, match="optimiser"):
+        train(tiny_bridge(), tokens, config(optimiser={"lr": 0.1}), **options)
+    with pytest.raises(ArtefactError, match="differ from those"):
+        train(tiny_bridge(seed=5), tokens, config(), **options)
+    damaged = tmp_path / "run" / "checkpoint" / "state.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    with pytest.raises(ArtefactError, match="checksum"):
+        train(tiny_bridge(), tokens, config(), **options)
+
+
+def test_an_interrupted_checkpoint_write_keeps_the_previous_one(tokens, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    train(tiny_bridge(), tokens, config(), output=folder, progress=False)
+    before = {f.name: f.read_bytes() for f in (folder / "checkpoint").iterdir()}
+    stepper = fresh_stepper()
+
+    def full_disk(*_args, **_kwargs):
+        raise OSError("no space left on device")
+
+    from vpd_lens.training import checkpoints
+
+    monkeypatch.setattr(checkpoints, "write_json", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        checkpoints.save_checkpoint(folder / "checkpoint", stepper, 3, {}, {})
+    assert before == {f.name: f.read_bytes() for f in (folder / "checkpoint").iterdir()}
+    assert sorted(p.name for p in folder.iterdir() if p.name.startswith(".")) == []
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_term(tokens, tmp_path):
+    run = config(checkpoint_every=2)
+    model = tiny_bridge()
+    original = Stepper.step
+
+    def poisoned(self, batch, step):
+        if step == 5:
+            self.vpd.subcomponents.u[0].data[0, 0] = float("inf")
+        return original(self, batch, step)
+
+    Stepper.step = poisoned
+    try:
+        with pytest.raises(NonFiniteLossError, match="stochastic, .*faithfulness"):
+            train(model, tokens, run, output=tmp_path / "run", progress=False)
+    finally:
+        Stepper.step = original
+    record = json.loads((tmp_path / "run" / "checkpoint" / "checkpoint.json").read_text())
+    assert record["step"] == 4
+    resumed = tiny_bridge()
+    train(resumed, tokens, run, output=tmp_path / "run", resume=True, progress=False)
+    assert all(torch.isfinite(p).all() for p in resumed.vpd.parameters())
+
+
+class TestWarnings:
+    healthy = {"l0": 10.0, "ci_max": 1.0, "grad_norm/importance": 1.0}
+
+    def look(self, step, **changes):
+        self.diagnostics.look(step, {**self.healthy, **changes})
+
+    @pytest.fixture(autouse=True)
+    def _fresh(self):
+        self.diagnostics = Diagnostics(100, 1000)
+
+    def test_healthy_runs_are_silent(self, recwarn):
+        for step in range(100, 1001, 100):
+            self.look(step, l0=60.0 if step < 500 else 20.0)
+        assert not recwarn
+
+    def test_collapse(self):
+        with pytest.warns(TrainingWarning, match="collapsed"):
+            self.look(200, ci_max=0.2)
+
+    def test_dense(self):
+        with pytest.warns(TrainingWarning, match="60 of 100"):
+            self.look(700, l0=60.0)
+
+    def test_diverging_gradient_warns_once(self, recwarn):
+        for step in range(6):
+            self.look(step)
+        with pytest.warns(TrainingWarning, match="50 times"):
+            self.look(7, **{"grad_norm/importance": 50.0})
+        self.look(8, **{"grad_norm/importance": 80.0})
+        assert len([w for w in recwarn if w.category is TrainingWarning]) == 0
+
+
+def test_too_high_a_coefficient_really_warns(tokens, tmp_path):
+    run = config(steps=40, minimality={"coefficient": 3.0}, optimiser={"lr": 1e-2}, log_every=10)
+    with pytest.warns(TrainingWarning, match="collapsed"):
+        train(tiny_bridge(), tokens, run, output=tmp_path / "run", progress=False)
+
+
+def test_wandb_offline_writes_a_run(tokens, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(
+        tiny_bridge(),
+        tokens,
+        config(steps=4),
+        output=tmp_path / "run",
+        progress=False,
+        wandb={"project": "vpd-test", "mode": "offline"},
+    )
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert file.stat().st_size > 0
+    record = json.loads((tmp_path / "run" / "checkpoint" / "checkpoint.json").read_text())
+    assert record["extra"]["wandb_id"] in file.name
+
+
+def test_cuda_asked_for_and_absent(tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        train(tiny_bridge(), tokens, config(device="cuda"), output=tmp_path / "run")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_with_bf16_autocast(tokens, tmp_path):
+    model = tiny_bridge()
+    result = train(model, tokens, config(device="cuda", steps=20), output=tmp_path / "run")
+    assert model.vpd.device.type == "cuda"
+    assert all(torch.isfinite(torch.tensor(list(m.values()))).all() for m in result.history)
+
+
+def test_bf16_autocast_losses_are_close_to_fp32(tokens, monkeypatch):
+    """The autocast path, on the CPU's bf16: losses agree to its precision, parameters stay fp32."""
+    results = []
+    for on in (False, True):
+        stepper = fresh_stepper({"adversary": {"inner_steps": 1}})
+        monkeypatch.setattr(
+            Stepper,
+            "_autocast",
+            lambda self, on=on: torch.autocast("cpu", dtype=torch.bfloat16, enabled=on),
+        )
+        losses, _ = stepper.step(tokens[:4], 0)
+        results.append(losses)
+        assert all(p.dtype == torch.float32 for p in stepper.vpd.parameters())
+    for name in ("stochastic", "adversarial", "minimality"):
+        assert float(results[1][name]) == pytest.approx(float(results[0][name]), rel=0.08)
+        assert float(results[1][name]) != float(results[0][name])
+    assert float(results[1]["faithfulness"]) == float(results[0]["faithfulness"])
+
+
+def test_decompose_with_data_trains_and_remove_restores(tokens, tmp_path):
+    model = decompose(tiny_bridge(), tokens, config(), output=tmp_path / "run", progress=False)
+    assert model.vpd.trained_steps == 8
+    assert set(model.vpd.layout.sizes) == {12}
+    remove(model)
+    assert "vpd" not in model.__dict__
+    with pytest.raises(ConfigError, match="data"):
+        decompose(model, output=tmp_path / "x")
+
+
+def test_presets_state_the_papers_values():
+    paper = VPDConfig.paper()
+    assert (paper.steps, paper.batch_size, paper.seq_len) == (400_000, 64, 512)
+    assert (paper.stochastic.coefficient, paper.stochastic.routing) == (0.5, "subset")
+    a = paper.adversary
+    assert (a.coefficient, a.inner_steps, a.lr, a.lr_warmup) == (0.5, 2, 0.01, 0.025)
+    assert (a.beta1, a.beta2, a.eps, a.routing, a.scope) == (0.5, 0.99, 1e-8, "all", "position")
+    m = paper.minimality
+    assert (m.coefficient, m.frequency, m.p_start, m.p_end, m.eps) == (2e-4, 0.5, 2.0, 0.4, 1e-12)
+    f = paper.faithfulness
+    assert (f.coefficient, f.warmup_steps, f.warmup_lr, f.warmup_weight_decay) == (1e7, 400, 1e-3, 0)
+    o = paper.optimiser
+    assert (o.lr, o.final_fraction, o.clip_subcomponents, o.clip_importance) == (5e-5, 0.1, 0.01, None)
+    i = paper.importance
+    assert (i.d_model, i.n_blocks, i.n_heads, i.d_ffn, i.rope_base) == (2048, 8, 16, 8192, 10_000)
+    spd = VPDConfig.spd()
+    assert spd.adversary.coefficient == 0
+    assert spd.minimality.frequency == 0
+    assert (spd.stochastic.routing, spd.stochastic.coefficient) == ("all", 1.0)
+    assert spd.stochastic.layerwise_coefficient == 1.0
+    control = VPDConfig.small().without_adversary()
+    assert control == VPDConfig.small(adversary=control.adversary)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stepz": 3}, "stepz: there is no such field"),
+        ({"optimiser": {"lrr": 1}}, "optimiser.lrr: there is no such field"),
+        ({"steps": 0}, "steps"),
+        ({"batch_size": 5, "micro_batches": 2}, "multiple of micro_batches"),
+        ({"stochastic": {"coefficient": 0}, "adversary": {"coefficient": 0}}, "no reconstruction"),
+        ({"adversary": {"scope": "batch"}, "micro_batches": 2}, "micro_batches"),
+        ({"adversary": {"beta1": 1.5}}, "adversary.beta1"),
+    ],
+)
+def test_bad_configurations_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        VPDConfig(**fields)
+
+
+def test_config_files(tmp_path):
+    file = tmp_path / "run.yaml"
+    VPDConfig.small(steps=7).to_yaml(file)
+    assert VPDConfig.from_yaml(file) == VPDConfig.small(steps=7)
+    file.write_text("preset: spd\noptimiser:\n  lr: 0.001\n")
+    mixed = VPDConfig.from_yaml(file)
+    assert mixed.optimiser.lr == 0.001
+    assert mixed.optimiser.clip_importance == VPDConfig.spd().optimiser.clip_importance
+    assert mixed.stochastic == VPDConfig.spd().stochastic
+    for text, message in (("[1, 2]", "mapping"), ("preset: huge", "preset"), ("a: [", "YAML")):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            VPDConfig.from_yaml(file)
+    with pytest.raises(ConfigError, match="no such field"):
+        VPDConfig().replaced({"optimiser.speed": 1})
