@@ -210,7 +210,7 @@ def test_an_output_is_not_overwritten(finished, write_run):
 
 
 def test_interrupted_and_resumed(write_run, tmp_path):
-    path = write_run({"steps": 40, "batch_size": 64, "seq_len": 32, "log_every": 1})
+    path = write_run({"steps": 12, "batch_size": 64, "seq_len": 32, "log_every": 1})
     out = tmp_path / "out"
     process = subprocess.Popen(
         [*PROGRAM, "train", str(path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -230,13 +230,13 @@ def test_interrupted_and_resumed(write_run, tmp_path):
     assert "--resume" in errors
     assert "Traceback" not in errors
     done = json.loads((out / "checkpoint" / "checkpoint.json").read_text())["step"]
-    assert 1 <= done < 40
+    assert 1 <= done < 12
     assert not (out / "decomposition").exists()
     assert_one_line(call("info", out, code=2), "--resume")
     assert_one_line(call("train", path, "--resume", "--set", "seed=1", code=2), "seed")
     call("train", path, "--resume", "--quiet")
-    assert steps_of(out) == list(range(1, 41))
-    assert json.loads((out / "decomposition" / "config.json").read_text())["trained_steps"] == 40
+    assert steps_of(out) == list(range(1, 13))
+    assert json.loads((out / "decomposition" / "config.json").read_text())["trained_steps"] == 12
 
 
 def test_wandb_offline(write_run, tmp_path, monkeypatch):
