@@ -115,7 +115,9 @@ def test_stochastic_reconstruction(golden):
         routed = torch.zeros(2, 5, 9, dtype=torch.bool)
         for k, matrix in enumerate(MATRICES):
             routed[..., 3 * layer + k] = arrays[f"route_chunk{layer}_{matrix}"].bool()
-        losses.append(divergence(vpd.run(Masks(masks.components, masks.delta, routed), arrays["resid"])))
+        losses.append(
+            divergence(vpd.run(Masks(masks.components, masks.delta, routed), arrays["resid"]))
+        )
     got = float(torch.stack(losses).mean())
     assert got == pytest.approx(reference["reference"]["stoch"], rel=1e-5)
 

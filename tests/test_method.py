@@ -1,4 +1,4 @@
-"""The mathematics of METHOD sections 1-3: sigmoids, masks, routing, losses, adversary, schedules."""
+"""The mathematics of the method: sigmoids, masks, routing, losses, adversary, schedules."""
 
 import math
 
@@ -180,19 +180,21 @@ def test_kl_is_target_to_masked_in_nats_with_its_gradient(monkeypatch):
     assert Divergence(target)(target).abs() < 1e-6
 
 
-def test_adversary_first_step_is_the_learning_rate_and_ignores_batch_size():
+def test_adversary_first_step_is_the_learning_rate_and_ignores_the_scale_of_the_loss():
     layout = Layout(("a", "b"), (3, 2))
-    config = AdversaryConfig(lr=0.01)
+    config = AdversaryConfig(lr=0.01, eps=1e-2)
     moved = []
     for scale in (1.0, 1e-9):
         adversary = PersistentAdversary(config, layout, (2, 4), torch.device("cpu"), _generator(0))
-        for leaf in adversary.leaves():
-            leaf.data.fill_(0.5)
-        gradients = [torch.randn(leaf.shape, generator=_generator(1)) for leaf in adversary.leaves()]
-        sign = [gradient.sign() for gradient in gradients]
-        adversary.ascend([gradient * scale for gradient in gradients], int(1 / scale))
-        moved.append(adversary.leaves()[0].detach() - 0.5)
-        torch.testing.assert_close(moved[-1], 0.01 * sign[0], atol=1e-4, rtol=0)
+        gradient = torch.randn(2, 4, 5, generator=_generator(1))
+        components, delta = adversary.leaves()
+        components.data.fill_(0.5)
+        components.grad, delta.grad = gradient * scale, torch.zeros_like(delta)
+        adversary.ascend(scale)
+        moved.append(components.detach() - 0.5)
+        expected = 0.01 * gradient / (gradient.abs() + 1e-2)
+        torch.testing.assert_close(moved[-1], expected, atol=1e-6, rtol=1e-3)
+        assert components.grad is None
     torch.testing.assert_close(*moved)
 
 
@@ -202,16 +204,21 @@ def test_adversary_stays_in_the_unit_interval():
         AdversaryConfig(lr=0.9), layout, (2, 4), torch.device("cpu"), _generator(0)
     )
     for _ in range(3):
-        adversary.ascend([torch.ones_like(leaf) for leaf in adversary.leaves()], 8)
+        for leaf in adversary.leaves():
+            leaf.grad = torch.ones_like(leaf)
+        adversary.ascend(1.0)
     assert all(torch.equal(leaf, torch.ones_like(leaf)) for leaf in adversary.leaves())
 
 
 @pytest.mark.parametrize(
-    ("scope", "shape"), [("position", (2, 4)), ("sequence", (2, 1)), ("batch", (1, 4)), ("single", (1, 1))]
+    ("scope", "shape"),
+    [("position", (2, 4)), ("sequence", (2, 1)), ("batch", (1, 4)), ("single", (1, 1))],
 )
 def test_adversary_scopes(scope, shape):
     layout = Layout(("a", "b"), (3, 2))
-    adversary = PersistentAdversary(AdversaryConfig(scope=scope), layout, (2, 4), torch.device("cpu"))
+    adversary = PersistentAdversary(
+        AdversaryConfig(scope=scope), layout, (2, 4), torch.device("cpu")
+    )
     assert adversary.sources.components.shape == (*shape, 5)
     assert adversary.sources.delta.shape == (*shape, 2)
     masks = adversary.masks(torch.zeros(2, 4, 5))

@@ -93,7 +93,7 @@ def test_one_step_is_the_paper_s_step(tokens):
         torch.testing.assert_close(seen["losses"][name], expected.detach(), rtol=1e-4, atol=1e-6)
     for a, e in zip(got, [p.grad for p in vpd.parameters()], strict=True):
         torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-6)
-    # The main backward leaves coefficient times the sources' own gradient: nothing else reaches them.
+    # The main backward leaves the sources' own gradient times the coefficient.
     for a, leaf in zip(seen["source"], leaves, strict=True):
         torch.testing.assert_close(a, leaf.grad, rtol=1e-3, atol=1e-8)
 
@@ -157,7 +157,9 @@ def _norm(module):
 
 
 def test_faithfulness_warm_up_fits_the_weights():
-    stepper = fresh_stepper({"faithfulness": {"warmup_steps": 400, "warmup_lr": 1e-2}, "n_subcomponents": 32})
+    stepper = fresh_stepper(
+        {"faithfulness": {"warmup_steps": 400, "warmup_lr": 1e-2}, "n_subcomponents": 32}
+    )
     importance = [p.clone() for p in stepper.vpd.importance.parameters()]
     start = float(faithfulness(stepper.vpd.subcomponents.deltas(stepper.weights)).detach())
     end = warm_up_faithfulness(stepper)
@@ -177,7 +179,9 @@ def test_training_improves_and_leaves_the_base_weights_alone(tokens, tmp_path):
     first, last = result.history[0], result.history[-1]
     assert last["stochastic"] < 0.7 * first["stochastic"]
     assert model.vpd.trained_steps == 40
-    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == list(range(5, 41, 5))
     again = load(result.folder / "decomposition", tiny_bridge())
     assert all(map(torch.equal, state(model.vpd), state(again.vpd)))
@@ -222,7 +226,10 @@ def test_resuming_after_a_crash_is_bit_identical(tokens, tmp_path):
     train(resumed, tokens, run, output=tmp_path / "broken", resume=True, progress=False)
     assert all(map(torch.equal, state(straight.vpd), state(resumed.vpd)))
     steps = [
-        [json.loads(line)["step"] for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)["step"]
+            for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()
+        ]
         for n in ("straight", "broken")
     ]
     assert steps[0] == steps[1] == [2, 4, 6, 8]
@@ -349,7 +356,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_term(tokens, tmp_path):
 
     Stepper.step = poisoned
     try:
-        with pytest.raises(NonFiniteLossError, match="stochastic, .*faithfulness"):
+        with pytest.raises(NonFiniteLossError, match=r"stochastic, .*faithfulness"):
             train(model, tokens, run, output=tmp_path / "run", progress=False)
     finally:
         Stepper.step = original
@@ -361,10 +368,9 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_term(tokens, tmp_path):
 
 
 class TestWarnings:
-    healthy = {"l0": 10.0, "ci_max": 1.0, "grad_norm/importance": 1.0}
-
     def look(self, step, **changes):
-        self.diagnostics.look(step, {**self.healthy, **changes})
+        healthy = {"l0": 10.0, "ci_max": 1.0, "grad_norm/importance": 1.0}
+        self.diagnostics.look(step, {**healthy, **changes})
 
     @pytest.fixture(autouse=True)
     def _fresh(self):
@@ -467,9 +473,19 @@ def test_presets_state_the_papers_values():
     m = paper.minimality
     assert (m.coefficient, m.frequency, m.p_start, m.p_end, m.eps) == (2e-4, 0.5, 2.0, 0.4, 1e-12)
     f = paper.faithfulness
-    assert (f.coefficient, f.warmup_steps, f.warmup_lr, f.warmup_weight_decay) == (1e7, 400, 1e-3, 0)
+    assert (f.coefficient, f.warmup_steps, f.warmup_lr, f.warmup_weight_decay) == (
+        1e7,
+        400,
+        1e-3,
+        0,
+    )
     o = paper.optimiser
-    assert (o.lr, o.final_fraction, o.clip_subcomponents, o.clip_importance) == (5e-5, 0.1, 0.01, None)
+    assert (o.lr, o.final_fraction, o.clip_subcomponents, o.clip_importance) == (
+        5e-5,
+        0.1,
+        0.01,
+        None,
+    )
     i = paper.importance
     assert (i.d_model, i.n_blocks, i.n_heads, i.d_ffn, i.rope_base) == (2048, 8, 16, 8192, 10_000)
     spd = VPDConfig.spd()

@@ -88,7 +88,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ArtefactError(f"{path}: missing or damaged ({error}). Restore it from a copy.") from None
+        raise ArtefactError(
+            f"{path}: missing or damaged ({error}). Restore it from a copy."
+        ) from None
     if not isinstance(data, dict):
         raise ArtefactError(f"{path}: expected a JSON object, got {type(data).__name__}.")
     return data

@@ -90,7 +90,7 @@ class TransformerImportance(nn.Module):
     def forward(
         self, inputs: Sequence[Float[Tensor, "*batch _d_in"]], subcomponents: Subcomponents
     ) -> Float[Tensor, "*batch C_total"]:
-        """Pre-sigmoid importances from the sites' inputs (`[batch, pos, d_in]` or `[batch, d_in]`)."""
+        """Pre-sigmoid importances from inputs `[batch, pos, d_in]` or `[batch, d_in]`."""
         dtype = self.project_in.weight.dtype
         normed = _normalise_each(inputs, dtype)
         z = self.project_in(normed)
@@ -126,7 +126,9 @@ class _Block(nn.Module):
         return z + self.down(F.gelu(self.up(F.rms_norm(z, z.shape[-1:]))))
 
     def _attend(self, z: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(z), "b t (three h d) -> three b h t d", three=3, h=self.n_heads)
+        q, k, v = rearrange(
+            self.qkv(z), "b t (three h d) -> three b h t d", three=3, h=self.n_heads
+        )
         q, k = _rotate(q, self.rope_base), _rotate(k, self.rope_base)
         mixed = F.scaled_dot_product_attention(q, k, v.contiguous())
         return self.out(rearrange(mixed, "b h t d -> b t (h d)"))  # type: ignore[no-any-return]

@@ -119,7 +119,9 @@ class Decomposition(nn.Module):
         """What the subcomponents leave over: `W - V U`."""
         index = self._index(name)
         weight = self.sites[index].weight.float()
-        return torch.addmm(weight, self.subcomponents.v[index], self.subcomponents.u[index], alpha=-1)
+        return torch.addmm(
+            weight, self.subcomponents.v[index], self.subcomponents.u[index], alpha=-1
+        )
 
     def save(self, path: str | Path, metrics: dict[str, Any] | None = None) -> Path:
         """Write this decomposition to a directory; see `vpd_lens.decomposition.saving.save`."""
@@ -512,5 +514,3 @@ def _target_size(model: nn.Module, sites: Sequence[Site]) -> tuple[int, int]:
     width = getattr(cfg, "d_model", None) or max(site.shape[0] for site in sites)
     depth = getattr(cfg, "n_layers", None) or 1
     return int(width), int(depth)
-
-

@@ -4,8 +4,8 @@
 |---|---|
 | `subcomponents.safetensors` | `<site>.V` `[d_in, C]`, `<site>.U` `[C, d_out]`, fp32 |
 | `causal_importance.safetensors` | parameters of the causal importance function |
-| `config.json` | format version, sites, sizes, importance function, divergence, training config, file hashes |
-| `base_model.json` | library versions, model class and name, dtype, BOS policy, processing, hash of each weight |
+| `config.json` | format version, sites, sizes, how it was trained, checksums of the tensors |
+| `base_model.json` | versions, model class, dtype, BOS policy, processing, weight hashes |
 | `metrics.json` | what was measured, if anything |
 | `README.md` | a model card |
 """
@@ -208,7 +208,7 @@ def _model_card(vpd: Decomposition) -> str:
         f"Trained for {vpd.trained_steps} steps with vpd_lens "
         f"{importlib.metadata.version('vpd-lens')}. Base model: {base['model_class']}, "
         f"{base['dtype']}.\n\n"
-        "```python\nimport vpd_lens\n\nmodel = vpd_lens.load(\"path/to/this/folder\", base_model)\n"
+        '```python\nimport vpd_lens\n\nmodel = vpd_lens.load("path/to/this/folder", base_model)\n'
         "```\n\n"
         f"| site | subcomponents |\n|---|---|\n{rows}\n"
     )

@@ -1,4 +1,4 @@
-"""The two leaky hard sigmoids of the causal importance function (VPD, causal importance function)."""
+"""The two leaky hard sigmoids of the causal importance function."""
 
 from __future__ import annotations
 

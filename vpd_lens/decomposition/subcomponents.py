@@ -10,15 +10,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vpd_lens.errors import ConfigError
 from vpd_lens.decomposition.masks import Layout
+from vpd_lens.errors import ConfigError
 from vpd_lens.sites import Site
 
 CountSpec = int | str | Mapping[str, int] | Callable[[Site], int]
 
 # Subcomponents per d_model (attention) or d_mlp (MLP) in the paper's 67M model: d_model 768,
 # d_mlp 3072; q, k 512; v, o 1024; up 3072; down 3584.
-_PAPER_RATIO = {"q": 2 / 3, "k": 2 / 3, "v": 4 / 3, "o": 4 / 3, "in": 1.0, "gate": 1.0, "out": 7 / 6}
+_PAPER_RATIO = {
+    "q": 2 / 3,
+    "k": 2 / 3,
+    "v": 4 / 3,
+    "o": 4 / 3,
+    "in": 1.0,
+    "gate": 1.0,
+    "out": 7 / 6,
+}
 
 
 def paper_count(site: Site) -> int:
@@ -82,7 +90,7 @@ def resolve_counts(sites: Sequence[Site], spec: CountSpec) -> tuple[int, ...]:
     for site, count in zip(sites, counts, strict=True):
         if not isinstance(count, int) or count < 1:
             raise ConfigError(
-                f"n_subcomponents for {site.name} is {count!r}; it must be an integer of at least 1."
+                f"n_subcomponents for {site.name} is {count!r}; it must be at least 1."
             )
     return tuple(counts)
 
@@ -117,7 +125,9 @@ class Subcomponents(nn.Module):
         for site, count in zip(sites, counts, strict=True):
             d_in, d_out = site.shape
             v.append(nn.Parameter(torch.randn(d_in, count, generator=generator) / math.sqrt(d_in)))
-            u.append(nn.Parameter(torch.randn(count, d_out, generator=generator) / math.sqrt(count)))
+            u.append(
+                nn.Parameter(torch.randn(count, d_out, generator=generator) / math.sqrt(count))
+            )
         self.v = nn.ParameterList(v)
         self.u = nn.ParameterList(u)
 
@@ -132,7 +142,9 @@ class Subcomponents(nn.Module):
             for w, v, u in zip(weights, self.v, self.u, strict=True)
         ]
 
-    def acts(self, inputs: Sequence[Float[Tensor, "*batch _d_in"]]) -> Float[Tensor, "*batch C_total"]:
+    def acts(
+        self, inputs: Sequence[Float[Tensor, "*batch _d_in"]]
+    ) -> Float[Tensor, "*batch C_total"]:
         """Subcomponent activations `a = x V` of all sites.
 
         Args:

@@ -102,9 +102,7 @@ def evaluate(
         n_positions += math.prod(importance.shape[:-1])
         if pgd_steps and index < pgd_batches:
             curves += [
-                pgd_curve(
-                    vpd, batch, importance, divergence, pgd_steps, pgd_step_size, generator
-                )
+                pgd_curve(vpd, batch, importance, divergence, pgd_steps, pgd_step_size, generator)
                 for _ in range(pgd_restarts)
             ]
     return _report(vpd, modes, kl, ce, hidden, sparsity, curves, n_positions, seed, batches)

@@ -102,9 +102,7 @@ class Sparsity:
         self.thresholds = thresholds
         self.n_positions = 0
         self.total = torch.zeros(layout.total, device=device, dtype=torch.float64)
-        self.active = torch.zeros(
-            len(thresholds), layout.total, device=device, dtype=torch.float64
-        )
+        self.active = torch.zeros(len(thresholds), layout.total, device=device, dtype=torch.float64)
         self.histogram = torch.zeros(HISTOGRAM_BINS, device=device, dtype=torch.float64)
 
     def add(self, importance: Float[Tensor, "*batch C_total"]) -> None:

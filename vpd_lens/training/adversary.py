@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -75,20 +73,23 @@ class PersistentAdversary:
         """The source tensors, to differentiate by."""
         return [self.sources.components, self.sources.delta]
 
-    def ascend(self, gradients: Sequence[Tensor], n_positions: int) -> None:
+    def ascend(self, scale: float) -> None:
         """One Adam step up the divergence, then clamp to [0, 1].
 
+        The gradients lie in `grad` of the `leaves`. Adam's epsilon is meant for the gradient of
+        the divergence *summed* over positions; scaling epsilon instead of every gradient gives
+        the same step, and does not let epsilon swallow gradients that shrink as `1/(B T)`.
+
         Args:
-            gradients: Gradient of the *mean* divergence by each of `leaves`.
-            n_positions: `B T`; the step uses the gradient of the sum over positions, so that
-                Adam's epsilon does not swallow gradients that shrink as `1/(B T)`.
+            scale: What the gradients are relative to those of the sum: the loss coefficient
+                divided by the number of positions, the same for every update.
         """
-        for leaf, gradient in zip(self.leaves(), gradients, strict=True):
-            leaf.grad = gradient.mul_(n_positions)
+        for group in self.optimiser.param_groups:
+            group["eps"] = self.config.eps * scale
         self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
             for leaf in self.leaves():
-                leaf.grad = None
                 leaf.clamp_(0, 1)
 
     def set_lr(self, lr: float) -> None:

@@ -146,8 +146,10 @@ class Stepper:
         for _ in range(self.config.adversary.inner_steps):
             for part, g in zip(parts, importances, strict=True):
                 with self.vpd.frozen_subcomponents():
-                    loss = part.under(self.vpd)(self.adversary.masks(g, part.rows)) / len(parts)
-                loss.backward(inputs=self.adversary.leaves())
+                    loss = part.under(self.vpd)(self.adversary.masks(g, part.rows))
+                (loss * (self.config.adversary.coefficient / len(parts))).backward(
+                    inputs=self.adversary.leaves()
+                )
             self._ascend(n_positions)
 
     # -------------------------------------------------------------------- 4
@@ -178,7 +180,8 @@ class Stepper:
             for name, loss in own.items():
                 if name != "minimality":
                     losses[name] = losses.get(name, 0) + loss.detach()
-        losses["total"] = torch.stack([c * losses[n] for n, c in self._weights() if n in losses]).sum()
+        weighted = [c * losses[name] for name, c in self._weights() if name in losses]
+        losses["total"] = torch.stack(weighted).sum()
         return losses
 
     def _reconstruction(self, part: _Part, n_parts: int) -> Losses:
@@ -231,9 +234,9 @@ class Stepper:
         if self.device.type == "cpu":
             require_finite(losses)
         if self.adversary is not None:
-            # Only the adversarial loss reaches the sources, so its own gradient is theirs
-            # divided by the coefficient; no second backward pass is needed.
-            self._ascend(n_positions, 1 / self.config.adversary.coefficient)
+            # Only the adversarial loss reaches the sources, so the backward pass of the total
+            # has left its gradient there, times the coefficient; no second one is needed.
+            self._ascend(n_positions)
         opt = self.config.optimiser
         limits = (opt.clip_subcomponents, opt.clip_importance)
         names = ("subcomponents", "importance")
@@ -243,10 +246,9 @@ class Stepper:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 
-    def _ascend(self, n_positions: int, scale: float = 1.0) -> None:
+    def _ascend(self, n_positions: int) -> None:
         assert self.adversary is not None
-        gradients = [leaf.grad.mul_(scale) for leaf in self.adversary.leaves() if leaf.grad is not None]
-        self.adversary.ascend(gradients, n_positions)
+        self.adversary.ascend(self.config.adversary.coefficient / n_positions)
 
     # ---------------------------------------------------------------- helpers
 

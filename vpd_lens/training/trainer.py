@@ -91,9 +91,7 @@ def train(
     _move(model, config.device)
     if "vpd" not in model.__dict__:
         sites = config.sites if isinstance(config.sites, str) else list(config.sites)
-        attach(
-            model, sites, config.n_subcomponents, config.importance, example, seed=config.seed
-        )
+        attach(model, sites, config.n_subcomponents, config.importance, example, seed=config.seed)
     vpd: Decomposition = model.__dict__["vpd"]
     if vpd.device.type == "cpu":
         keep_freed_memory()

@@ -1,0 +1,59 @@
+# `make quickstart` and `make test` set up everything they need in .venv and .venv-tl4.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: quickstart test compat lint types docs check clean
+
+quickstart: .venv/ready
+	.venv/bin/python -W ignore::DeprecationWarning examples/quickstart.py
+
+# One thread per worker: many small tensors, and threads that wait for each other are slower.
+test: .venv/test
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 tests
+
+compat: .venv-tl4/test
+	OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest -n 2 -m compat tests
+
+lint: .venv/lint
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: .venv/lint
+	.venv/bin/pyright --pythonpath .venv/bin/python
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+check: lint types test compat docs
+
+# torch comes first, so that nothing else decides which build of it is taken.
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet "$(TORCH)"
+	.venv/bin/python -m pip install --quiet "transformer-lens==3.9.*" -e .
+	touch $@
+
+.venv-tl4/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-tl4
+	.venv-tl4/bin/python -m pip install --quiet --upgrade pip
+	.venv-tl4/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-tl4/bin/python -m pip install --quiet "transformer-lens==4.3.*" -e .
+	touch $@
+
+%/test: %/ready
+	$*/bin/python -m pip install --quiet --group test
+	touch $@
+
+%/lint: %/ready
+	$*/bin/python -m pip install --quiet --group test --group lint
+	touch $@
+
+%/docs: %/ready
+	$*/bin/python -m pip install --quiet --group docs
+	touch $@
+
+clean:
+	rm -rf .venv .venv-tl4 site runs .pytest_cache .ruff_cache
