@@ -116,7 +116,7 @@ def test_stream_agrees_with_generate(model: nn.Module, mode: str, tokenizer: Any
     assert torch.equal(torch.cat(pieces, dim=-1).reshape(expected.shape[0], -1), expected)
 
 
-@pytest.mark.parametrize("mode", ["ci", "rounded", "stochastic", "adversarial"])
+@pytest.mark.parametrize("mode", ["ci", "stochastic"])
 @pytest.mark.parametrize("case", ["bridge-gpt2-default", "bridge-llama-default"])
 def test_left_padded_strings(case: str, mode: str, build: Callable[..., nn.Module]) -> None:
     from vpd_lens.attach import attach

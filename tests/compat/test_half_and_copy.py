@@ -13,8 +13,8 @@ from .builders import tokens
 from .dense import error, random_masks
 
 CASES = [
-    *("bridge-gpt2-default", "bridge-llama-default", "bridge-llama-unprocessed"),
-    *("bridge-gemma2-default", "native-ln", "hooked-ln", "hooked-grouped"),
+    *("bridge-gpt2-default", "bridge-gemma2-unprocessed"),
+    *("native-ln", "hooked-ln", "hooked-grouped"),
 ]
 MODES = ["unmasked", "stochastic", "adversarial", "ci", "rounded", "random", "zero"]
 
@@ -33,7 +33,7 @@ def test_bf16(case: str, build: Callable[..., nn.Module]) -> None:
     with vpd.masked(torch.ones(vpd.layout.total), delta=1.0):
         assert torch.equal(model(tokens()), before)
     for mode in MODES:
-        with vpd.masked(mode, seed=0, n_steps=2):
+        with vpd.masked(mode, seed=0, n_steps=1):
             got = model(tokens())
         assert got.dtype == before.dtype
         assert torch.isfinite(got).all(), mode

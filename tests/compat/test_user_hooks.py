@@ -13,9 +13,8 @@ from .builders import tokens
 from .dense import dense_weights, error, masked_weights, random_masks
 
 CASES = [
-    *(f"bridge-{name}-default" for name in ("gpt2", "gemma2", "gpt_neox", "opt", "olmo2")),
+    *(f"bridge-{name}-default" for name in ("gpt2", "gpt_neox", "opt", "olmo2")),
     *(f"bridge-{name}-processed" for name in ("llama", "gemma2")),
-    "native-rms_gated",
     *(f"hooked-{name}" for name in ("ln", "grouped", "post_norm")),
 ]
 
