@@ -225,6 +225,11 @@ def test_resuming_after_a_crash_is_bit_identical(tokens, tmp_path):
     resumed = tiny_bridge()
     train(resumed, tokens, run, output=tmp_path / "broken", resume=True, progress=False)
     assert all(map(torch.equal, state(straight.vpd), state(resumed.vpd)))
+    # Resuming what is finished changes nothing, its metrics included.
+    record = tmp_path / "broken" / "decomposition" / "metrics.json"
+    metrics = json.loads(record.read_text())
+    train(resumed, tokens, run, output=tmp_path / "broken", resume=True, progress=False)
+    assert json.loads(record.read_text())["adversarial"] == metrics["adversarial"]
     steps = [
         [
             json.loads(line)["step"]

@@ -87,7 +87,9 @@ class Attachment:
             if part not in parent._modules:
                 nn.Module.add_module(parent, part, nn.Module())
                 self.mounted.append((parent, part))
-            parent = parent._modules[part]  # type: ignore[assignment]
+            child = parent._modules[part]
+            assert child is not None
+            parent = child
         nn.Module.add_module(parent, "vpd", hooks)
         self.mounted.append((parent, "vpd"))
 

@@ -61,6 +61,11 @@ class Decomposition(nn.Module):
         training_config: The `VPDConfig` it was trained with, as a dictionary.
     """
 
+    # Kept in __dict__: registered, they would put the base model's weights into this module.
+    model: nn.Module
+    sites: list[Site]
+    attachment: Attachment
+
     def __init__(
         self,
         model: nn.Module,
@@ -247,10 +252,11 @@ class Decomposition(nn.Module):
             masks: The masks, or `None` for the target model.
             *args: Passed to the model.
         """
-        self._outputs = [None] * len(self.sites)
+        outputs: list[Tensor | None] = [None] * len(self.sites)
+        self._outputs = outputs
         try:
             output = self.run(masks, *args)
-            return output, [y for y in self._outputs if y is not None]
+            return output, [y for y in outputs if y is not None]
         finally:
             self._outputs = None
 

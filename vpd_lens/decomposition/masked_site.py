@@ -55,7 +55,7 @@ class _MaskedSite(torch.autograd.Function):
             grad_mask = grad_weighted * acts
             if routed is not None:
                 grad_mask.mul_(routed)
-        if need_delta:
+        if need_delta and grad_mask is not None:
             kept = y if bias is None else y - bias
             grad_delta = torch.linalg.vecdot(grad, kept).unsqueeze(-1)
             if routed is not None:

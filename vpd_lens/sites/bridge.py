@@ -9,6 +9,7 @@ every point that can carry them, the nearest one winning, and outputs at `hook_o
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ def _weight(container: nn.Module, module: nn.Module, part: str) -> Tensor:
         return processed.T
     linear = module.original_component
     if type(linear).__name__ == "Conv1D":
-        return linear.weight
+        return cast(Tensor, linear.weight)
     if isinstance(linear, nn.Linear):
         return linear.weight.T
     return _accessor_weight(container, part)

@@ -8,6 +8,7 @@ attention and MLP modules, which is what the matrices really multiply.
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ def _reading_heads(attn: nn.Module, name: str) -> Tensor:
 
 
 def _writing_heads(attn: nn.Module) -> Tensor:
-    return rearrange(attn.W_O, "head d_head d_out -> (head d_head) d_out")
+    return rearrange(cast(Tensor, attn.W_O), "head d_head d_out -> (head d_head) d_out")
 
 
 def _flat(attn: nn.Module, name: str) -> Tensor:

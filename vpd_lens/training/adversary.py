@@ -58,7 +58,7 @@ class PersistentAdversary:
             InputError: If the batch does not fit the sources.
         """
         sources = self.sources
-        if sources.components.shape[0] > 1:
+        if rows != slice(None):
             sources = Sources(sources.components[rows], sources.delta[rows])
         try:
             return sources.masks(importance)

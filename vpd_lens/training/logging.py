@@ -113,3 +113,9 @@ class MetricsLog:
             except (ValueError, KeyError):
                 continue  # a line cut short by an interruption
         self.path.write_text("".join(line + "\n" for line in kept))
+
+
+def last_metrics(folder: Path) -> dict[str, float]:
+    """The last line of a run's `metrics.jsonl`; empty if there is none."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return json.loads(lines[-1]) if lines else {}

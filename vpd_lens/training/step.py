@@ -121,7 +121,7 @@ class Stepper:
         size = batch.shape[0] // count
         parts = []
         for index in range(count):
-            rows = slice(index * size, (index + 1) * size)
+            rows = slice(index * size, (index + 1) * size) if count > 1 else slice(None)
             piece = batch[rows]
             with record_function("vpd::target"):
                 output, inputs = self.vpd.target(piece)

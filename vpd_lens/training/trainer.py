@@ -23,7 +23,7 @@ from vpd_lens.training.checkpoints import load_checkpoint, save_checkpoint
 from vpd_lens.training.config import VPDConfig
 from vpd_lens.training.data import token_batches
 from vpd_lens.training.diagnostics import Diagnostics
-from vpd_lens.training.logging import MetricsLog
+from vpd_lens.training.logging import MetricsLog, last_metrics
 from vpd_lens.training.memory import keep_freed_memory
 from vpd_lens.training.step import Losses, Stepper, require_finite, warm_up_faithfulness
 
@@ -130,7 +130,7 @@ def train(
         history, seconds = run.loop(start)
     vpd.trained_steps = config.steps
     vpd.training_config = config.model_dump(mode="json")
-    metrics = history[-1] if history else {}
+    metrics = history[-1] if history else last_metrics(folder)
     save(vpd, folder / "decomposition", metrics)
     return TrainingResult(folder, config.steps, seconds, metrics, history)
 
