@@ -12,7 +12,6 @@ The steps are those of any project: a target model, `vpd_lens.decompose(model, d
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import sysconfig
@@ -155,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--target-steps", type=int, default=2500)
-    parser.add_argument("--steps", type=int, default=1000, help="VPD training steps")
+    parser.add_argument("--steps", type=int, default=700, help="VPD training steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--without-adversary", action="store_true", help="the control, stored beside this script"

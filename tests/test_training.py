@@ -468,6 +468,15 @@ def test_decompose_with_data_trains_and_remove_restores(tokens, tmp_path):
         decompose(model, output=tmp_path / "x")
 
 
+def test_what_decompose_is_told_is_recorded(tokens, tmp_path):
+    options = {"output": tmp_path / "run", "progress": False}
+    told = {"sites": ["blocks.0.mlp.in"], "n_subcomponents": 9, "seed": 4}
+    model = decompose(tiny_bridge(), tokens, config(), **told, **options)
+    recorded = VPDConfig(**model.vpd.training_config)
+    assert (recorded.sites, recorded.n_subcomponents, recorded.seed) == (("blocks.0.mlp.in",), 9, 4)
+    assert model.vpd.layout.sizes == (9,)
+
+
 def test_presets_state_the_papers_values():
     paper = VPDConfig.paper()
     assert (paper.steps, paper.batch_size, paper.seq_len) == (400_000, 64, 512)

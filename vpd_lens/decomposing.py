@@ -70,7 +70,16 @@ def decompose(
         >>> vpd_lens.decompose(model).vpd
         Decomposition(6 sites, 152 subcomponents, TransformerImportance, untrained)
     """
-    base = config or VPDConfig()
+    base = config or (VPDConfig() if data is None else VPDConfig.small())
+    given = {"sites": sites, "n_subcomponents": n_subcomponents, "seed": seed}
+    recordable = {
+        name: value
+        for name, value in given.items()
+        if isinstance(value, int | str | dict) or (name == "sites" and _are_names(value))
+    }
+    if importance is not None:
+        recordable["importance"] = importance.model_dump()
+    base = base.replaced(recordable)
     if training and data is None:
         raise ConfigError(f"{sorted(training)} only make sense with data=...; none was given.")
     configured = base.sites if isinstance(base.sites, str) else list(base.sites)
@@ -83,11 +92,16 @@ def decompose(
         model,
         configured if sites is None else sites,
         base.n_subcomponents if n_subcomponents is None else n_subcomponents,
-        importance or base.importance,
+        base.importance,
         example,
         divergence,
-        base.seed if seed is None else seed,
+        base.seed,
     )
     if data is not None:
-        train(model, data, config, **training)
+        train(model, data, base, **training)
     return model
+
+
+def _are_names(sites: Any) -> bool:
+    """Whether `sites` is a list of names, which a configuration can record (`Site`s it cannot)."""
+    return isinstance(sites, list | tuple) and all(isinstance(site, str) for site in sites)

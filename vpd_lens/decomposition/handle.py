@@ -234,7 +234,7 @@ class Decomposition(MaskedForwards):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._running:
             return self.attachment.original["forward"](*args, **kwargs)
-        self._follow_device()
+        self.follow_device()
         context = self._contexts[-1] if self._contexts else None
         try:
             if context is None or context.mode == "target":
@@ -309,7 +309,7 @@ class Decomposition(MaskedForwards):
             )
         return sources
 
-    def _follow_device(self) -> None:
+    def follow_device(self) -> None:
         """Move along when the user has moved the model."""
         device = self.sites[0].weight.device
         if self.device != device:

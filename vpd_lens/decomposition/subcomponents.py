@@ -54,7 +54,7 @@ def faithful_count(site: Site) -> int:
     return max(paper_count(site), _multiple_of_8(min(site.shape)))
 
 
-def _multiple_of_8(x: float) -> int:
+def _multiple_of_8(x: int | float) -> int:
     return 8 * math.ceil(x / 8 - 1e-9)
 
 

@@ -69,7 +69,7 @@ class MinimalityConfig(_Frozen):
         coefficient: Weight of `1/(B T) sum_l sum_c (s + frequency * s * log2(1 + s))`.
         frequency: The `beta` before the frequency term.
         p_start: Exponent at the first step.
-        p_end: Exponent at the last step; in between it falls linearly.
+        p_end: Exponent that is reached, linearly, as the last step ends.
         eps: Added to an importance before the power.
     """
 
@@ -135,8 +135,8 @@ class VPDConfig(_Frozen):
         steps: Training steps.
         batch_size: Sequences per step.
         seq_len: Tokens per sequence; `None`: the model's context length.
-        micro_batches: Parts into which a batch is cut to save memory. The result is that of the
-            whole batch: the frequency term sees all of it.
+        micro_batches: Parts into which a batch is cut to save memory. For given masks the result
+            is that of the whole batch, frequency term included; the random draws differ.
         seed: Seed of initialisation, masks, sources and data order.
         stochastic: Stochastic reconstruction.
         adversary: Adversarial reconstruction.

@@ -9,6 +9,10 @@ import statistics
 import warnings
 
 
+# Steps in which no causal importance function has learned anything yet.
+_TOO_EARLY = 30
+
+
 class TrainingWarning(UserWarning):
     """A run shows signs of a known failure."""
 
@@ -36,7 +40,7 @@ class Diagnostics:
                 over positions of the largest importance) and `grad_norm/importance`.
         """
         progress = step / self.steps
-        if progress >= 0.1 and metrics["ci_max"] < 0.5:
+        if progress >= 0.1 and step >= _TOO_EARLY and metrics["ci_max"] < 0.5:
             self._warn(
                 "collapse",
                 f"step {step}: causal importances have collapsed (the largest at a position is "

@@ -33,5 +33,5 @@ def adversary_lr(config: AdversaryConfig, step: int, steps: int) -> float:
 
 
 def exponent(config: MinimalityConfig, step: int, steps: int) -> float:
-    """The importance exponent p: linear from `p_start` to `p_end` over the run."""
+    """The importance exponent p: linear from `p_start`, reaching `p_end` after the last step."""
     return config.p_start + (config.p_end - config.p_start) * step / steps

@@ -93,6 +93,7 @@ def train(
         sites = config.sites if isinstance(config.sites, str) else list(config.sites)
         attach(model, sites, config.n_subcomponents, config.importance, example, seed=config.seed)
     vpd: Decomposition = model.__dict__["vpd"]
+    vpd.follow_device()
     if vpd.device.type == "cpu":
         keep_freed_memory()
     batches = token_batches(
