@@ -30,7 +30,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import vpd_lens
 from vpd_lens.training import VPDConfig
-from vpd_lens.training.memory import keep_freed_memory
 from vpd_lens.training.step import Stepper
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -119,7 +118,6 @@ def measure(name: str, kind: str, folder: Path | None, steps: int) -> dict[str, 
     config = VPDConfig.small(importance=configuration["importance"], steps=10_000)
     vpd_lens.decompose(model, n_subcomponents=configuration["counts"], importance=config.importance)
     stepper = Stepper(model.vpd, config)
-    keep_freed_memory()
     data = batches(name, folder, steps + 3)
     for step in range(3):
         stepper.step(data[step], step)

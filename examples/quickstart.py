@@ -154,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--target-steps", type=int, default=2500)
-    parser.add_argument("--steps", type=int, default=700, help="VPD training steps")
+    parser.add_argument("--steps", type=int, default=500, help="VPD training steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--without-adversary", action="store_true", help="the control, stored beside this script"
@@ -178,7 +178,7 @@ def main() -> None:
     console.print(model.vpd)
 
     console.rule("3. Is it any good?")
-    report = vpd_lens.evaluate(model, held_out[:128])
+    report = vpd_lens.evaluate(model, held_out[:64], pgd_steps=(20, 40, 80, 160), pgd_restarts=2)
     report.to_json(folder / "report.json")
     show(report, model, held_out, folder)
     console.print(f"\nDone in {(time.perf_counter() - begun) / 60:.1f} minutes.")

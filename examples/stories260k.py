@@ -79,7 +79,7 @@ def main() -> None:
     vpd_lens.decompose(model, train_tokens, config, output=arguments.output, resume=resume)
     console.print(model.vpd)
 
-    report = vpd_lens.evaluate(model, held_out[:64, :128], pgd_restarts=2)
+    report = vpd_lens.evaluate(model, held_out[:64, :128], pgd_steps=(20, 40, 80), pgd_restarts=2)
     console.print(report)
     report.to_json(arguments.output / "report.json")
     report.to_html(arguments.output / "report.html", "VPD of stories260K")

@@ -24,7 +24,6 @@ from vpd_lens.training.config import VPDConfig
 from vpd_lens.training.data import token_batches
 from vpd_lens.training.diagnostics import Diagnostics
 from vpd_lens.training.logging import MetricsLog, last_metrics
-from vpd_lens.training.memory import keep_freed_memory
 from vpd_lens.training.step import Losses, Stepper, require_finite, warm_up_faithfulness
 
 
@@ -94,8 +93,6 @@ def train(
         attach(model, sites, config.n_subcomponents, config.importance, example, seed=config.seed)
     vpd: Decomposition = model.__dict__["vpd"]
     vpd.follow_device()
-    if vpd.device.type == "cpu":
-        keep_freed_memory()
     batches = token_batches(
         data,
         model=model,
