@@ -8,7 +8,6 @@ from __future__ import annotations
 import statistics
 import warnings
 
-
 # Steps in which no causal importance function has learned anything yet.
 _TOO_EARLY = 30
 

@@ -1,0 +1,91 @@
+"""The example scripts, cut down: a real Llama that others trained, and the quickstart."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import shared_folder
+
+import vpd_lens
+from vpd_lens.training import VPDConfig
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_stories260k_a_few_steps(tmp_path):
+    """All 35 matrices of a grouped-query, gated, rotary model, whose own loss is as documented."""
+    pytest.importorskip("transformer_lens.HookedTransformer", reason="needs HookedTransformer")
+    folder = shared_folder("stories260K")
+    stories = script("stories260k")
+    model = stories.load_stories(folder)
+    train_tokens, held_out = stories.load_tokens(folder)
+    with torch.no_grad():
+        loss = float(model(held_out[:32], return_type="loss"))
+    assert loss == pytest.approx(1.281, abs=0.03)
+    before = model(held_out[:2, :32])
+    config = stories.configuration(4, 0).replaced(
+        {"seq_len": 32, "batch_size": 2, "log_every": 1, "faithfulness.warmup_steps": 40}
+    )
+    options = {"output": tmp_path / "run", "progress": False}
+    vpd_lens.decompose(model, train_tokens, config, **options)
+    assert len(model.vpd.sites) == 35
+    assert torch.equal(model(held_out[:2, :32]), before)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    faithfulness = [json.loads(line)["faithfulness"] for line in lines]
+    assert len(faithfulness) == 4
+    report = vpd_lens.evaluate(model, held_out[:2, :32], pgd_steps=(), progress=False, batch_size=2)
+    assert report.modes["target"]["ce"] == pytest.approx(loss, abs=0.5)
+    assert "once" in stories.text(held_out[0], folder).lower()
+
+
+def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
+    """The script's own main, with a few steps of everything, twice: the second run resumes."""
+    quickstart = script("quickstart")
+    monkeypatch.setattr(
+        quickstart,
+        "configuration",
+        lambda steps, seed: VPDConfig.small(
+            steps=steps,
+            seed=seed,
+            batch_size=2,
+            seq_len=16,
+            importance={"d_model": 16, "n_blocks": 1, "n_heads": 2},
+            faithfulness={"warmup_steps": 5},
+            log_every=1,
+        ),
+    )
+    text = quickstart.standard_library_text
+    monkeypatch.setattr(quickstart, "standard_library_text", lambda _n: text(600_000))
+    evaluate = vpd_lens.evaluate
+    monkeypatch.setattr(
+        vpd_lens,
+        "evaluate",
+        lambda model, tokens, **_: evaluate(model, tokens[:2, :16], pgd_steps=(2,), pgd_restarts=1),
+    )
+    arguments = ["quickstart.py", "--output", str(tmp_path), "--target-steps", "3", "--steps", "2"]
+    monkeypatch.setattr("sys.argv", arguments)
+    quickstart.main()
+    assert (tmp_path / "vpd" / "report.html").stat().st_size > 10_000
+    assert (tmp_path / "vpd" / "decomposition" / "config.json").exists()
+    first = (tmp_path / "vpd" / "report.json").read_text()
+    quickstart.main()
+    assert (tmp_path / "vpd" / "report.json").read_text() == first
+    printed = capsys.readouterr().out
+    assert "What to try next" in printed
+
+
+def test_the_stored_control_is_what_the_readme_says():
+    """The figures shown beside the quickstart come from a run without the adversary."""
+    stored = vpd_lens.EvalReport.from_json(EXAMPLES / "quickstart_without_adversary.json")
+    assert stored.trained_steps == 500
+    assert stored.modes["unmasked"]["kl"] < 0.02
+    assert stored.pgd["20"]["mean"] > stored.modes["stochastic"]["kl"]
