@@ -116,6 +116,8 @@ class MetricsLog:
 
 
 def last_metrics(folder: Path) -> dict[str, float]:
-    """The last line of a run's `metrics.jsonl`; empty if there is none."""
+    """The metrics of the last line of a run's `metrics.jsonl`; empty if there is none."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return json.loads(lines[-1]) if lines else {}
+    metrics = json.loads(lines[-1]) if lines else {}
+    metrics.pop("step", None)
+    return metrics
