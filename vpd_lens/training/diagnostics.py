@@ -39,14 +39,15 @@ class Diagnostics:
                 over positions of the largest importance) and `grad_norm/importance`.
         """
         progress = step / self.steps
-        if progress >= 0.1 and step >= _TOO_EARLY and metrics["ci_max"] < 0.5:
+        early = step < _TOO_EARLY
+        if progress >= 0.1 and not early and metrics["ci_max"] < 0.5:
             self._warn(
                 "collapse",
                 f"step {step}: causal importances have collapsed (the largest at a position is "
                 f"{metrics['ci_max']:.2f} on average). minimality.coefficient is too high; lower "
                 "it by 2-5x.",
             )
-        if progress >= 0.6 and metrics["l0"] > 0.5 * self.c_total:
+        if progress >= 0.6 and not early and metrics["l0"] > 0.5 * self.c_total:
             self._warn(
                 "dense",
                 f"step {step}: {metrics['l0']:.0f} of {self.c_total} subcomponents are still "
