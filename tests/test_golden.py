@@ -9,8 +9,8 @@ from conftest import shared_folder
 from safetensors.torch import load_file
 from torch import nn
 
-from vpd_lens.attach import attach
 from vpd_lens.decomposition import Divergence
+from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.masks import Masks, Sources
 from vpd_lens.training.losses import faithfulness, importance_power_sum, minimality
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vpd_lens.attach import attach
 from vpd_lens.decomposition import CausalImportanceConfig, Divergence, Layout
+from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.causal_importance import PerSubcomponentMLP, SharedMLP, build_importance
 from vpd_lens.decomposition.masked_site import masked_site
 from vpd_lens.decomposition.masks import (

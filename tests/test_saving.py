@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_bridge
 
 from vpd_lens import CausalImportanceConfig, load
-from vpd_lens.attach import attach
+from vpd_lens.decomposition.attach import attach
 from vpd_lens.errors import ArtefactError, AttachError
 
 IMPORTANCE = CausalImportanceConfig(d_model=16, n_blocks=1, n_heads=2)

@@ -13,9 +13,9 @@ import torch
 from conftest import tiny_bridge
 
 from vpd_lens import load, remove
-from vpd_lens.attach import attach
 from vpd_lens.decomposing import decompose
 from vpd_lens.decomposition import CausalImportanceConfig, Divergence
+from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import ArtefactError, ConfigError, NonFiniteLossError
 from vpd_lens.training import VPDConfig, train

@@ -20,9 +20,9 @@ if os.environ.get("VPD_LENS_TYPECHECK") == "1":
     install_import_hook("vpd_lens", "beartype.beartype")
 
 if TYPE_CHECKING:
-    from vpd_lens.attach import remove
     from vpd_lens.decomposing import decompose
     from vpd_lens.decomposition import CausalImportanceConfig, Decomposition, Masks
+    from vpd_lens.decomposition.attach import remove
     from vpd_lens.decomposition.saving import load
     from vpd_lens.evaluation import EvalReport, evaluate
     from vpd_lens.sites import Site
@@ -40,7 +40,7 @@ _WHERE = {
     "decompose": "vpd_lens.decomposing",
     "evaluate": "vpd_lens.evaluation",
     "load": "vpd_lens.decomposition.saving",
-    "remove": "vpd_lens.attach",
+    "remove": "vpd_lens.decomposition.attach",
     "train": "vpd_lens.training",
 }
 

@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from vpd_lens.attach import attach
 from vpd_lens.decomposition import CausalImportanceConfig
+from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.divergence import CustomDivergence, DivergenceKind
 from vpd_lens.decomposition.subcomponents import CountSpec
 from vpd_lens.errors import AttachError, ConfigError

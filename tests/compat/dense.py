@@ -41,7 +41,7 @@ def dense_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
     Leaving it puts the original weights back. That the forward really uses what was written is
     checked by comparing every site's output with its input times the new weight.
     """
-    from vpd_lens.attach import _tiny_forward
+    from vpd_lens.decomposition.attach import _tiny_forward
     from vpd_lens.sites import find_sites, self_check
 
     sites = find_sites(model, list(weights))

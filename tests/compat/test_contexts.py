@@ -18,7 +18,7 @@ C = 5
 
 @pytest.fixture(scope="module", params=CASES)
 def model(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> nn.Module:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
 
     return attach(build(request.param), n_subcomponents=C)
 
@@ -143,7 +143,7 @@ def test_seeded_modes_repeat_and_unseeded_follow_the_global_generator(model: nn.
 
 
 def test_hf_generate_under_masks_is_an_error(build: Callable[..., nn.Module]) -> None:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
     from vpd_lens.errors import VPDError
 
     model = attach(build("bridge-gpt2-default"), n_subcomponents=C)
@@ -161,7 +161,7 @@ def test_flags_switched_on_later_never_run_unmasked_in_silence(
     case: str, flag: str, build: Callable[..., nn.Module]
 ) -> None:
     """The masked forward either still equals dense weights, or says which sites it missed."""
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
     from vpd_lens.errors import VPDError
 
     from .dense import dense_weights, error, masked_weights

@@ -40,7 +40,7 @@ def pair(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> Pai
 
 @pytest.fixture(scope="module")
 def attached(pair: Pair) -> nn.Module:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
 
     sites = "attn" if "mixtral" in pair.case else "all"
     return attach(pair.model, sites=sites, n_subcomponents=COMPONENTS)
@@ -105,7 +105,7 @@ def test_masks_per_position_reach_only_that_position(pair: Pair, attached: nn.Mo
 
 @torch.no_grad()
 def test_remove_restores_everything(pair: Pair) -> None:
-    from vpd_lens.attach import attach, remove
+    from vpd_lens.decomposition.attach import attach, remove
 
     model = pair.reference
     expected = model(tokens())
@@ -137,7 +137,7 @@ def traces(model: nn.Module) -> dict[str, object]:
 
 
 def test_mixture_of_experts_is_refused_by_name(build: Callable[..., nn.Module]) -> None:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
     from vpd_lens.errors import AttachError
 
     model = build("bridge-mixtral")

@@ -22,7 +22,7 @@ NEW = 4
 
 @pytest.fixture(scope="module", params=CASES)
 def model(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> nn.Module:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
 
     return attach(build(request.param), n_subcomponents=5)
 
@@ -119,7 +119,7 @@ def test_stream_agrees_with_generate(model: nn.Module, mode: str, tokenizer: Any
 @pytest.mark.parametrize("mode", ["ci", "stochastic"])
 @pytest.mark.parametrize("case", ["bridge-gpt2-default", "bridge-llama-default"])
 def test_left_padded_strings(case: str, mode: str, build: Callable[..., nn.Module]) -> None:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
 
     model = attach(build(case), n_subcomponents=5)
     prompts = ["w9 w10 w11 w12 w13", "w20 w21"]

@@ -22,7 +22,7 @@ MODES = ["unmasked", "stochastic", "adversarial", "ci", "rounded", "random", "ze
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_bf16(case: str, build: Callable[..., nn.Module]) -> None:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
 
     model = build(case, dtype=torch.bfloat16)
     before = model(tokens())
@@ -45,7 +45,7 @@ def test_bf16(case: str, build: Callable[..., nn.Module]) -> None:
 @pytest.mark.parametrize("case", ["bridge-gpt2-default", "hooked-ln"])
 @torch.no_grad()
 def test_bf16_masks_agree_with_fp32(case: str, build: Callable[..., nn.Module]) -> None:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
 
     half = attach(build(case, dtype=torch.bfloat16), n_subcomponents=5)
     full = attach(build(case), n_subcomponents=5)
@@ -65,7 +65,7 @@ COPIED = [
 def test_a_deep_copy_is_a_decomposed_model_of_its_own(
     case: str, build: Callable[..., nn.Module]
 ) -> None:
-    from vpd_lens.attach import attach, remove
+    from vpd_lens.decomposition.attach import attach, remove
 
     model = attach(build(case), n_subcomponents=5)
     twin = copy.deepcopy(model)

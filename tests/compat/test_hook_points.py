@@ -33,7 +33,7 @@ class Pair(NamedTuple):
 
 @pytest.fixture(scope="module", params=CASES)
 def built(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> Pair:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
 
     return Pair(attach(build(request.param), n_subcomponents=C), build(request.param))
 

@@ -43,8 +43,8 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 
 
 def attach_to(model: nn.Module, **kwargs: Any) -> nn.Module:
-    from vpd_lens.attach import attach
     from vpd_lens.decomposition import CausalImportanceConfig
+    from vpd_lens.decomposition.attach import attach
 
     importance = CausalImportanceConfig(kind="mlp")
     return attach(model, n_subcomponents=5, example=EXAMPLE, importance=importance, **kwargs)
@@ -56,7 +56,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 @torch.no_grad()
 def test_masks_equal_dense_weights(model: nn.Module) -> None:
-    from vpd_lens.attach import remove
+    from vpd_lens.decomposition.attach import remove
 
     before = model(EXAMPLE)
     names = list(linears(model))
@@ -90,7 +90,7 @@ def test_every_mode_runs_on_features_without_positions(model: nn.Module, mode: s
 
 
 def test_sites_are_named_by_module(model: nn.Module) -> None:
-    from vpd_lens.attach import remove
+    from vpd_lens.decomposition.attach import remove
 
     name = list(linears(model))[-1]
     parameters = list(model.state_dict())
@@ -119,7 +119,7 @@ def test_hook_points_of_a_hooked_root_module() -> None:
 
 
 def test_an_example_is_needed(model: nn.Module) -> None:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
     from vpd_lens.errors import AttachError
 
     with pytest.raises(AttachError, match="example="):

@@ -15,7 +15,7 @@ CASES = ["bridge-gpt2-default", "bridge-llama-default", "hooked-ln"]
 
 @pytest.mark.parametrize("case", CASES)
 def test_decomposing_twice(case: str, build: Callable[..., nn.Module]) -> None:
-    from vpd_lens.attach import attach, remove
+    from vpd_lens.decomposition.attach import attach, remove
     from vpd_lens.errors import AttachError
 
     model = attach(build(case), n_subcomponents=5)
@@ -42,7 +42,7 @@ def test_decomposing_twice(case: str, build: Callable[..., nn.Module]) -> None:
     ],
 )
 def test_flags_that_bypass_matrices(case: str, flag: str, build: Callable[..., nn.Module]) -> None:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
     from vpd_lens.errors import AttachError
 
     model = build(case)
@@ -56,7 +56,7 @@ def test_flags_that_bypass_matrices(case: str, flag: str, build: Callable[..., n
 
 @pytest.mark.parametrize("case", CASES)
 def test_sites_that_do_not_exist(case: str, build: Callable[..., nn.Module]) -> None:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
     from vpd_lens.errors import AttachError, ConfigError
 
     model = build(case)
@@ -73,7 +73,7 @@ def test_sites_that_do_not_exist(case: str, build: Callable[..., nn.Module]) -> 
 def test_selecting_sites_by_pattern_list_and_unembed(
     case: str, build: Callable[..., nn.Module]
 ) -> None:
-    from vpd_lens.attach import attach, remove
+    from vpd_lens.decomposition.attach import attach, remove
 
     model = build(case)
     before = model(tokens())
@@ -106,7 +106,7 @@ class Packed(nn.Linear):
 
 
 def test_quantised_weights(build: Callable[..., nn.Module]) -> None:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
     from vpd_lens.errors import AttachError
 
     model = build("bridge-llama-default")
@@ -121,7 +121,7 @@ def test_quantised_weights(build: Callable[..., nn.Module]) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_self_check_finds_a_wrong_weight(case: str, build: Callable[..., nn.Module]) -> None:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
     from vpd_lens.errors import AttachError
     from vpd_lens.sites import find_sites
 

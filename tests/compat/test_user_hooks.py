@@ -62,7 +62,7 @@ class Switch:
 def test_hooks_before_and_after_attaching_equal_dense_weights(
     case: str, build: Callable[..., nn.Module]
 ) -> None:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
 
     reference, early, late = build(case), build(case), build(case)
     names = [f"blocks.0.{n}" for n in INPUTS + OUTPUTS if f"blocks.0.{n}" in reference.hook_dict]
@@ -94,7 +94,7 @@ def test_hooks_before_and_after_attaching_equal_dense_weights(
 @pytest.mark.parametrize("case", ["bridge-gpt2-default", "bridge-llama-processed", "hooked-ln"])
 @torch.no_grad()
 def test_reset_hooks_does_not_detach(case: str, build: Callable[..., nn.Module]) -> None:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
 
     model = attach(build(case), n_subcomponents=5)
     masks, deltas = random_masks(model.vpd)
@@ -114,7 +114,7 @@ def test_reset_hooks_does_not_detach(case: str, build: Callable[..., nn.Module])
 def test_importances_ignore_the_hooks_of_a_call_but_not_permanent_ones(
     case: str, build: Callable[..., nn.Module]
 ) -> None:
-    from vpd_lens.attach import attach
+    from vpd_lens.decomposition.attach import attach
 
     model = attach(build(case), n_subcomponents=5)
     point = "blocks.0.attn.hook_z"

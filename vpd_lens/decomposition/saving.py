@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vpd_lens.attach import attach
+from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.causal_importance import CausalImportanceConfig
 from vpd_lens.decomposition.handle import Decomposition
 from vpd_lens.errors import ArtefactError

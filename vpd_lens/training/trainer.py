@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpd_lens.attach import attach
 from vpd_lens.decomposition import Decomposition
+from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.saving import save
 from vpd_lens.errors import ConfigError, TrainingInterrupted
 from vpd_lens.training.checkpoints import load_checkpoint, save_checkpoint
