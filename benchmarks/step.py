@@ -3,9 +3,11 @@
     python benchmarks/step.py --configuration S --model hooked_transformer
     python benchmarks/step.py --configuration M --model bridge --weights FOLDER --json out.json
 
-Without `--weights` the target has random weights, which take the same time. `FOLDER` holds
+Three steps take turns: this library's, the same with `compile=True` (unless `--no-compile`), and
+the literal one of `literal.py`, whose time is the yardstick: quote ratios to it. Without
+`--weights` the target has random weights, which take the same time. `FOLDER` holds
 `model.safetensors` and `train_tokens.npy` of a trained target (nn.Linear layout, as named in
-`load_weights`). Timings of a busy machine are worthless: compare medians of one sitting.
+`load_weights`). Timings of a busy machine are worthless.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ import platform
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
+from literal import LiteralStep
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -36,17 +40,18 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "S": {
         "target": {"n_layers": 2, "d_model": 64, "n_heads": 4, "d_mlp": 256, "d_vocab": 512},
         "n_ctx": 64,
-        "counts": {r"attn\.[qk]": 48, r"attn\.[vo]": 96, r"mlp\.in": 256, r"mlp\.out": 288},
+        "counts": {"q": 48, "k": 48, "v": 96, "o": 96, "in": 256, "out": 288},
         "importance": {"d_model": 128, "n_blocks": 2, "n_heads": 4, "d_ffn": 512},
     },
     "M": {
         "target": {"n_layers": 4, "d_model": 128, "n_heads": 4, "d_mlp": 512, "d_vocab": 1024},
         "n_ctx": 128,
-        "counts": {r"attn\.[qk]": 64, r"attn\.[vo]": 128, r"mlp\.in": 512, r"mlp\.out": 576},
+        "counts": {"q": 64, "k": 64, "v": 128, "o": 128, "in": 512, "out": 576},
         "importance": {"d_model": 256, "n_blocks": 4, "n_heads": 8, "d_ffn": 1024},
     },
 }
 BATCH = 16
+Step = Callable[[Tensor, int], Any]
 PHASES = ("target", "importance", "adversary", "losses", "backward", "update")
 
 
@@ -109,40 +114,74 @@ def batches(name: str, folder: Path | None, count: int) -> list[Tensor]:
     return list(stream[starts + torch.arange(length)])
 
 
-def measure(name: str, kind: str, folder: Path | None, steps: int) -> dict[str, Any]:
-    """Wall-clock milliseconds per step (median, minimum), per phase, and peak memory in MiB."""
+def steppers(name: str, kind: str, folder: Path | None, compiled: bool) -> dict[str, Step]:
+    """The steps to compare, by name; each takes a batch and the number of the step."""
     configuration = CONFIGURATIONS[name]
-    model = build(name, kind)
-    if folder is not None:
-        load_weights(model, folder)
     config = VPDConfig.small(importance=configuration["importance"], steps=10_000)
-    vpd_lens.decompose(model, n_subcomponents=configuration["counts"], importance=config.importance)
-    stepper = Stepper(model.vpd, config)
-    data = batches(name, folder, steps + 3)
-    for step in range(3):
-        stepper.step(data[step], step)
-    times = []
-    for step in range(3, steps + 3):
+    counts = {rf"\.{part}$": count for part, count in configuration["counts"].items()}
+    steps: dict[str, Step] = {}
+    for label in ("vpd_lens", "compiled")[: 1 + compiled]:
+        model = build(name, kind)
+        if folder is not None:
+            load_weights(model, folder)
+        vpd_lens.decompose(model, n_subcomponents=counts, importance=config.importance)
+        steps[label] = Stepper(model.vpd, config.replaced({"compile": label == "compiled"})).step
+    literal = LiteralStep(
+        configuration["target"],
+        configuration["counts"],
+        configuration["importance"],
+        (BATCH, configuration["n_ctx"]),
+    )
+    steps["literal"] = lambda batch, _: literal.step(batch)
+    return steps
+
+
+def measure(
+    name: str, kind: str, folder: Path | None, rounds: int, compiled: bool
+) -> dict[str, Any]:
+    """Milliseconds per step of each kind, in turns; phases and peak memory of the first."""
+    steps = steppers(name, kind, folder, compiled)
+    data = batches(name, folder, rounds + 2)
+    preparation, times = {}, {label: [] for label in steps}
+    for label, step in steps.items():
         begun = time.perf_counter()
-        stepper.step(data[step], step)
-        times.append(1e3 * (time.perf_counter() - begun))
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(3):
-            stepper.step(data[0], 1)
-    spans = {e.key: e.cpu_time_total / 3e3 for e in profiler.key_averages()}
+        step(data[0], 0)
+        preparation[label] = time.perf_counter() - begun
+        step(data[1], 1)
+        if label == "vpd_lens":
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    for index, batch in enumerate(data[2:], start=2):
+        for label, step in steps.items():
+            begun = time.perf_counter()
+            step(batch, index)
+            times[label].append(1e3 * (time.perf_counter() - begun))
     return {
         "configuration": name,
         "model": kind,
         "trained_weights": folder is not None,
-        "ms_per_step_median": statistics.median(times),
-        "ms_per_step_min": min(times),
-        "phases_ms": {phase: spans.get(f"vpd::{phase}", 0.0) for phase in PHASES},
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "ms_per_step_median": {label: statistics.median(t) for label, t in times.items()},
+        "ms_per_step_min": {label: min(t) for label, t in times.items()},
+        "ratio_to_literal": {
+            label: statistics.median(a / b for a, b in zip(t, times["literal"], strict=True))
+            for label, t in times.items()
+        },
+        "first_step_s": preparation,
+        "phases_ms": phases(steps["vpd_lens"], data[0]),
+        "peak_memory_mib": peak,
         "threads": torch.get_num_threads(),
-        "steps": steps,
+        "rounds": rounds,
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
     }
+
+
+def phases(step: Step, batch: Tensor) -> dict[str, float]:
+    """Milliseconds in each phase of a step, by the profiler, which slows everything a little."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            step(batch, 1)
+    spans = {e.key: e.cpu_time_total / 3e3 for e in profiler.key_averages()}
+    return {phase: spans.get(f"vpd::{phase}", 0.0) for phase in PHASES}
 
 
 def main() -> None:
@@ -152,22 +191,34 @@ def main() -> None:
         "--model", choices=("hooked_transformer", "bridge"), default="hooked_transformer"
     )
     parser.add_argument("--weights", type=Path)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    result = measure(arguments.configuration, arguments.model, arguments.weights, arguments.steps)
-    table = Table("phase", "ms", title=f"{result['configuration']} on {result['model']}")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    compiled = not options.no_compile
+    result = measure(
+        options.configuration, options.model, options.weights, options.rounds, compiled
+    )
+    show(result)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def show(result: dict[str, Any]) -> None:
+    title = f"{result['configuration']} on {result['model']}, ms per step"
+    steps = Table("step", "median", "minimum", "ratio to literal", "first step, s", title=title)
+    for label, median in result["ms_per_step_median"].items():
+        columns = (result["ms_per_step_min"], result["ratio_to_literal"], result["first_step_s"])
+        low, ratio, first = (column[label] for column in columns)
+        steps.add_row(label, f"{median:.0f}", f"{low:.0f}", f"{ratio:.2f}", f"{first:.1f}")
+    detail = Table("phase of a vpd_lens step", "ms")
     for phase, value in result["phases_ms"].items():
-        table.add_row(phase, f"{value:.1f}")
-    table.add_section()
-    table.add_row("step, median", f"{result['ms_per_step_median']:.1f}")
-    table.add_row("step, minimum", f"{result['ms_per_step_min']:.1f}")
-    table.add_row("peak memory, MiB", f"{result['peak_memory_mib']:.0f}")
-    Console().print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        detail.add_row(phase, f"{value:.1f}")
+    detail.add_section()
+    detail.add_row("peak memory, MiB", f"{result['peak_memory_mib']:.0f}")
+    Console().print(steps, detail)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,22 @@ def test_interpolate_is_between_importance_and_one_with_its_gradients():
     assert torch.autograd.gradcheck(interpolate, (g, shared))
 
 
+def test_sources_are_uniform_independent_and_reproducible():
+    layout = Layout(("a", "b"), (3, 4))
+    draws = [uniform_sources(torch.zeros(150, 101, 7), layout, _generator(s)) for s in (0, 0, 1)]
+    assert torch.equal(draws[0].components, draws[1].components)
+    assert not torch.equal(draws[0].components, draws[2].components)
+    r = draws[0].components
+    assert r.min() >= 0
+    assert r.max() < 1
+    share = torch.histc(r, 16, 0, 1) / r.numel()
+    torch.testing.assert_close(share, torch.full((16,), 1 / 16), atol=3e-3, rtol=0)
+    # Neighbours come from the same draw of 64 bits.
+    correlation = torch.corrcoef(torch.cat([r, draws[0].delta], -1).flatten(0, 1).T)
+    assert (correlation - torch.eye(9)).abs().max() < 0.03
+    assert r.unique().numel() > 0.5 * 2**16
+
+
 def test_uniform_k_subset_distribution():
     n_sites, n = 24, 40_000
     generator = torch.Generator().manual_seed(0)
@@ -222,7 +238,7 @@ def test_adversary_scopes(scope, shape):
     assert adversary.sources.components.shape == (*shape, 5)
     assert adversary.sources.delta.shape == (*shape, 2)
     masks = adversary.masks(torch.zeros(2, 4, 5))
-    assert masks.components.shape == (2, 4, 5)
+    assert masks.computed().components.shape == (2, 4, 5)
     assert masks.delta.shape == (2, 4, 2)
 
 

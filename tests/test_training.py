@@ -16,6 +16,7 @@ from vpd_lens import load, remove
 from vpd_lens.decomposing import decompose
 from vpd_lens.decomposition import CausalImportanceConfig, Divergence
 from vpd_lens.decomposition.attach import attach
+from vpd_lens.decomposition.masks import uniform_sources
 from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import ArtefactError, ConfigError, NonFiniteLossError
 from vpd_lens.training import VPDConfig, train
@@ -69,9 +70,8 @@ def test_one_step_is_the_paper_s_step(tokens):
     z = vpd.pre_importance(inputs)
     g = lower_leaky(z)
     p = 2.0 + (0.4 - 2.0) * 3 / cfg.steps
-    r = torch.rand(g.shape, generator=before)
-    r_delta = torch.rand(*g.shape[:-1], vpd.layout.n_sites, generator=before)
-    stochastic = divergence(vpd.run(_masks(g, r, r_delta), tokens[4:8]))
+    r = uniform_sources(g, vpd.layout, before)
+    stochastic = divergence(vpd.run(_masks(g, r.components, r.delta), tokens[4:8]))
     leaves = [leaf.requires_grad_() for leaf in sources]
     adversarial = divergence(vpd.run(_masks(g, *leaves), tokens[4:8]))
     least = minimality(importance_power_sum(z, p), 4 * 8, 0.5)

@@ -96,6 +96,27 @@ class SiteMasks:
 
 
 @dataclass
+class SourceMasks:
+    """Masks `m = g + (1 - g) r` that are not computed yet.
+
+    Attributes:
+        importance: Causal importances `g`.
+        components: Source `r` of every subcomponent; dimensions of size 1 are shared.
+        delta: Mask of every delta: its own source, its importance being 0.
+        routed: As in `Masks`.
+    """
+
+    importance: Float[Tensor, "*batch C_total"]
+    components: Float[Tensor, "*#batch C_total"]
+    delta: Float[Tensor, "*batch n_sites"]
+    routed: Bool[Tensor, "*batch n_sites"] | None = None
+
+    def computed(self) -> Masks:
+        """The masks themselves."""
+        return Masks(interpolate(self.importance, self.components), self.delta, self.routed)
+
+
+@dataclass
 class Sources:
     """What decides masks between `g` and 1.
 
@@ -107,14 +128,25 @@ class Sources:
     components: Float[Tensor, "*batch C_total"]
     delta: Float[Tensor, "*batch n_sites"]
 
+    def over(self, importance: Float[Tensor, "*batch C_total"]) -> SourceMasks:
+        """`m = g + (1 - g) r`, not computed yet; the delta's importance is 0.
+
+        Args:
+            importance: Causal importances `g`.
+        """
+        delta = self.delta.expand(*importance.shape[:-1], -1)
+        return SourceMasks(importance, self.components, delta)
+
     def masks(self, importance: Float[Tensor, "*batch C_total"]) -> Masks:
         """`m = g + (1 - g) r`; the delta's mask is its own source, its importance being 0.
 
         Args:
             importance: Causal importances `g`.
         """
-        delta = self.delta.expand(*importance.shape[:-1], -1)
-        return Masks(interpolate(importance, self.components), delta)
+        return self.over(importance).computed()
+
+
+AnyMasks = Masks | SourceMasks
 
 
 def uniform_sources(
@@ -130,9 +162,19 @@ def uniform_sources(
         generator: Random generator on that device.
     """
     g = importance
-    components = torch.empty_like(g, requires_grad=False).uniform_(generator=generator)
-    delta = g.new_empty(*g.shape[:-1], layout.n_sites).uniform_(generator=generator)
+    components = _uniform(g.new_empty(g.shape), generator)
+    delta = _uniform(g.new_empty(*g.shape[:-1], layout.n_sites), generator)
     return Sources(components, delta)
+
+
+def _uniform(out: Tensor, generator: torch.Generator | None) -> Tensor:
+    if out.device.type != "cpu":
+        return out.uniform_(generator=generator)
+    # A CPU draws its numbers one by one: four multiples of 2^-16 from each draw of 64 bits.
+    draws = torch.empty(-(-out.numel() // 4), dtype=torch.int64)
+    draws.random_(-(2**63), None, generator=generator)
+    out.view(-1).copy_(draws.view(torch.int16)[: out.numel()])
+    return out.mul_(2**-16).add_(0.5)
 
 
 class _Interpolate(torch.autograd.Function):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vpd_lens.decomposition.attachment import Attachment
 from vpd_lens.decomposition.masked_site import edited_site, masked_site
-from vpd_lens.decomposition.masks import Layout, Masks, SiteMasks
+from vpd_lens.decomposition.masks import AnyMasks, Layout, SiteMasks, SourceMasks
 from vpd_lens.decomposition.modes import MaskContext
 from vpd_lens.decomposition.subcomponents import Subcomponents
 from vpd_lens.errors import InputError, VPDError
@@ -58,7 +58,7 @@ class MaskedForwards(nn.Module):
         self._inputs: list[Tensor | None] = [None] * len(sites)
         self._outputs: list[Tensor | None] | None = None
 
-    def run(self, masks: Masks | None, *args: Any, **kwargs: Any) -> Any:
+    def run(self, masks: AnyMasks | None, *args: Any, **kwargs: Any) -> Any:
         """One forward of the model under fixed masks (`None`: the target model itself).
 
         Args:
@@ -72,6 +72,8 @@ class MaskedForwards(nn.Module):
         """
         before = self._running, self._masks
         self._running, self._masks = True, None
+        if isinstance(masks, SourceMasks):
+            masks = masks.computed()
         if masks is not None:
             self._masks = masks.per_site(self.layout)
             self._edited = [False] * len(self.sites)
@@ -98,7 +100,7 @@ class MaskedForwards(nn.Module):
             )
 
     @torch.no_grad()
-    def run_recording(self, masks: Masks | None, *args: Any) -> tuple[Any, list[Tensor]]:
+    def run_recording(self, masks: AnyMasks | None, *args: Any) -> tuple[Any, list[Tensor]]:
         """Like `run`, without gradients, and with every site's output as written.
 
         Args:

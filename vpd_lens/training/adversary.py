@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vpd_lens.decomposition.masks import Layout, Masks, Sources, uniform_sources
+from vpd_lens.decomposition.masks import Layout, SourceMasks, Sources, uniform_sources
 from vpd_lens.errors import InputError
 from vpd_lens.training.config import AdversaryConfig
 
@@ -47,7 +47,7 @@ class PersistentAdversary:
             fused=True,
         )
 
-    def masks(self, importance: Tensor, rows: slice = slice(None)) -> Masks:
+    def masks(self, importance: Tensor, rows: slice = slice(None)) -> SourceMasks:
         """The masks that the sources now make of these importances.
 
         Args:
@@ -61,7 +61,7 @@ class PersistentAdversary:
         if rows != slice(None):
             sources = Sources(sources.components[rows], sources.delta[rows])
         try:
-            return sources.masks(importance)
+            return sources.over(importance)
         except RuntimeError as error:
             raise InputError(
                 f"the adversary keeps sources for batches of shape "

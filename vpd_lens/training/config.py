@@ -144,6 +144,9 @@ class VPDConfig(_Frozen):
         faithfulness: Delta-L2 and its warm-up.
         optimiser: Optimiser and schedule.
         autocast: bf16 autocast on CUDA (losses and parameters stay fp32).
+        compile: Run masked forwards as compiled graphs: about 1.4 times as fast a step on a CPU,
+            after one to three minutes of compilation, for the same numbers up to rounding. Needs
+            a C++ compiler on CPU; where it cannot be done, a warning says so.
         device: `"auto"` (where the model is), `"cpu"`, `"cuda"` or `"cuda:N"`.
         log_every: Steps between logged metrics.
         checkpoint_every: Steps between checkpoints; 0 writes only the last and on interruption.
@@ -163,6 +166,7 @@ class VPDConfig(_Frozen):
     faithfulness: FaithfulnessConfig = FaithfulnessConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     autocast: bool = True
+    compile: bool = False
     device: str = "auto"
     log_every: int = Field(default=50, ge=1)
     checkpoint_every: int = Field(default=0, ge=0)

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vpd_lens.decomposition.masks import Layout, Masks, uniform_k_subset, uniform_sources
+from vpd_lens.decomposition.masks import Layout, SourceMasks, uniform_k_subset, uniform_sources
 from vpd_lens.decomposition.sigmoids import LEAK, row_blocks, upper_leaky, where_above
 
-DivergenceOf = Callable[[Masks], Tensor]
+DivergenceOf = Callable[[SourceMasks], Tensor]
 
 
 def stochastic_reconstruction(
@@ -39,7 +39,7 @@ def stochastic_reconstruction(
     """
     losses = []
     for _ in range(n_samples):
-        masks = uniform_sources(importance, layout, generator).masks(importance)
+        masks = uniform_sources(importance, layout, generator).over(importance)
         if routing == "subset":
             masks.routed = uniform_k_subset(masks.delta.shape, masks.delta.device, generator)
         losses.append(divergence_of(masks))
@@ -60,7 +60,7 @@ def layerwise_reconstruction(
         layout: The columns of each site.
         generator: Random generator.
     """
-    masks = uniform_sources(importance, layout, generator).masks(importance)
+    masks = uniform_sources(importance, layout, generator).over(importance)
     losses = []
     for index in range(layout.n_sites):
         masks.routed = torch.zeros_like(masks.delta, dtype=torch.bool)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from vpd_lens.decomposition import Decomposition, Divergence, Masks
-from vpd_lens.decomposition.masks import uniform_k_subset
+from vpd_lens.decomposition import Decomposition, Divergence
+from vpd_lens.decomposition.compiled import CompiledForwards
+from vpd_lens.decomposition.masks import SourceMasks, uniform_k_subset
 from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import NonFiniteLossError
 from vpd_lens.training.adversary import PersistentAdversary
@@ -35,6 +36,7 @@ from vpd_lens.training.losses import (
 from vpd_lens.training.schedules import adversary_lr, exponent, learning_rate
 
 Losses = dict[str, Tensor]
+MaskedForward = Callable[[SourceMasks, Tensor], Tensor]
 
 
 @dataclass
@@ -47,9 +49,9 @@ class _Part:
     divergence: Divergence
     z: Tensor
 
-    def under(self, vpd: Decomposition) -> Callable[[Masks], Tensor]:
+    def under(self, run: MaskedForward) -> Callable[[SourceMasks], Tensor]:
         """The divergence of a masked forward from the target's output."""
-        return lambda masks: self.divergence(vpd.run(masks, self.batch))
+        return lambda masks: self.divergence(run(masks, self.batch))
 
 
 class Stepper:
@@ -69,6 +71,7 @@ class Stepper:
         self.vpd = vpd
         self.config = config
         self.device = vpd.device
+        self.run: MaskedForward = CompiledForwards(vpd).run if config.compile else vpd.run
         self.weights = [site.weight.float().contiguous() for site in vpd.sites]
         self.generator = torch.Generator(device=self.device).manual_seed(config.seed)
         self.adversary: PersistentAdversary | None = None
@@ -146,7 +149,7 @@ class Stepper:
         for _ in range(self.config.adversary.inner_steps):
             for part, g in zip(parts, importances, strict=True):
                 with self.vpd.frozen_subcomponents():
-                    loss = part.under(self.vpd)(self.adversary.masks(g, part.rows))
+                    loss = part.under(self.run)(self.adversary.masks(g, part.rows))
                 (loss * (self.config.adversary.coefficient / len(parts))).backward(
                     inputs=self.adversary.leaves()
                 )
@@ -189,7 +192,7 @@ class Stepper:
         if n_parts > 1:
             part.z = vpd.pre_importance(part.inputs)
         g = lower_leaky(part.z)
-        under = part.under(vpd)
+        under = part.under(self.run)
         losses: Losses = {}
         if config.stochastic.coefficient > 0:
             losses["stochastic"] = (
