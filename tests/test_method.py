@@ -242,6 +242,27 @@ def test_adversary_scopes(scope, shape):
     assert masks.delta.shape == (2, 4, 2)
 
 
+@pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
+def test_restarted_sources_are_new_and_have_no_memory(probability):
+    layout = Layout(("a", "b"), (3, 2))
+    config = AdversaryConfig(scope="sequence", restart=probability, lr=0.1)
+    shape = (400, 4)
+    adversary = PersistentAdversary(config, layout, shape, torch.device("cpu"), _generator(0))
+    for leaf in adversary.leaves():
+        leaf.grad = torch.ones_like(leaf)
+    adversary.ascend(1.0)
+    before = [leaf.detach().clone() for leaf in adversary.leaves()]
+    adversary.restart()
+    moved = [(a != b).all(-1) for a, b in zip(before, adversary.leaves(), strict=True)]
+    assert torch.equal(moved[0], moved[1])
+    assert moved[0].float().mean().item() == pytest.approx(probability, abs=0.08)
+    for leaf in adversary.leaves():
+        state = adversary.optimiser.state[leaf]
+        for moment in (state["exp_avg"], state["exp_avg_sq"]):
+            assert torch.equal((moment == 0).all(-1), moved[0])
+        assert leaf.requires_grad
+
+
 def test_pgd_reaches_the_corners_of_a_monotone_loss_and_records_its_curve():
     layout = Layout(("a", "b"), (3, 2))
     importance = torch.full((2, 4, 5), 0.25)

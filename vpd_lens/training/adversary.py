@@ -18,7 +18,7 @@ class PersistentAdversary:
         layout: The columns of each site.
         batch_shape: Leading shape of a batch, `(batch, pos)` for language models.
         device: Where the sources live.
-        generator: Random generator of the start, U(0, 1).
+        generator: Random generator of all starts, U(0, 1).
 
     Attributes:
         sources: One per subcomponent and delta, `[*scope, C_total]` and `[*scope, n_sites]`.
@@ -35,6 +35,7 @@ class PersistentAdversary:
     ) -> None:
         self.config = config
         self.layout = layout
+        self.generator = generator
         scope = _scope_shape(config.scope, batch_shape)
         start = torch.empty(*scope, layout.total, device=device)
         self.sources = uniform_sources(start, layout, generator)
@@ -91,6 +92,23 @@ class PersistentAdversary:
         with torch.no_grad():
             for leaf in self.leaves():
                 leaf.clamp_(0, 1)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Let each set of sources start over with the configured probability, moments forgotten.
+
+        Adam's bias correction goes on counting from the start of the run, so the first updates
+        of a new set are up to five times the learning rate: it reaches a corner within a few.
+        """
+        if self.config.restart == 0:
+            return
+        chance = torch.empty_like(self.sources.delta[..., :1]).uniform_(generator=self.generator)
+        again = chance < self.config.restart
+        new = uniform_sources(self.sources.components, self.layout, self.generator)
+        for leaf, start in zip(self.leaves(), (new.components, new.delta), strict=True):
+            leaf.copy_(torch.where(again, start, leaf))
+            for moment in ("exp_avg", "exp_avg_sq"):
+                self.optimiser.state[leaf][moment].mul_(~again)
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next updates."""

@@ -240,6 +240,7 @@ class Stepper:
             # Only the adversarial loss reaches the sources, so the backward pass of the total
             # has left its gradient there, times the coefficient; no second one is needed.
             self._ascend(n_positions)
+            self.adversary.restart()
         opt = self.config.optimiser
         limits = (opt.clip_subcomponents, opt.clip_importance)
         names = ("subcomponents", "importance")
