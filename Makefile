@@ -3,6 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
+# Threads that spin while they wait make a step ten times as long when anything else runs.
+export OMP_WAIT_POLICY = passive
 
 .PHONY: quickstart test compat lint types docs check clean
 

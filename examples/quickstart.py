@@ -13,136 +13,25 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
-import sysconfig
 import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+# Threads that spin while they wait make a step many times as long when anything else runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from rich.console import Console
-from rich.progress import track
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 import vpd_lens
 from vpd_lens.evaluation import EvalReport
-from vpd_lens.models import load_model, save_model
+from vpd_lens.experiments.quickstart_target import get_target
 from vpd_lens.training import VPDConfig
 
-VOCABULARY, CONTEXT = 512, 64
 STORED = Path(__file__).parent / "quickstart_without_adversary.json"
 console = Console()
-
-
-def standard_library_text(n_characters: int, seed: int = 0) -> str:
-    """Source files of the standard library, in random order, cut to `n_characters`."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
-    files = [f for f in files if "site-packages" not in f.parts and "test" not in f.parts]
-    random.Random(seed).shuffle(files)
-    texts, size = [], 0
-    for file in files:
-        texts.append(file.read_text(encoding="utf-8", errors="ignore"))
-        size += len(texts[-1])
-        if size >= n_characters:
-            break
-    return "\n".join(texts)[:n_characters]
-
-
-def train_tokenizer(text: str, folder: Path) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, saved to and loaded from `folder`."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
-    special = "<|endoftext|>"
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=special, eos_token=special, pad_token=special
-    )
-    fast.save_pretrained(folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> torch.nn.Module:
-    """A 2-layer transformer: HookedTransformer on TransformerLens 3.x, a bridge on 4.x."""
-    shape = {
-        "n_layers": 2,
-        "d_model": 64,
-        "n_ctx": CONTEXT,
-        "d_head": 16,
-        "n_heads": 4,
-        "d_mlp": 256,
-        "d_vocab": VOCABULARY,
-        "act_fn": "gelu_new",
-        "normalization_type": "RMS",
-        "positional_embedding_type": "rotary",
-        "rotary_dim": 16,
-        "seed": seed,
-        "default_prepend_bos": False,
-    }
-    try:
-        from transformer_lens import HookedTransformer, HookedTransformerConfig
-    except ImportError:
-        from transformer_lens.config import TransformerBridgeConfig
-        from transformer_lens.model_bridge import TransformerBridge
-
-        model = TransformerBridge.boot_native(TransformerBridgeConfig(**shape))
-        model.tokenizer = tokenizer
-        return model
-    config = HookedTransformerConfig(**shape, device="cpu")
-    return HookedTransformer(config, tokenizer=tokenizer, default_padding_side="right")
-
-
-def train_target(model: torch.nn.Module, tokens: Tensor, steps: int, seed: int) -> float:
-    """Ordinary next-token training on random windows; returns the last loss in nats."""
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
-    recent = torch.zeros(100)
-    for step in track(range(steps), "Training the target", console=console):
-        starts = torch.randint(len(tokens) - CONTEXT, (32,), generator=generator)
-        batch = tokens[starts[:, None] + torch.arange(CONTEXT)]  # [32, 64]
-        loss = model(batch, return_type="loss")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        recent[step % 100] = loss.detach()
-    return float(recent.mean())
-
-
-def get_target(folder: Path, steps: int, seed: int) -> tuple[torch.nn.Module, Tensor, Tensor]:
-    """The target model with training and held-out tokens; trained once, then loaded."""
-    text = standard_library_text(8_000_000)
-    if not (folder / "model.json").exists():
-        tokenizer = train_tokenizer(text[:2_000_000], folder.with_name("tokenizer"))
-        model = new_model(tokenizer, seed)
-        tokens = tokenise(tokenizer, text)
-        loss = train_target(model, tokens[:-100_000], steps, seed)
-        console.print(f"Target trained: cross-entropy {loss:.3f} nats per token.")
-        save_model(model, folder)
-    model = load_model(folder)
-    tokens = tokenise(model.tokenizer, text)
-    held_out = tokens[-100_000:]
-    rows = len(held_out) // CONTEXT
-    return model, tokens[:-100_000], held_out[: rows * CONTEXT].view(rows, CONTEXT)
-
-
-def tokenise(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
-    """One long stream of token ids."""
-    lines = text.splitlines(keepends=True)
-    pieces = tokenizer(lines, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    return torch.tensor([token for piece in pieces for token in piece])
 
 
 def configuration(steps: int, seed: int) -> VPDConfig:

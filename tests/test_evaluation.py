@@ -219,7 +219,7 @@ def test_the_curve_is_a_forward_with_the_sources_found(model, tokens, importance
     with torch.no_grad():
         target = model(tokens)
     divergence = Divergence(target, "kl")
-    arguments = {"n_steps": 5, "step_size": 1.0}
+    arguments = {"n_steps": 5, "step_size": 0.2}
     sources, _ = pgd_sources(
         lambda masks: divergence(vpd.run(masks, tokens)),
         importance,
@@ -233,7 +233,7 @@ def test_the_curve_is_a_forward_with_the_sources_found(model, tokens, importance
         importance,
         divergence,
         [0, 5],
-        1.0,
+        0.2,
         torch.Generator().manual_seed(5),
     )
     masks = importance + (1 - importance) * sources.components

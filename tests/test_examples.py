@@ -9,6 +9,7 @@ import torch
 from conftest import shared_folder
 
 import vpd_lens
+from vpd_lens.experiments import quickstart_target
 from vpd_lens.training import VPDConfig
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -63,8 +64,8 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
             log_every=1,
         ),
     )
-    text = quickstart.standard_library_text
-    monkeypatch.setattr(quickstart, "standard_library_text", lambda _n: text(600_000))
+    text = quickstart_target.standard_library_text
+    monkeypatch.setattr(quickstart_target, "standard_library_text", lambda _n: text(600_000))
     evaluate = vpd_lens.evaluate
     monkeypatch.setattr(
         vpd_lens,

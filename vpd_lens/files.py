@@ -66,6 +66,16 @@ def existing_directory(path: Path) -> Path:
     raise ArtefactError(f"{path}: there is no such directory. Check the path.")
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all, in a directory that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    temporary.replace(path)
+    _flush(path.parent)
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -21,9 +21,10 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
 
 from vpd_lens.errors import ConfigError
-from vpd_lens.models import ModelClass, Processing
+from vpd_lens.models import ModelClass, Processing, load_model
 from vpd_lens.training.config import VPDConfig
 
 
@@ -84,6 +85,23 @@ class RunFile(_Section):
     training: VPDConfig
     evaluation: EvaluationSection | None = None
 
+    def load_model(self) -> nn.Module:
+        """The base model, on the device of `training`."""
+        model = self.model
+        return load_model(model.source, model.model_class, self.training.device, model.processing)
+
+    def evaluation_plan(self) -> dict[str, Any]:
+        """Arguments of `vpd_lens.evaluate`, with sequences as long as in training by default.
+
+        Raises:
+            ConfigError: If the file has no `evaluation` section.
+        """
+        if self.evaluation is None:
+            raise ConfigError("the run file has no evaluation section; add one with held-out data.")
+        plan = self.evaluation.model_dump()
+        plan["seq_len"] = plan["seq_len"] or self.training.seq_len
+        return plan | {"prepend_bos": self.prepend_bos}
+
 
 def read_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
     """Read a run file and apply overrides.
@@ -98,7 +116,7 @@ def read_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
         ConfigError: If the file cannot be read, or a field is unknown, missing or unusable.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(data, dict):
@@ -124,7 +142,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if keys[0] not in RunFile.model_fields:
         keys = ["training", *keys]
     try:
-        value = yaml.load(text, _Loader)
+        value = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None
     node = data
@@ -137,11 +155,11 @@ def _apply(data: dict[str, Any], override: str) -> None:
     node[keys[-1]] = value
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML in which `1e-3` is a number, as in YAML 1.2; PyYAML reads it as text."""
 
 
-_Loader.add_implicit_resolver(
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 

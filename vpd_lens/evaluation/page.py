@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from vpd_lens.evaluation import plots
+from vpd_lens.evaluation.html import render_template
 from vpd_lens.evaluation.report import EvalReport
 
 _MODES = {
@@ -21,7 +20,7 @@ _MODES = {
     "random": "uniform masks that ignore the importances",
     "zero": "every decomposed matrix off",
 }
-_UNITS = {"kl": "KL", "mse": "MSE", "custom": "divergence"}
+UNITS = {"kl": "KL", "mse": "MSE", "custom": "divergence"}
 
 
 def render(
@@ -43,12 +42,10 @@ def render(
     Returns:
         The page's HTML; light and dark follow the reader's system.
     """
-    template = files("vpd_lens.evaluation").joinpath("page.html.j2").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    unit = _UNITS[report.divergence]
-    return environment.from_string(template).render(
+    unit = UNITS[report.divergence]
+    return render_template(
+        "vpd_lens.evaluation",
+        "page.html.j2",
         title=title,
         report=report,
         beside=beside,
@@ -82,7 +79,7 @@ def _cards(report: EvalReport, beside: EvalReport | None, unit: str) -> list[dic
     """The headline figures: label, value, what it is, and the other report's."""
     total = f"{sum(report.n_subcomponents.values()):,}"
     threshold = next(iter(report.l0))
-    attack = _headline_attack(report)
+    attack = headline_attack(report)
     rows: list[tuple[str, str, Any]] = [
         (f"Unmasked {unit}", "every subcomponent on", lambda r: r.modes["unmasked"]["kl"]),
         (f"Stochastic {unit}", "under random ablation", lambda r: r.modes["stochastic"]["kl"]),
@@ -104,7 +101,7 @@ def _cards(report: EvalReport, beside: EvalReport | None, unit: str) -> list[dic
     ]
 
 
-def _headline_attack(report: EvalReport) -> str | None:
+def headline_attack(report: EvalReport) -> str | None:
     """20 steps, the paper's headline, or the strongest attack there is."""
     if "20" in report.pgd:
         return "20"

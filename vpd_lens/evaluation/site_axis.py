@@ -12,9 +12,9 @@ from matplotlib.patches import Patch
 
 from vpd_lens.evaluation.svg import MUTED
 
-_PALETTE = ("#4c86d9", "#2fa39a", "#67a33f", "#c99a1e", "#d9703f", "#c2568f", "#8b6fd0")
+PALETTE = ("#4c86d9", "#2fa39a", "#67a33f", "#c99a1e", "#d9703f", "#c2568f", "#8b6fd0")
 _KINDS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.in", "mlp.gate", "mlp.out")
-_KIND_COLOURS = dict(zip(_KINDS, _PALETTE, strict=True))
+_KIND_COLOURS = dict(zip(_KINDS, PALETTE, strict=True))
 _FEW_SITES = 26
 _MAX_LABELS = 16
 
@@ -34,7 +34,7 @@ def kind_colours(names: Sequence[str]) -> dict[str, str]:
     """A colour for every kind, legible on light and dark; the same for a kind on every page."""
     kinds = dict.fromkeys(kind_of(name) for name in names)
     return {
-        kind: _KIND_COLOURS.get(kind, _PALETTE[index % len(_PALETTE)])
+        kind: _KIND_COLOURS.get(kind, PALETTE[index % len(PALETTE)])
         for index, kind in enumerate(kinds)
     }
 

@@ -87,11 +87,16 @@ def to_svg(figure: Figure, label: str) -> str:
     body = re.sub(r"<!--.*?-->\s*", "", body, flags=re.S)
     body = re.sub(r'<g id="[^"]*"', "<g", body).replace("xlink:href", "href")
     body = re.sub(r"font: (\S+) [^;\"]*", r"font-size: \1", body)
-    body = re.sub(r"(\d\.\d\d)\d+", r"\1", body)
+    body = re.sub(r"<[^>]*>", _with_short_numbers, body)
     body = re.sub(r"\s*\n\s*", "\n", body)
     for stand_in, colour in _CSS.items():
         body = body.replace(stand_in, colour)
     return f'<svg viewBox="{view[1]}" role="img" aria-label="{label}">{body.strip()}'
+
+
+def _with_short_numbers(tag: re.Match[str]) -> str:
+    """A tag with two decimals in its coordinates; text between tags keeps its digits."""
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0])
 
 
 def legend_above(axes: Axes, handles: Sequence[Artist] | None = None) -> None:

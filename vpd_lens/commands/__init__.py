@@ -1,0 +1,1 @@
+"""Parts of the command line; `vpd_lens.cli` puts them together."""

@@ -1,0 +1,106 @@
+"""`vpd-lens sweep` and `vpd-lens reproduce`: many runs, recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vpd_lens.commands.options import (
+    Debug,
+    Device,
+    Overrides,
+    Quiet,
+    quoted,
+    readable_errors,
+    say,
+)
+
+
+def sweep_command(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run file.")],
+    grid: Annotated[
+        list[str],
+        typer.Option(
+            "--grid",
+            metavar="PATH=V1,V2,...",
+            help="Values of one setting; may be repeated. PATH is that of --set.",
+        ),
+    ],
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory of the runs, instead of the file's output.")
+    ] = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train, evaluate and record every combination of some values.
+
+    The run file is that of `vpd-lens train` and needs an evaluation section. The output
+    directory receives runs/, records/, rows.csv and report.html. Repeat the command to go on
+    after an interruption.
+    """
+    with readable_errors(debug):
+        from rich import print as rich_print
+
+        from vpd_lens.experiments import sweep
+
+        changes = [*(overrides or []), *([f"training.device={quoted(device)}"] if device else [])]
+        result = sweep(
+            run_file,
+            grid,
+            output,
+            changes,
+            progress=not quiet,
+            say=lambda text: say(text, quiet),
+        )
+        if not quiet:
+            rich_print(result.section.table())
+        say(f"Report: {result.folder / 'report.html'}", quiet)
+
+
+def reproduce_command(
+    claims: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Which claims: adversary, pareto, splitting, seeds, controls, generations; "
+            "default: all.",
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Directory of the runs.")] = Path("runs/reproduce"),
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="VPD training steps of every run; default: 2000.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="See that it works; the figures mean nothing.")
+    ] = False,
+    device: Device = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Test the paper's claims on a small language model, trained on the spot, offline.
+
+    The output directory receives runs/, records/, claims/ and report.html. Repeat the command to
+    go on after an interruption.
+    """
+    with readable_errors(debug):
+        from rich import print as rich_print
+
+        from vpd_lens.experiments import reproduce
+        from vpd_lens.experiments.claims import CLAIMS
+
+        chosen = list(CLAIMS) if claims is None else [part.strip() for part in claims.split(",")]
+        reproduce(
+            output,
+            chosen,
+            steps,
+            quick,
+            device or "auto",
+            progress=not quiet,
+            say=lambda text: say(text, quiet),
+            show=None if quiet else lambda section: rich_print(section.table()),
+        )
+        say(f"Report: {output / 'report.html'}", quiet)
