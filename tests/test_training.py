@@ -19,9 +19,10 @@ from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.masks import uniform_sources
 from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import ArtefactError, ConfigError, NonFiniteLossError
-from vpd_lens.training import VPDConfig, train
+from vpd_lens.training import OptimiserConfig, VPDConfig, train
 from vpd_lens.training.diagnostics import Diagnostics, TrainingWarning
 from vpd_lens.training.losses import faithfulness, importance_power_sum, minimality
+from vpd_lens.training.optimiser import optimisers
 from vpd_lens.training.step import Stepper, warm_up_faithfulness
 
 IMPORTANCE = CausalImportanceConfig(d_model=16, n_blocks=1, n_heads=2, d_ffn=32)
@@ -115,13 +116,38 @@ def test_source_update_ignores_the_loss_coefficient(tokens):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
 
 
+def test_muon_moves_every_direction_of_a_matrix_equally():
+    """One step of Muon for matrices, of AdamW for biases, each at its group's own rate."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this PyTorch has no Muon")
+    matrix, other = (torch.nn.Parameter(torch.zeros(16, 32)) for _ in range(2))
+    bias = torch.nn.Parameter(torch.zeros(32))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (matrix, other, bias):
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    gradient_spread = torch.linalg.svdvals(matrix.grad)
+    config = OptimiserConfig(kind="muon", lr=1e-2, importance_lr=5e-3)
+    made = optimisers({"subcomponents": [matrix], "importance": [other, bias]}, config)
+    assert [group["base"] for o in made for group in o.param_groups] == [1e-2, 5e-3, 5e-3]
+    for optimiser in made:
+        for group in optimiser.param_groups:
+            group["lr"] = group["base"]
+        optimiser.step()
+    values = torch.linalg.svdvals(matrix.detach())
+    # Its Newton-Schulz iteration leaves singular values between about 0.7 and 1.2.
+    assert values[0] / values[-1] < 2 < gradient_spread[0] / gradient_spread[-1]
+    assert values.median().item() == pytest.approx(0.2 * 1e-2 * 32**0.5, rel=0.3)
+    assert values.median() > 1.5 * torch.linalg.svdvals(other.detach()).median()
+    torch.testing.assert_close(bias.detach().abs(), torch.full((32,), 5e-3), rtol=1e-3, atol=0)
+
+
 def test_micro_batches_equal_the_whole_batch(tokens):
     """Sums over the batch inside the frequency term included."""
     gradients, sources = [], []
     for count in (1, 4):
         stepper = fresh_stepper({"micro_batches": count, "stochastic": {"coefficient": 0.0}})
-        stepper.optimiser.step = lambda: None
-        stepper.optimiser.zero_grad = lambda set_to_none=True: None
+        stepper.optimisers[0].step = lambda: None
+        stepper.optimisers[0].zero_grad = lambda set_to_none=True: None
         losses, _ = stepper.step(tokens[:4], 3)
         gradients.append([p.grad.clone() for p in stepper.vpd.parameters()] + list(losses.values()))
         sources.append([leaf.detach().clone() for leaf in stepper.adversary.leaves()])
@@ -144,7 +170,7 @@ def test_importances_are_constant_in_the_inner_steps_and_weights_get_no_gradient
 def test_only_the_subcomponents_are_clipped_by_default(tokens):
     stepper = fresh_stepper({"optimiser": {"lr": 1e-3, "clip_subcomponents": 1e-3}})
     norms = {}
-    stepper.optimiser.step = lambda: norms.update(
+    stepper.optimisers[0].step = lambda: norms.update(
         v=_norm(stepper.vpd.subcomponents), g=_norm(stepper.vpd.importance)
     )
     losses, _ = stepper.step(tokens[:4], 0)
@@ -196,9 +222,14 @@ def test_the_same_seed_gives_the_same_run(tokens, tmp_path):
     assert all(map(torch.equal, *runs))
 
 
-def test_resuming_after_a_crash_is_bit_identical(tokens, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optimiser": {"kind": "muon"}, "adversary": {"scope": "sequence", "restart": 0.5}}],
+    ids=["paper", "muon and restarts"],
+)
+def test_resuming_after_a_crash_is_bit_identical(tokens, tmp_path, changes):
     """2N steps equal N steps, a crash some steps after the checkpoint, and the rest."""
-    run = config(checkpoint_every=4)
+    run = config(checkpoint_every=4, **changes)
     straight = tiny_bridge()
     train(straight, tokens, run, output=tmp_path / "straight", progress=False)
 

@@ -44,7 +44,8 @@ def save_checkpoint(
     vpd = stepper.vpd
     tensors = {f"subcomponents/{k}": t for k, t in subcomponent_tensors(vpd).items()}
     tensors |= {f"importance/{k}": t for k, t in vpd.importance.state_dict().items()}
-    tensors |= _optimiser_tensors("optimiser", stepper.optimiser)
+    for index, optimiser in enumerate(stepper.optimisers):
+        tensors |= _optimiser_tensors(f"optimiser/{index}", optimiser)
     tensors["generator"] = stepper.generator.get_state()
     if stepper.adversary is not None:
         tensors["sources/components"], tensors["sources/delta"] = stepper.adversary.leaves()
@@ -110,7 +111,8 @@ def load_checkpoint(path: Path, stepper: Stepper) -> tuple[int, dict[str, Any], 
     tensors = read_tensors(folder / "state.safetensors")
     load_subcomponents(vpd, _under(tensors, "subcomponents/"))
     vpd.importance.load_state_dict(_under(tensors, "importance/"))
-    _load_optimiser(stepper.optimiser, _under(tensors, "optimiser/"))
+    for index, optimiser in enumerate(stepper.optimisers):
+        _load_optimiser(optimiser, _under(tensors, f"optimiser/{index}/"))
     if "sources/components" in tensors:
         stepper.adversary = _restored_adversary(stepper, tensors)
     stepper.generator.set_state(tensors["generator"])
@@ -128,6 +130,7 @@ def _restored_adversary(stepper: Stepper, tensors: dict[str, Tensor]) -> Persist
         stepper.vpd.layout,
         shape,
         stepper.device,
+        stepper.generator,
     )
     adversary.config = stepper.config.adversary
     with torch.no_grad():

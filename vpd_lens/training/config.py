@@ -101,9 +101,11 @@ class FaithfulnessConfig(_Frozen):
 
 
 class OptimiserConfig(_Frozen):
-    """AdamW over U, V and the causal importance function.
+    """The optimiser of U, V and the causal importance function.
 
     Attributes:
+        kind: `"adamw"` (the paper), or `"muon"`: Muon for matrices, AdamW for biases (the
+            authors' later work).
         lr: Peak learning rate of U and V.
         importance_lr: That of the causal importance function; `None`: the same.
         schedule: `"cosine"` falls to `final_fraction` at the last step; `"constant"` stays.
@@ -111,11 +113,13 @@ class OptimiserConfig(_Frozen):
         warmup: Fraction of training over which the rate rises linearly from 0.
         beta1: Adam's first decay.
         beta2: Adam's second decay.
+        momentum: Muon's.
         weight_decay: Decoupled weight decay.
         clip_subcomponents: Largest total gradient norm of U and V; `None` does not clip.
         clip_importance: The same for the causal importance function.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=5e-5, gt=0)
     importance_lr: float | None = Field(default=None, gt=0)
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -123,6 +127,7 @@ class OptimiserConfig(_Frozen):
     warmup: float = Field(default=0.0, ge=0, lt=1)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_subcomponents: float | None = Field(default=0.01, gt=0)
     clip_importance: float | None = Field(default=None, gt=0)

@@ -33,6 +33,7 @@ from vpd_lens.training.losses import (
     minimality,
     stochastic_reconstruction,
 )
+from vpd_lens.training.optimiser import optimisers
 from vpd_lens.training.schedules import adversary_lr, exponent, learning_rate
 
 Losses = dict[str, Tensor]
@@ -62,7 +63,8 @@ class Stepper:
         config: The run.
 
     Attributes:
-        optimiser: AdamW over U, V (first group) and the causal importance function (second).
+        parameters: Those of U and V, `"subcomponents"`, and of the `"importance"` function.
+        optimisers: What updates them.
         adversary: The persistent sources; made at the first batch, whose shape they take.
         generator: Source of all randomness of the steps.
     """
@@ -75,20 +77,11 @@ class Stepper:
         self.weights = [site.weight.float().contiguous() for site in vpd.sites]
         self.generator = torch.Generator(device=self.device).manual_seed(config.seed)
         self.adversary: PersistentAdversary | None = None
-        opt = config.optimiser
-        self.optimiser = torch.optim.AdamW(
-            [
-                {"params": list(vpd.subcomponents.parameters()), "base": opt.lr},
-                {
-                    "params": list(vpd.importance.parameters()),
-                    "base": opt.importance_lr or opt.lr,
-                },
-            ],
-            lr=opt.lr,
-            betas=(opt.beta1, opt.beta2),
-            weight_decay=opt.weight_decay,
-            fused=True,
-        )
+        self.parameters = {
+            "subcomponents": list(vpd.subcomponents.parameters()),
+            "importance": list(vpd.importance.parameters()),
+        }
+        self.optimisers = optimisers(self.parameters, config.optimiser)
 
     def step(self, batch: Tensor, step: int) -> tuple[Losses, Tensor]:
         """Train on one batch.
@@ -242,13 +235,13 @@ class Stepper:
             self._ascend(n_positions)
             self.adversary.restart()
         opt = self.config.optimiser
-        limits = (opt.clip_subcomponents, opt.clip_importance)
-        names = ("subcomponents", "importance")
-        for group, limit, name in zip(self.optimiser.param_groups, limits, names, strict=True):
-            norm = torch.nn.utils.clip_grad_norm_(group["params"], limit or float("inf"))
+        limits = {"subcomponents": opt.clip_subcomponents, "importance": opt.clip_importance}
+        for name, parameters in self.parameters.items():
+            norm = torch.nn.utils.clip_grad_norm_(parameters, limits[name] or float("inf"))
             losses[f"grad_norm/{name}"] = norm
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
 
     def _ascend(self, n_positions: int) -> None:
         assert self.adversary is not None
@@ -258,8 +251,9 @@ class Stepper:
 
     def _schedule(self, step: int) -> None:
         config = self.config
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(config.optimiser, group["base"], step, config.steps)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(config.optimiser, group["base"], step, config.steps)
         self._adversary_lr = adversary_lr(config.adversary, step, config.steps)
         if self.adversary is not None:
             self.adversary.set_lr(self._adversary_lr)

@@ -205,7 +205,7 @@ class _Window:
         metrics = {name: float(total) / self.count for name, total in self.sums.items()}
         metrics["l0"] = float(active.sum(-1).float().mean())
         metrics["ci_max"] = float(importance.amax(-1).mean())
-        metrics["lr"] = stepper.optimiser.param_groups[0]["lr"]
+        metrics["lr"] = stepper.optimisers[0].param_groups[0]["lr"]
         metrics["seconds_per_step"] = (time.perf_counter() - self.since) / self.count
         self.diagnostics.look(done, metrics)
         self._reset()

@@ -1,0 +1,62 @@
+"""The optimisers of U, V and the causal importance function: AdamW (VPD), or Muon for matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from vpd_lens.errors import ConfigError
+from vpd_lens.training.config import OptimiserConfig
+
+
+def optimisers(
+    parameters: Mapping[str, Sequence[nn.Parameter]], config: OptimiserConfig
+) -> list[torch.optim.Optimizer]:
+    """The optimisers that together update all parameters.
+
+    Muon moves along the gradient's momentum with all its singular values set to 1, so that weak
+    directions of a matrix learn as fast as strong ones; its step is scaled to the size of an
+    AdamW step, and biases are left to AdamW.
+
+    Args:
+        parameters: Those of `"subcomponents"` and of `"importance"`.
+        config: Kind and hyperparameters.
+
+    Returns:
+        Optimisers whose parameter groups carry their peak learning rate as `base`.
+
+    Raises:
+        ConfigError: If this PyTorch has no Muon.
+    """
+    base = {"subcomponents": config.lr, "importance": config.importance_lr or config.lr}
+
+    def groups(is_wanted: bool) -> list[dict]:
+        chosen = {
+            name: [p for p in group if (p.ndim == 2 and config.kind == "muon") == is_wanted]
+            for name, group in parameters.items()
+        }
+        return [{"params": p, "base": base[name]} for name, p in chosen.items() if p]
+
+    made: list[torch.optim.Optimizer] = []
+    if config.kind == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise ConfigError("optimiser.kind='muon' needs PyTorch 2.9 or newer.")
+        made.append(
+            torch.optim.Muon(
+                groups(True),
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                momentum=config.momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    if rest := groups(False):
+        betas = (config.beta1, config.beta2)
+        made.append(
+            torch.optim.AdamW(
+                rest, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True
+            )
+        )
+    return made
