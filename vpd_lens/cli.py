@@ -1,21 +1,27 @@
-"""`vpd-lens train | eval | info`: the command line.
+"""`vpd-lens train | eval | sweep | reproduce | info`: the command line.
 
 Everything heavy is imported inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
-import json as json_module
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vpd_lens import __version__
-from vpd_lens.errors import ArtefactError, ConfigError, TrainingInterrupted, VPDError
+from vpd_lens.commands.experiments import reproduce_command, sweep_command
+from vpd_lens.commands.options import (
+    Debug,
+    Device,
+    Overrides,
+    Quiet,
+    quoted,
+    readable_errors,
+    say,
+)
+from vpd_lens.errors import ArtefactError, ConfigError
 
 if TYPE_CHECKING:
     from vpd_lens.evaluation import EvalReport
@@ -28,12 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N; default: CUDA if there is.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def main() -> None:
@@ -61,16 +61,7 @@ def _options(
 @app.command("train")
 def train_command(
     run_file: Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="PATH=VALUE",
-            help="Replace one value of the run file; may be repeated. PATH is a dotted path in the "
-            "file (model.source=..., data=..., training.steps=100); one that starts with none of "
-            "its keys is a field of `training` (optimiser.lr=1e-3). VALUE is YAML.",
-        ),
-    ] = None,
+    overrides: Overrides = None,
     output: Annotated[
         Path | None, typer.Option(help="Directory of the results, instead of the file's.")
     ] = None,
@@ -102,18 +93,15 @@ def train_command(
     The output directory receives metrics.jsonl, config.yaml, checkpoint/ and
     decomposition/, and with an evaluation report.json and report.html.
     """
-    with _readable_errors(debug):
-        from vpd_lens.models import load_model
+    with readable_errors(debug):
         from vpd_lens.run_file import read_run_file
         from vpd_lens.training import train
 
         changes = list(overrides or [])
-        changes += [f"output={_quoted(output)}"] if output else []
-        changes += [f"training.device={_quoted(device)}"] if device else []
+        changes += [f"output={quoted(output)}"] if output else []
+        changes += [f"training.device={quoted(device)}"] if device else []
         run = read_run_file(run_file, changes)
-        model = load_model(
-            run.model.source, run.model.model_class, run.training.device, run.model.processing
-        )
+        model = run.load_model()
         result = train(
             model,
             run.data,
@@ -124,13 +112,11 @@ def train_command(
             wandb=_wandb_arguments(wandb, wandb_mode),
             prepend_bos=run.prepend_bos,
         )
-        _say(f"Decomposition: {result.folder / 'decomposition'}", quiet)
+        say(f"Decomposition: {result.folder / 'decomposition'}", quiet)
         if run.evaluation is not None:
-            plan = run.evaluation.model_dump()
-            plan["seq_len"] = plan["seq_len"] or run.training.seq_len
-            report = _evaluate(model, plan | {"prepend_bos": run.prepend_bos}, quiet)
+            report = _evaluate(model, run.evaluation_plan(), quiet)
             _write(report, result.folder / "report.json", result.folder / "report.html", run.output)
-            _say(f"Report: {result.folder / 'report.html'}", quiet)
+            say(f"Report: {result.folder / 'report.html'}", quiet)
 
 
 @app.command("eval")
@@ -160,7 +146,7 @@ def eval_command(
     debug: Debug = False,
 ) -> None:
     """Measure a saved decomposition and print the tables."""
-    with _readable_errors(debug):
+    with readable_errors(debug):
         steps = _step_counts(pgd_steps)
         folder = _decomposition_folder(decomposition)
 
@@ -188,7 +174,7 @@ def info_command(
     debug: Debug = False,
 ) -> None:
     """Say what a saved decomposition is, without loading its model."""
-    with _readable_errors(debug):
+    with readable_errors(debug):
         folder = _decomposition_folder(decomposition)
 
         from rich import print as rich_print
@@ -198,21 +184,44 @@ def info_command(
         rich_print(describe(folder))
 
 
+app.command("sweep")(sweep_command)
+app.command("reproduce")(reproduce_command)
+
+
+@app.command("toy")
+def toy_command(
+    name: Annotated[str, typer.Argument(help="tms-5-2, tms-40-10, ...-id or resid-mlp-1|2|3.")],
+    method: Annotated[str, typer.Option(help="vpd or spd.")] = "vpd",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 5,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory of the results; default: runs/toy-NAME-METHOD.")
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Decompose a toy model whose mechanisms are known, and compare.
+
+    Repeating the command goes on where it was interrupted: finished seeds are read from the
+    output directory, which receives seed-N.json, seed-N/ and page.html.
+    """
+    with readable_errors(debug):
+        from rich import print as rich_print
+
+        from vpd_lens.toys import run_seeds, table
+        from vpd_lens.toys.page import render
+
+        folder = output or Path("runs") / f"toy-{name}-{method}"
+        records = []
+        for record in run_seeds(name, method, seeds, folder):
+            records.append(record)
+            (folder / "page.html").write_text(render(records), encoding="utf-8")
+            say(f"seed {record.seed}: {record.seconds:.0f} s", quiet)
+        if not quiet:
+            rich_print(table(records))
+        say(f"Page: {folder / 'page.html'}", quiet)
+
+
 # --------------------------------------------------------------------------- helpers
-
-
-@contextmanager
-def _readable_errors(debug: bool) -> Iterator[None]:
-    """Errors of the library become one line on stderr and an exit code."""
-    try:
-        yield
-    except VPDError as error:
-        if debug:
-            raise
-        text = re.sub(r":\n\s*", ": ", str(error))
-        typer.echo("vpd-lens: " + re.sub(r"\s*\n\s*", "; ", text), err=True)
-        code = INTERRUPTED if isinstance(error, TrainingInterrupted) else BAD_INPUT
-        raise typer.Exit(code) from None
 
 
 def _evaluate(
@@ -262,11 +271,6 @@ def _decomposition_folder(path: Path) -> Path:
     return path
 
 
-def _quoted(value: object) -> str:
-    """`value` as a YAML string, whatever characters are in it."""
-    return json_module.dumps(str(value))
-
-
 def _step_counts(text: str) -> tuple[int, ...]:
     if text.strip().lower() in ("", "none"):
         return ()
@@ -285,8 +289,3 @@ def _wandb_arguments(project: str | None, mode: str | None) -> dict[str, Any] | 
             raise ConfigError("--wandb-mode needs --wandb PROJECT.")
         return None
     return {"project": project} | ({"mode": mode} if mode else {})
-
-
-def _say(text: str, quiet: bool) -> None:
-    if not quiet:
-        typer.echo(text)

@@ -1,0 +1,304 @@
+"""Toy models: data, targets, and ground-truth figures on cases worked out by hand."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from vpd_lens.cli import app
+from vpd_lens.decomposition.attach import attach
+from vpd_lens.errors import ConfigError
+from vpd_lens.toys import METHODS, TOYS, measure, preset, run_seed
+from vpd_lens.toys.data import SparseFeatures, add_relu
+from vpd_lens.toys.ground_truth import (
+    alive,
+    cosine_to_features,
+    dense_ci_error,
+    identity_ci_error,
+    identity_order,
+    l2_ratio,
+    mmcs,
+    represented_features,
+)
+from vpd_lens.toys.models import TMS, ResidualMLP
+
+N, C, D = 5, 12, 2
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def perfect_matrix():
+    """A permuted identity with dead columns."""
+    return torch.eye(N, C)[:, torch.randperm(C, generator=generator())]
+
+
+# ------------------------------------------------------------------- data and models
+
+
+def test_features_are_sparse_and_uniform():
+    x = SparseFeatures(20, 0.05, low=-1.0)(generator(), 50_000)
+    active = x != 0
+    assert active.float().mean().item() == pytest.approx(0.05, abs=0.001)
+    assert x[active].mean().item() == pytest.approx(0.0, abs=0.01)
+    assert x[active].var().item() == pytest.approx(1 / 3, abs=0.01)
+    together = (active[:, 0] & active[:, 1]).float().mean().item()
+    assert together == pytest.approx(0.05**2, abs=0.001)
+    assert SparseFeatures(5, 0.5)(generator(), 1000).min() >= 0
+
+
+def test_the_same_seed_gives_the_same_features():
+    data = SparseFeatures(5, 0.3)
+    assert torch.equal(data(generator(3), 7), data(generator(3), 7))
+    assert not torch.equal(data(generator(3), 7), data(generator(4), 7))
+
+
+def test_label_of_the_residual_mlp():
+    x = torch.tensor([[-1.0, 0.0, 0.5]])
+    assert torch.equal(add_relu(x), torch.tensor([[-1.0, 0.0, 1.0]]))
+
+
+@pytest.mark.parametrize("identity", [False, True])
+def test_tms_is_its_tied_function(identity):
+    model = TMS(N, D, identity)
+    with torch.no_grad():
+        model.linear1.weight.copy_(torch.randn(D, N))
+        model.linear2.bias.copy_(torch.randn(N))
+    model.untie()
+    x = torch.rand(30, N)
+    w = model.linear1.weight.T
+    torch.testing.assert_close(model(x), torch.relu(x @ w @ w.T + model.linear2.bias))
+    torch.testing.assert_close(model(x), model.forward_tied(x))
+
+
+def test_residual_mlp_adds_to_the_embedding():
+    model = ResidualMLP(6, 50, 4, 2)
+    e = model.embedding
+    torch.testing.assert_close(e.norm(dim=1), torch.ones(6))
+    x = torch.randn(9, 6)
+    r = x @ e
+    for layer in model.layers:
+        r = r + torch.relu(r @ layer.mlp_in.weight.T) @ layer.mlp_out.weight.T
+    torch.testing.assert_close(model(x), r @ e.T)
+    assert "embedding" not in dict(model.named_parameters())
+
+
+# ---------------------------------------------------------------------- CI matrices
+
+
+def test_identity_error_of_a_permuted_identity_is_zero():
+    importance = perfect_matrix()
+    assert identity_ci_error(importance, 0.1) == 0
+    assert torch.equal(importance[:, identity_order(importance)], torch.eye(N, C))
+    assert sorted(identity_order(importance)) == list(range(C))
+    again = torch.randperm(C, generator=generator(9))
+    assert identity_ci_error(importance[:, again], 0.1) == 0
+
+
+def test_identity_error_counts_each_defect():
+    importance = perfect_matrix()
+    first = importance[0].argmax()
+    empty = importance.amax(0).argmin()
+    weak = importance.clone()
+    weak[0, first] = 0.85
+    assert identity_ci_error(weak, 0.1) == 1
+    assert identity_ci_error(weak, 0.2) == 0
+    extra = importance.clone()
+    extra[0, empty] = 0.15  # a second subcomponent on the same feature
+    assert identity_ci_error(extra, 0.1) == 1
+    assert identity_ci_error(extra, 0.2) == 0
+    merged = importance.clone()
+    merged[:, importance[1].argmax()] = 0
+    merged[1, first] = 1.0  # one subcomponent for two features: one missing, one too many
+    assert identity_ci_error(merged, 0.2) == 2
+
+
+def test_fewer_subcomponents_than_features_are_missing():
+    assert identity_ci_error(torch.eye(5, 3), 0.1) == 2
+
+
+def test_dense_error():
+    block = torch.zeros(N, C)
+    block[:, [3, 7]] = 1.0
+    assert dense_ci_error(block, 2, 0.1) == 0
+    assert dense_ci_error(block, 3, 0.1) == 1  # a third is missing
+    assert dense_ci_error(block, 1, 0.1) == N  # a whole column too many
+    block[0, 5] = 0.15
+    assert dense_ci_error(block, 2, 0.1) == 1
+    assert dense_ci_error(block, 2, 0.2) == 0
+
+
+def test_alive_needs_one_input():
+    importance = torch.zeros(4, 3)
+    importance[2, 1] = 0.11
+    importance[:, 2] = 0.09
+    assert alive(importance).tolist() == [False, True, False]
+
+
+# -------------------------------------------------------------------------- vectors
+
+
+def perfect_vectors():
+    """Subcomponents `scale_c e_i (sign w_i / scale_c)` in random order, and the truth `w`."""
+    w = torch.randn(N, D, generator=generator(1))
+    order = torch.randperm(N, generator=generator(2))
+    scale = torch.tensor([0.5, -2.0, 1.0, -1.0, 3.0])
+    v = torch.eye(N)[:, order] * scale
+    return v, w[order] / scale[:, None], w
+
+
+def test_similarity_is_perfect_up_to_order_sign_and_scale():
+    v, u, w = perfect_vectors()
+    cosine = cosine_to_features(v, u, w)
+    assert mmcs(cosine) == pytest.approx(1.0)
+    assert l2_ratio(cosine, v, u, w) == pytest.approx(1.0)
+
+
+def test_similarity_is_the_frobenius_cosine_of_rank_one_matrices():
+    v = torch.randn(N, C, generator=generator(5))
+    u = torch.randn(C, D, generator=generator(6))
+    w = torch.randn(N, D, generator=generator(7))
+    cosine = cosine_to_features(v, u, w)
+    for i, c in ((0, 3), (4, 11)):
+        found = torch.outer(v[:, c], u[c]).flatten()
+        true = torch.outer(torch.eye(N)[i], w[i]).flatten()
+        expected = torch.cosine_similarity(found, true, dim=0)
+        assert cosine[i, c].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_splitting_lowers_the_ratio_and_mixing_the_similarity():
+    v, u, w = perfect_vectors()
+    split_v, split_u = torch.cat([v, v], 1), torch.cat([u, u]) / 2
+    cosine = cosine_to_features(split_v, split_u, w)
+    assert mmcs(cosine) == pytest.approx(1.0)
+    assert l2_ratio(cosine, split_v, split_u, w) == pytest.approx(0.5)
+    doubled = torch.eye(N, 2 * N) + torch.eye(N, 2 * N).roll(N, 1)
+    assert identity_ci_error(doubled, 0.1) == N
+    mixed = torch.eye(N)
+    mixed[1, 0] = 1.0  # reads feature 1 as well as feature 0
+    cosine = cosine_to_features(mixed, w, w)
+    assert cosine[0, 0].item() == pytest.approx(2**-0.5)
+
+
+def test_a_wrong_sign_does_not_match():
+    v, u, w = perfect_vectors()
+    assert cosine_to_features(v, -u, w).amax() < 1 - 1e-3
+
+
+def test_nothing_alive_is_no_similarity():
+    empty = cosine_to_features(torch.zeros(N, 0), torch.zeros(0, D), torch.randn(N, D))
+    assert mmcs(empty) == 0.0
+
+
+# ----------------------------------------------------------------- degenerate targets
+
+
+def test_a_dropped_feature_is_not_represented():
+    output = 0.7 * torch.eye(N)
+    output[3, 3] = 0.1
+    found = represented_features(output, torch.zeros(N, N))
+    assert found.tolist() == [True, True, True, False, True]
+    # The residual MLP passes its input on, whatever the layers do.
+    passed = 0.75 * torch.eye(N)
+    assert torch.equal(represented_features(passed + output, passed), found)
+
+
+def ground_truth_tms(dropped=None):
+    """A TMS without superposition whose decomposition is set to the truth by hand."""
+    model = TMS(N, N)
+    with torch.no_grad():
+        model.linear1.weight.copy_(torch.eye(N))
+        if dropped is not None:
+            model.linear1.weight[dropped] = 0
+        model.untie()
+    config = preset("tms-5-2", "spd")
+    attach(model, ["linear1", "linear2"], 8, config.importance, torch.eye(N))
+    vpd = model.vpd
+    with torch.no_grad():
+        for v, u in zip(vpd.subcomponents.v, vpd.subcomponents.u, strict=True):
+            v.copy_(torch.eye(N, 8))
+            u.copy_(torch.eye(8, N))
+        if dropped is not None:
+            for u in vpd.subcomponents.u:
+                u[dropped] = 0
+    # The importances of the truth: 10 x_i for subcomponent i, so 1 wherever it matters.
+    vpd.pre_importance = lambda inputs: torch.cat([10 * x @ torch.eye(N, 8) for x in inputs], -1)
+    return vpd
+
+
+def test_measure_finds_the_truth():
+    represented, sites = measure(TOYS["tms-5-2"], ground_truth_tms())
+    assert represented == [0, 1, 2, 3, 4]
+    for site in sites.values():
+        assert (site.alive, site.expected, site.error_01, site.error_02) == (5, 5, 0, 0)
+        assert site.mmcs == pytest.approx(1.0)
+        assert site.l2_ratio == pytest.approx(1.0)
+        assert site.true == site.found
+
+
+def test_measure_leaves_a_dropped_feature_out():
+    represented, sites = measure(TOYS["tms-5-2"], ground_truth_tms(dropped=2))
+    assert represented == [0, 1, 3, 4]
+    second = sites["linear2"]
+    assert (second.alive, second.expected, second.error_01) == (4, 4, 0)
+    assert second.mmcs == pytest.approx(1.0)
+
+
+# ---------------------------------------------------------------------- experiments
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", TOYS)
+def test_every_preset_is_what_its_method_is(name, method):
+    config = preset(name, method)
+    assert (config.adversary.coefficient > 0) == (method == "vpd")
+    assert (config.minimality.frequency > 0) == (method == "vpd")
+    assert config.stochastic.coefficient > 0
+
+
+def test_unknown_names_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="tms-5-2"):
+        run_seed("tms-6-2", "spd", 0, tmp_path)
+    with pytest.raises(ConfigError, match="spd"):
+        preset("tms-5-2", "apd")
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Toys and runs cut to a few steps."""
+    from dataclasses import replace
+
+    from vpd_lens.toys import experiment
+
+    monkeypatch.setitem(experiment.TOYS, "tms-5-2", replace(TOYS["tms-5-2"], steps=20))
+    cut = {"steps": 4, "batch_size": 16, "faithfulness.warmup_steps": 2}
+    monkeypatch.setattr(experiment, "preset", lambda *which: preset(*which).replaced(cut))
+
+
+@pytest.mark.filterwarnings("ignore::vpd_lens.training.diagnostics.TrainingWarning")
+def test_the_command_writes_and_reuses_records(tmp_path, short):
+    arguments = ["toy", "tms-5-2", "--seeds", "2", "--output", str(tmp_path)]
+    first = CliRunner().invoke(app, arguments)
+    assert first.exit_code == 0, first.output
+    assert "linear2" in first.output
+    before = (tmp_path / "seed-1.json").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 4
+    assert "http" not in page.replace("http://www.w3.org", "")
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0
+    assert (tmp_path / "seed-1.json").read_text() == before
+    other = CliRunner().invoke(app, [*arguments, "--method", "spd"])
+    assert other.exit_code == 2
+    assert "another run" in other.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_tms_5_2_is_recovered(tmp_path, method):
+    record = run_seed("tms-5-2", method, 0, tmp_path)
+    assert len(record.represented) == 5
+    for site in record.sites.values():
+        assert site.alive == 5
+        assert site.error_02 == 0
+    assert record.sites["linear1"].mmcs >= 0.999

@@ -1,0 +1,139 @@
+"""How near a decomposition is to the mechanisms that a toy is known to have.
+
+All figures are invariant to the order of subcomponents and to the sign of `(V_c, U_c)`, which a
+decomposition cannot fix. Importances are those on single-feature inputs `0.75 * eye(n)`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+PROBE = 0.75
+ALIVE = 0.1
+
+
+def represented_features(
+    output: Float[Tensor, "n n"], skipped: Float[Tensor, "n n"]
+) -> Bool[Tensor, " n"]:
+    """Features that the target itself computes; no method can find a mechanism for the others.
+
+    A feature's strength is how much of its own output the decomposed layers make. A target has
+    dropped a feature, as TMS sometimes does, if its strength is below half the median. The rule
+    looks at the target alone, so that it is the same for every method.
+
+    Args:
+        output: The target's output on single-feature inputs.
+        skipped: The output without the decomposed layers (0 for TMS, the input for the residual
+            MLP).
+    """
+    strength = (output - skipped).diagonal().abs()
+    return strength >= 0.5 * strength.median()
+
+
+def alive(importance: Float[Tensor, "batch C"], threshold: float = ALIVE) -> Bool[Tensor, " C"]:
+    """Subcomponents whose importance exceeds `threshold` on some input.
+
+    Args:
+        importance: Causal importances.
+        threshold: What counts as important.
+    """
+    return importance.amax(0) > threshold
+
+
+def cosine_to_features(
+    v: Float[Tensor, "n C"], u: Float[Tensor, "C d"], features: Float[Tensor, "n d"]
+) -> Float[Tensor, "n C"]:
+    """Cosine (Frobenius) of every rank-1 matrix `V_c U_c` with every mechanism `e_i w_i`.
+
+    Because both are of rank 1, it is `cos(V_c, e_i) cos(U_c, w_i)`: a subcomponent matches only
+    if it reads the feature alone and writes its vector; negating both vectors changes nothing.
+
+    Args:
+        v: Read directions in feature coordinates.
+        u: Write directions.
+        features: The true vectors `w_i`, one row per feature.
+    """
+    return F.normalize(v, dim=0) * (F.normalize(features, dim=1) @ F.normalize(u, dim=1).T)
+
+
+def mmcs(cosine: Float[Tensor, "n C"]) -> float:
+    """Mean max cosine similarity: over features, of the best subcomponent (SPD).
+
+    Args:
+        cosine: From `cosine_to_features`, of the live subcomponents and represented features.
+    """
+    return float(cosine.amax(1).mean()) if cosine.shape[1] else 0.0
+
+
+def l2_ratio(
+    cosine: Float[Tensor, "n C"],
+    v: Float[Tensor, "_coordinates C"],
+    u: Float[Tensor, "C d"],
+    features: Float[Tensor, "n d"],
+) -> float:
+    """Mean ratio of the best subcomponent's norm to the true vector's (SPD's ML2R); ideally 1.
+
+    Args:
+        cosine: From `cosine_to_features`.
+        v: Read directions in feature coordinates.
+        u: Write directions.
+        features: The true vectors.
+    """
+    if not cosine.shape[1]:
+        return 0.0
+    best = cosine.argmax(1)
+    norms = v.norm(dim=0)[best] * u.norm(dim=1)[best]
+    return float((norms / features.norm(dim=1)).mean())
+
+
+def identity_order(importance: Float[Tensor, "n C"]) -> list[int]:
+    """The order of all columns that makes the importances as diagonal as possible.
+
+    The first `n` columns are the optimal assignment to the rows (Hungarian algorithm); the others
+    follow by falling maximum.
+
+    Args:
+        importance: Importances on one input per feature.
+    """
+    rows, columns = linear_sum_assignment(importance.numpy(), maximize=True)
+    matched = dict(zip(rows.tolist(), columns.tolist(), strict=True))
+    first = [matched[row] for row in range(len(importance)) if row in matched]
+    by_maximum = importance.amax(0).argsort(descending=True).tolist()
+    return first + [column for column in by_maximum if column not in set(first)]
+
+
+def identity_ci_error(importance: Float[Tensor, "n C"], tolerance: float) -> int:
+    """Entries in which the importances differ from a permuted identity (SPD).
+
+    Diagonal entries below `1 - tolerance` plus all other entries above `tolerance`, those of
+    columns without a feature included. 0 means one subcomponent per feature and no others.
+
+    Args:
+        importance: Importances on one input per feature.
+        tolerance: What counts as different from 0 and 1.
+    """
+    ordered = importance[:, identity_order(importance)]
+    expected = torch.eye(*ordered.shape, dtype=torch.bool)
+    missing = len(ordered) - int((ordered.diagonal() >= 1 - tolerance).sum())
+    return missing + int((ordered[~expected] > tolerance).sum())
+
+
+def dense_ci_error(importance: Float[Tensor, "n C"], rank: int, tolerance: float) -> int:
+    """Columns missing from, and entries beyond, a dense block of `rank` subcomponents (SPD).
+
+    Of the `rank` columns with the largest sums each must reach `1 - tolerance` on some input;
+    every entry above `tolerance` in another column counts too.
+
+    Args:
+        importance: Importances on one input per feature.
+        rank: Rank of the mechanism.
+        tolerance: What counts as different from 0 and 1.
+    """
+    ordered = importance[:, importance.sum(0).argsort(descending=True)]
+    block, rest = ordered[:, :rank], ordered[:, rank:]
+    reached = int((block.amax(0) >= 1 - tolerance).sum())
+    return rank - reached + int((rest > tolerance).sum())
