@@ -21,6 +21,7 @@ from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import ArtefactError, ConfigError, NonFiniteLossError
 from vpd_lens.training import OptimiserConfig, VPDConfig, train
 from vpd_lens.training.diagnostics import Diagnostics, TrainingWarning
+from vpd_lens.training.initialisation import align
 from vpd_lens.training.losses import faithfulness, importance_power_sum, minimality
 from vpd_lens.training.optimiser import optimisers
 from vpd_lens.training.step import Stepper, warm_up_faithfulness
@@ -139,6 +140,37 @@ def test_muon_moves_every_direction_of_a_matrix_equally():
     assert values.median().item() == pytest.approx(0.2 * 1e-2 * 32**0.5, rel=0.3)
     assert values.median() > 1.5 * torch.linalg.svdvals(other.detach()).median()
     torch.testing.assert_close(bias.detach().abs(), torch.full((32,), 5e-3), rtol=1e-3, atol=0)
+
+
+def test_aligned_subcomponents_add_up_to_the_weights_along_neurons_and_heads():
+    model = tiny_bridge()
+    attach(model, n_subcomponents={r"\.q$": 10, ".": 24}, importance=IMPORTANCE)
+    vpd = model.vpd
+    random = [v.detach().clone() for v in vpd.subcomponents.v]
+    align(vpd.subcomponents, vpd.sites)
+    for site, before in zip(vpd.sites, random, strict=True):
+        v, u = vpd.v(site.name), vpd.u(site.name)
+        reads = site.name.endswith((".o", ".out"))
+        axes, weight = (v.T, site.weight) if reads else (u, site.weight.T)
+        n = min(v.shape[1], axes.shape[1])
+        assert torch.equal((axes[:n] != 0).nonzero(), torch.arange(n)[:, None].expand(n, 2))
+        rank_one = v[:, :n] @ u[:n]
+        kept = rank_one if reads else rank_one.T
+        torch.testing.assert_close(kept[:n], weight[:n])
+        torch.testing.assert_close(v[:, :n].norm(dim=0), u[:n].norm(dim=1))
+        if v.shape[1] > n and not reads:
+            torch.testing.assert_close(v[:, n:], 0.3 * before[:, n:])
+
+
+def test_alignment_refuses_what_has_no_known_axes():
+    toy = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    attach(
+        toy, n_subcomponents=4, importance=CausalImportanceConfig(kind="mlp"), example=torch.eye(4)
+    )
+    before = state(toy.vpd)
+    with pytest.raises(ConfigError, match=r"not of \['0'\]"):
+        align(toy.vpd.subcomponents, toy.vpd.sites)
+    assert all(map(torch.equal, before, state(toy.vpd)))
 
 
 def test_micro_batches_equal_the_whole_batch(tokens):

@@ -140,6 +140,8 @@ class VPDConfig(_Frozen):
         sites: Which matrices: `"all"`, a regular expression, or a list of site names.
         n_subcomponents: How many per site: an int, `"paper"` (the paper's ratios), `"faithful"`
             (those, but at least the matrix' rank), or a mapping from patterns to ints.
+        initialisation: `"random"` (the paper), or `"aligned"`: subcomponents start along neurons
+            and head dimensions, whose nonlinearities they have to respect.
         importance: The causal importance function.
         steps: Training steps.
         batch_size: Sequences per step.
@@ -163,6 +165,7 @@ class VPDConfig(_Frozen):
 
     sites: str | tuple[str, ...] = "all"
     n_subcomponents: int | str | dict[str, int] = "paper"
+    initialisation: Literal["random", "aligned"] = "random"
     importance: CausalImportanceConfig = CausalImportanceConfig()
     steps: int = Field(default=400_000, ge=1)
     batch_size: int = Field(default=64, ge=1)

@@ -23,6 +23,7 @@ from vpd_lens.training.checkpoints import load_checkpoint, save_checkpoint
 from vpd_lens.training.config import VPDConfig
 from vpd_lens.training.data import token_batches
 from vpd_lens.training.diagnostics import Diagnostics
+from vpd_lens.training.initialisation import align
 from vpd_lens.training.logging import MetricsLog, last_metrics
 from vpd_lens.training.step import Losses, Stepper, require_finite, warm_up_faithfulness
 
@@ -123,6 +124,8 @@ def train(
         if log.run is not None:
             extra["wandb_id"] = log.run.id
         if not resume:
+            if config.initialisation == "aligned" and vpd.trained_steps == 0:
+                align(vpd.subcomponents, vpd.sites)
             warm_up_faithfulness(stepper)
         run = _Run(stepper, batches, log, checkpoint, extra)
         history, seconds = run.loop(start)
