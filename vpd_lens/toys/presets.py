@@ -46,8 +46,8 @@ _COMMON: dict[str, Any] = {
 }
 
 # One set of sources for the whole batch: inputs are drawn afresh at every step, so there is
-# no input to which sources of its own could belong. With a coefficient of 0.5 the MMCS of the
-# first matrix stayed at 0.998; with 0.2 it is that of SPD.
+# no input to which sources of its own could belong. When all three
+# reconstruction losses weighed 0.5, the MMCS of the first matrix stayed at 0.998.
 _METHODS: dict[str, dict[str, Any]] = {
     "spd": {
         "stochastic": {"coefficient": 1.0, "routing": "all", "layerwise_coefficient": 1.0},
@@ -64,7 +64,8 @@ _MINIMALITY = {
     "vpd": {"frequency": 0.5, "p_start": 2.0, "p_end": 1.0},
 }
 
-# Only those of tms-5-2 have been measured; the others are first settings, scaled from them.
+# Those of tms-5-2 were tuned, and hold for tms-5-2-id under SPD; the others are scaled from them
+# and have not been measured.
 # Subcomponents per site, steps, and the importance coefficient of each method: the divergence is
 # a mean over features, so it falls with their number.
 _SIZES: dict[str, tuple[int, int, float, float]] = {
