@@ -1,4 +1,4 @@
-"""`vpd-lens train | eval | sweep | reproduce | info`: the command line.
+"""`vpd-lens train | eval | sweep | reproduce | toy | info`: the command line.
 
 Everything heavy is imported inside the commands, so that `--help` answers at once.
 """
