@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vpd_lens import __version__
-from vpd_lens.commands.experiments import reproduce_command, sweep_command
+from vpd_lens.commands.experiments import reproduce_command, sweep_command, toy_command
 from vpd_lens.commands.options import (
     Debug,
     Device,
@@ -186,39 +186,7 @@ def info_command(
 
 app.command("sweep")(sweep_command)
 app.command("reproduce")(reproduce_command)
-
-
-@app.command("toy")
-def toy_command(
-    name: Annotated[str, typer.Argument(help="tms-5-2, tms-40-10, ...-id or resid-mlp-1|2|3.")],
-    method: Annotated[str, typer.Option(help="vpd or spd.")] = "vpd",
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 5,
-    output: Annotated[
-        Path | None, typer.Option(help="Directory of the results; default: runs/toy-NAME-METHOD.")
-    ] = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Decompose a toy model whose mechanisms are known, and compare.
-
-    Repeating the command goes on where it was interrupted: finished seeds are read from the
-    output directory, which receives seed-N.json, seed-N/ and page.html.
-    """
-    with readable_errors(debug):
-        from rich import print as rich_print
-
-        from vpd_lens.toys import run_seeds, table
-        from vpd_lens.toys.page import render
-
-        folder = output or Path("runs") / f"toy-{name}-{method}"
-        records = []
-        for record in run_seeds(name, method, seeds, folder):
-            records.append(record)
-            (folder / "page.html").write_text(render(records), encoding="utf-8")
-            say(f"seed {record.seed}: {record.seconds:.0f} s", quiet)
-        if not quiet:
-            rich_print(table(records))
-        say(f"Page: {folder / 'page.html'}", quiet)
+app.command("toy")(toy_command)
 
 
 # --------------------------------------------------------------------------- helpers

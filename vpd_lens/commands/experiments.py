@@ -1,4 +1,4 @@
-"""`vpd-lens sweep` and `vpd-lens reproduce`: many runs, recorded."""
+"""`vpd-lens sweep`, `reproduce` and `toy`: many runs, recorded."""
 
 from __future__ import annotations
 
@@ -104,3 +104,36 @@ def reproduce_command(
             show=None if quiet else lambda section: rich_print(section.table()),
         )
         say(f"Report: {output / 'report.html'}", quiet)
+
+
+def toy_command(
+    name: Annotated[str, typer.Argument(help="tms-5-2, tms-40-10, ...-id or resid-mlp-1|2|3.")],
+    method: Annotated[str, typer.Option(help="vpd or spd.")] = "vpd",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 5,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory of the results; default: runs/toy-NAME-METHOD.")
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Decompose a toy model whose mechanisms are known, and compare.
+
+    Repeating the command goes on where it was interrupted: finished seeds are read from the
+    output directory, which receives seed-N.json, seed-N/ and page.html.
+    """
+    with readable_errors(debug):
+        from rich import print as rich_print
+
+        from vpd_lens.files import write_text_atomically
+        from vpd_lens.toys import run_seeds, table
+        from vpd_lens.toys.page import render
+
+        folder = output or Path("runs") / f"toy-{name}-{method}"
+        records = []
+        for record in run_seeds(name, method, seeds, folder):
+            records.append(record)
+            write_text_atomically(folder / "page.html", render(records))
+            say(f"seed {record.seed}: {record.seconds:.0f} s", quiet)
+        if not quiet:
+            rich_print(table(records))
+        say(f"Page: {folder / 'page.html'}", quiet)

@@ -151,10 +151,6 @@ def _mode_rows(report: EvalReport, beside: EvalReport | None) -> list[dict[str, 
     return rows
 
 
-def _rounded(mode: str) -> str:
-    return f"on where importance exceeds {mode.partition('>')[2]}"
-
-
 def _attack_rows(report: EvalReport, beside: EvalReport | None) -> list[dict[str, str]]:
     return [
         {

@@ -104,7 +104,7 @@ class RunRecord(BaseModel):
             seed=config.seed,
             training_seconds=training_seconds,
             report=report,
-            versions=_versions(),
+            versions=versions(),
             machine=Machine.this(),
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -137,7 +137,8 @@ def _first_problem(error: Exception) -> str:
     return f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}".lstrip(": ")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of vpd_lens, torch, transformer_lens and python."""
     packages = ("vpd-lens", "torch", "transformer-lens")
     found = {name.replace("-", "_"): importlib.metadata.version(name) for name in packages}
     return {**found, "python": platform.python_version()}

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-import vpd_lens
 from vpd_lens.errors import ArtefactError, ConfigError
+from vpd_lens.experiments.record import versions
 from vpd_lens.files import write_text_atomically
 from vpd_lens.toys.measure import SiteFigures, measure
 from vpd_lens.toys.presets import METHODS, preset
 from vpd_lens.toys.targets import TOYS
-from vpd_lens.training import train
+from vpd_lens.training import VPDConfig, train
 
 
 class ToyRecord(BaseModel):
@@ -31,8 +29,8 @@ class ToyRecord(BaseModel):
         toy: Name of the toy.
         method: `"vpd"` or `"spd"`.
         seed: Seed of target and decomposition.
-        config: The `VPDConfig` as a dictionary.
-        versions: Of Python, PyTorch and vpd_lens.
+        config: How it was decomposed.
+        versions: Of vpd_lens, torch, transformer_lens and python.
         date: When the run ended, UTC.
         target_seconds: Training the target.
         seconds: Decomposing it.
@@ -43,7 +41,7 @@ class ToyRecord(BaseModel):
     toy: str
     method: str
     seed: int
-    config: dict[str, Any]
+    config: VPDConfig
     versions: dict[str, str]
     date: str
     target_seconds: float
@@ -70,7 +68,7 @@ def run_seed(name: str, method: str, seed: int, folder: str | Path) -> ToyRecord
     config = preset(name, method).replaced({"seed": seed})
     record = Path(folder) / f"seed-{seed}.json"
     if record.exists():
-        return _reused(record, config.model_dump(mode="json"), name)
+        return _reused(record, config, name)
     toy, run = TOYS[name], Path(folder) / f"seed-{seed}"
     begun = time.perf_counter()
     model = toy.train_target(seed)
@@ -91,12 +89,8 @@ def run_seed(name: str, method: str, seed: int, folder: str | Path) -> ToyRecord
         toy=name,
         method=method,
         seed=seed,
-        config=config.model_dump(mode="json"),
-        versions={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "vpd_lens": vpd_lens.__version__,
-        },
+        config=config,
+        versions=versions(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         target_seconds=round(target_seconds, 1),
         seconds=round(seconds, 1),
@@ -120,10 +114,10 @@ def run_seeds(name: str, method: str, n_seeds: int, folder: str | Path) -> Itera
         yield run_seed(name, method, seed, folder)
 
 
-def _reused(path: Path, config: dict[str, Any], name: str) -> ToyRecord:
+def _reused(path: Path, config: VPDConfig, name: str) -> ToyRecord:
     try:
         record = ToyRecord.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         raise ArtefactError(f"{path}: not a readable toy record ({error}); delete it.") from None
     if record.toy != name or record.config != config:
         raise ConfigError(

@@ -13,8 +13,8 @@ METHODS = {
     "spd": "stochastic and layer-wise reconstruction",
 }
 
-# Why these hold on four seeds of five, where the first settings that we tried held on fewer than
-# half:
+# Why, we think, these hold on four seeds of five, where the first settings that we tried held on
+# fewer than half; they were searched for, not ablated one by one:
 # - A gate with one hidden unit per subcomponent is nearly monotone in the activation. The relu of
 #   TMS lets one rank-1 matrix serve two opposite features (it reads their difference), at no
 #   higher importance than two matrices; a wider gate opens on both signs, this one does not.
@@ -46,8 +46,8 @@ _COMMON: dict[str, Any] = {
 }
 
 # One set of sources for the whole batch: inputs are drawn afresh at every step, so there is
-# no input to which sources of its own could belong. When all three
-# reconstruction losses weighed 0.5, the MMCS of the first matrix stayed at 0.998.
+# no input to which sources of its own could belong. When all three reconstruction losses
+# weighed 0.5, the MMCS of the first matrix stayed at 0.998.
 _METHODS: dict[str, dict[str, Any]] = {
     "spd": {
         "stochastic": {"coefficient": 1.0, "routing": "all", "layerwise_coefficient": 1.0},

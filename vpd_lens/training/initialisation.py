@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from vpd_lens.decomposition import Subcomponents
 from vpd_lens.errors import ConfigError
@@ -49,7 +51,9 @@ def align(subcomponents: Subcomponents, sites: Sequence[Site]) -> None:
             _along_columns(u.T, v.T, weight.T)
 
 
-def _along_columns(v: torch.Tensor, u: torch.Tensor, weight: torch.Tensor) -> None:
+def _along_columns(
+    v: Float[Tensor, "d_in C"], u: Float[Tensor, "C d_out"], weight: Float[Tensor, "d_in d_out"]
+) -> None:
     v *= _REST
     u *= _REST
     n = min(weight.shape[1], v.shape[1])

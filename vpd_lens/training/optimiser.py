@@ -32,9 +32,9 @@ def optimisers(
     """
     base = {"subcomponents": config.lr, "importance": config.importance_lr or config.lr}
 
-    def groups(is_wanted: bool) -> list[dict]:
+    def groups(by_muon: bool) -> list[dict]:
         chosen = {
-            name: [p for p in group if (p.ndim == 2 and config.kind == "muon") == is_wanted]
+            name: [p for p in group if (p.ndim == 2 and config.kind == "muon") == by_muon]
             for name, group in parameters.items()
         }
         return [{"params": p, "base": base[name]} for name, p in chosen.items() if p]
@@ -45,14 +45,14 @@ def optimisers(
             raise ConfigError("optimiser.kind='muon' needs PyTorch 2.9 or newer.")
         made.append(
             torch.optim.Muon(
-                groups(True),
+                groups(by_muon=True),
                 lr=config.lr,
                 weight_decay=config.weight_decay,
                 momentum=config.momentum,
                 adjust_lr_fn="match_rms_adamw",
             )
         )
-    if rest := groups(False):
+    if rest := groups(by_muon=False):
         betas = (config.beta1, config.beta2)
         made.append(
             torch.optim.AdamW(
