@@ -399,6 +399,18 @@ class TestImportanceFunctions:
         assert (jacobian * (1 - torch.eye(5))).abs().max() == 0
         assert jacobian.diagonal().abs().min() > 0
 
+    def test_without_hidden_units_the_mlps_are_affine(self, subcomponents, inputs):
+        """So that an importance is monotone in the activation, and cannot open on both signs."""
+        torch.manual_seed(0)
+        own = PerSubcomponentMLP(12, 0)
+        expected = own.w * subcomponents.acts(inputs) + own.b
+        torch.testing.assert_close(own(inputs, subcomponents), expected)
+        shared = SharedMLP(self.d_inputs, self.sizes, 0)
+        halves = [x / 2 for x in inputs]
+        nothing = shared([0 * x for x in inputs], subcomponents)
+        middle = (shared(inputs, subcomponents) + nothing) / 2
+        torch.testing.assert_close(shared(halves, subcomponents), middle)
+
     def test_shared_mlp_reads_its_own_site_only(self, subcomponents, inputs):
         function = SharedMLP(self.d_inputs, self.sizes, 16)
         z = function(inputs, subcomponents)

@@ -36,11 +36,19 @@ def test_round_trip_is_exact(saved, tokens):
 
 
 def test_every_importance_function_is_restored(tmp_path, tokens):
-    for kind in ("transformer", "mlp", "shared_mlp"):
+    for index, change in enumerate(
+        (
+            {"kind": "transformer"},
+            {"kind": "mlp"},
+            {"kind": "shared_mlp"},
+            {"kind": "mlp", "hidden": 0},
+            {"kind": "shared_mlp", "hidden": 0},
+        )
+    ):
         model = tiny_bridge()
-        importance = IMPORTANCE.model_copy(update={"kind": kind})
+        importance = IMPORTANCE.model_copy(update=change)
         attach(model, n_subcomponents=6, importance=importance)
-        folder = model.vpd.save(tmp_path / kind)
+        folder = model.vpd.save(tmp_path / str(index))
         again = load(folder, tiny_bridge())
         expected = model.vpd.causal_importance(tokens[:2])
         assert torch.equal(again.vpd.causal_importance(tokens[:2]), expected)

@@ -34,7 +34,8 @@ class CausalImportanceConfig(BaseModel):
         n_heads: Its heads; `None`: one per 32 dimensions.
         d_ffn: Hidden width of its feed-forward layers; `None`: four times `d_model`.
         rope_base: Base of its rotary position embedding.
-        hidden: Hidden width of the two MLP variants.
+        hidden: Hidden width of the two MLP variants. 0 makes them affine: an importance is then
+            a monotone function of the activation (`"mlp"`) or of one direction (`"shared_mlp"`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,7 +46,7 @@ class CausalImportanceConfig(BaseModel):
     n_heads: int | None = Field(default=None, ge=1)
     d_ffn: int | None = Field(default=None, ge=1)
     rope_base: float = Field(default=10_000.0, gt=0)
-    hidden: int = Field(default=16, ge=1)
+    hidden: int = Field(default=16, ge=0)
 
 
 class TransformerImportance(nn.Module):
@@ -148,11 +149,16 @@ class PerSubcomponentMLP(nn.Module):
 
     Args:
         c_total: Number of subcomponents.
-        hidden: Hidden width of each MLP.
+        hidden: Hidden width of each MLP; 0: an affine function, `w act + b`.
     """
 
     def __init__(self, c_total: int, hidden: int) -> None:
         super().__init__()
+        self.affine = hidden == 0
+        if self.affine:
+            self.w = nn.Parameter(torch.randn(c_total) * math.sqrt(2))
+            self.b = nn.Parameter(torch.zeros(c_total))
+            return
         self.w_in = nn.Parameter(torch.randn(c_total, hidden) * math.sqrt(2))
         self.b_in = nn.Parameter(torch.zeros(c_total, hidden))
         self.w_out = nn.Parameter(torch.randn(c_total, hidden) / math.sqrt(hidden))
@@ -163,6 +169,8 @@ class PerSubcomponentMLP(nn.Module):
     ) -> Float[Tensor, "*batch C_total"]:
         """Pre-sigmoid importances; gradients reach `V` through the activations."""
         acts = subcomponents.acts(inputs)
+        if self.affine:
+            return torch.addcmul(self.b, acts, self.w)
         hidden = F.gelu(torch.addcmul(self.b_in, acts.unsqueeze(-1), self.w_in))
         return torch.einsum("...ch,ch->...c", hidden, self.w_out) + self.b_out
 
@@ -173,13 +181,15 @@ class SharedMLP(nn.Module):
     Args:
         d_inputs: Input width of each site.
         sizes: Number of subcomponents of each site.
-        hidden: Hidden width.
+        hidden: Hidden width; 0: an affine function.
     """
 
     def __init__(self, d_inputs: Sequence[int], sizes: Sequence[int], hidden: int) -> None:
         super().__init__()
         self.mlps = nn.ModuleList(
             nn.Sequential(_linear(d, hidden, gain=math.sqrt(2)), nn.GELU(), _linear(hidden, c))
+            if hidden
+            else nn.Sequential(_linear(d, c))
             for d, c in zip(d_inputs, sizes, strict=True)
         )
 

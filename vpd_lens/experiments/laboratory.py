@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from vpd_lens.experiments.record import RunRecord
 from vpd_lens.experiments.run import Run, Target, load_decomposed, perform
 from vpd_lens.training import VPDConfig
 
-BASE = "vpd"
+BASE, WITHOUT = "vpd", "vpd-without-adversary"
+# Hundreds of ascent steps take longer than the training, so only these two runs are attacked so.
+LONG_ATTACKED = (BASE, WITHOUT)
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Laboratory:
         untrained: The same architecture with random weights, on the same data.
         base: The configuration that the runs vary.
         evaluation: Arguments of `vpd_lens.evaluate`, with `batch_size` and `n_batches`.
+        long_attack: The `pgd_steps` instead, for the runs with and without the adversary.
         progress: Show progress bars.
         say: Receives one line per run.
         records: The runs so far, by name.
@@ -37,6 +40,7 @@ class Laboratory:
     untrained: Target
     base: VPDConfig
     evaluation: Mapping[str, Any]
+    long_attack: Sequence[int]
     progress: bool = True
     say: Callable[[str], None] = print
     records: dict[str, RunRecord] = field(default_factory=dict)
@@ -52,7 +56,10 @@ class Laboratory:
             target: Its target; by default the laboratory's.
         """
         if name not in self.records:
-            run = Run(name, target or self.target, config or self.base, self.evaluation)
+            evaluation = dict(self.evaluation)
+            if name in LONG_ATTACKED:
+                evaluation["pgd_steps"] = list(self.long_attack)
+            run = Run(name, target or self.target, config or self.base, evaluation)
             self.records[name] = perform(run, self.output, self.progress, self.say)
         return self.records[name]
 

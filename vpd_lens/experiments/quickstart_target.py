@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from vpd_lens.models import load_model, save_model
+from vpd_lens.native import native_transformer
 
 VOCABULARY, CONTEXT = 512, 64
 N_CHARACTERS, N_HELD_OUT = 8_000_000, 100_000
@@ -66,38 +67,26 @@ def train_tokenizer(text: str, folder: Path) -> PreTrainedTokenizerFast:
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> torch.nn.Module:
     """A 2-layer transformer with random weights.
 
-    A HookedTransformer on TransformerLens 3.x, a bridge on 4.x.
-
     Args:
         tokenizer: Its tokenizer.
         seed: Seed of the weights.
     """
-    shape = {
-        "n_layers": 2,
-        "d_model": 64,
-        "n_ctx": CONTEXT,
-        "d_head": 16,
-        "n_heads": 4,
-        "d_mlp": 256,
-        "d_vocab": VOCABULARY,
-        "act_fn": "gelu_new",
-        "normalization_type": "RMS",
-        "positional_embedding_type": "rotary",
-        "rotary_dim": 16,
-        "seed": seed,
-        "default_prepend_bos": False,
-    }
-    try:
-        from transformer_lens import HookedTransformer, HookedTransformerConfig
-    except ImportError:
-        from transformer_lens.config import TransformerBridgeConfig
-        from transformer_lens.model_bridge import TransformerBridge
-
-        model = TransformerBridge.boot_native(TransformerBridgeConfig(**shape))
-        model.tokenizer = tokenizer
-        return model
-    config = HookedTransformerConfig(**shape, device="cpu")
-    return HookedTransformer(config, tokenizer=tokenizer, default_padding_side="right")
+    return native_transformer(
+        tokenizer,
+        n_layers=2,
+        d_model=64,
+        n_ctx=CONTEXT,
+        d_head=16,
+        n_heads=4,
+        d_mlp=256,
+        d_vocab=VOCABULARY,
+        act_fn="gelu_new",
+        normalization_type="RMS",
+        positional_embedding_type="rotary",
+        rotary_dim=16,
+        seed=seed,
+        default_prepend_bos=False,
+    )
 
 
 def train_target(

@@ -22,15 +22,13 @@ from vpd_lens.models import load_model, save_model
 from vpd_lens.training import VPDConfig
 
 STEPS, TARGET_STEPS, SEED = 2000, 2500, 0
-EVALUATION = {
-    "batch_size": 16,
-    "n_batches": 8,
-    "pgd_steps": [20, 40, 80, 160, 320],
-    "pgd_restarts": 3,
-}
+COMPILED_FROM = 200  # steps of a run, from which compiling its forwards pays
+EVALUATION = {"batch_size": 16, "n_batches": 4, "pgd_steps": [20], "pgd_restarts": 3}
+LONG_ATTACK = (20, 40, 80, 160, 320)
 # So little of everything that it takes a minute or two.
 QUICK_STEPS, QUICK_TARGET_STEPS, QUICK_CHARACTERS = 2, 20, 600_000
-QUICK_EVALUATION = {"batch_size": 2, "n_batches": 1, "pgd_steps": [1, 2], "pgd_restarts": 1}
+QUICK_EVALUATION = {"batch_size": 2, "n_batches": 1, "pgd_steps": [1], "pgd_restarts": 1}
+QUICK_ATTACK = (1, 2)
 QUICK_CONFIG = {
     "batch_size": 2,
     "seq_len": 16,
@@ -103,6 +101,7 @@ def base_config(steps: int, device: str) -> VPDConfig:
         steps=steps,
         seed=SEED,
         device=device,
+        compile=steps >= COMPILED_FROM,
         log_every=max(1, steps // 20),
         checkpoint_every=max(1, steps // 4),
     )
@@ -140,6 +139,7 @@ def _laboratory(
         untrained=target(untrained, trained_for=0),
         base=config.replaced(QUICK_CONFIG) if quick else config,
         evaluation=QUICK_EVALUATION if quick else EVALUATION,
+        long_attack=QUICK_ATTACK if quick else LONG_ATTACK,
         progress=progress,
         say=say,
     )

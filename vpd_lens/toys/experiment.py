@@ -130,8 +130,9 @@ def _reused(path: Path, config: VPDConfig, name: str) -> ToyRecord:
 def table(records: list[ToyRecord]) -> Table:
     """The figures of some seeds as a rich table: one row per seed and site.
 
-    Columns: represented features of all, subcomponents alive of those expected, MMCS, L2 ratio,
-    CI errors at tolerances 0.1 and 0.2, seconds of the decomposition.
+    Columns: represented features of all, subcomponents alive of those expected, MMCS of vectors
+    and of whole matrices, L2 ratio, CI errors at tolerances 0.1 and 0.2, seconds of the
+    decomposition.
 
     Args:
         records: At least one record, all of one toy and method.
@@ -142,8 +143,8 @@ def table(records: list[ToyRecord]) -> Table:
         title_justify="left",
         box=SIMPLE_HEAD,
     )
-    headings = ("seed", "features", "site", "alive", "MMCS", "L2", "err .1", "err .2", "s")
-    for heading in headings:
+    figures = ("alive", "MMCS", "mat.", "L2", "err .1", "err .2")
+    for heading in ("seed", "feat.", "site", *figures, "s"):
         out.add_column(heading, justify="left" if heading == "site" else "right", no_wrap=True)
     for record in records:
         n = TOYS[record.toy].data.n_features
@@ -154,6 +155,7 @@ def table(records: list[ToyRecord]) -> Table:
                 name,
                 f"{site.alive}/{site.expected}",
                 "" if site.mmcs is None else f"{site.mmcs:.4f}",
+                "" if site.matrix_mmcs is None else f"{site.matrix_mmcs:.4f}",
                 "" if site.l2_ratio is None else f"{site.l2_ratio:.3f}",
                 str(site.error_01),
                 str(site.error_02),

@@ -61,10 +61,12 @@ def cosine_to_features(
 
 
 def mmcs(cosine: Float[Tensor, "n C"]) -> float:
-    """Mean max cosine similarity: over features, of the best subcomponent (SPD).
+    """Mean max cosine similarity: over features, of the best subcomponent.
+
+    SPD's is that of the vectors alone, `cos(U_c, w_i)`; that of whole matrices is stricter.
 
     Args:
-        cosine: From `cosine_to_features`, of the live subcomponents and represented features.
+        cosine: Cosines of the live subcomponents with the represented features' mechanisms.
     """
     return float(cosine.amax(1).mean()) if cosine.shape[1] else 0.0
 

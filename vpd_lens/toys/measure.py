@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import BaseModel
 from torch import Tensor
@@ -37,8 +38,9 @@ class SiteFigures(BaseModel):
         alive: Subcomponents with importance above 0.1 somewhere on 4096 held-out inputs.
         error_01: Identity or dense CI error at tolerance 0.1.
         error_02: The same at 0.2.
-        mmcs: Mean max cosine similarity of the live ones with the true mechanisms, if these are
-            known vectors.
+        mmcs: Mean max cosine similarity of the live ones' vectors with the true ones, if these
+            are known (SPD).
+        matrix_mmcs: That of their whole rank-1 matrices.
         l2_ratio: Mean ratio of their norms.
         importance: Importances on single-feature inputs, columns in `identity_order`, those
             beyond the expected ones cut after a few.
@@ -52,6 +54,7 @@ class SiteFigures(BaseModel):
     error_01: int
     error_02: int
     mmcs: float | None = None
+    matrix_mmcs: float | None = None
     l2_ratio: float | None = None
     importance: list[list[float]]
     true: list[list[float]] = []
@@ -146,10 +149,12 @@ def _figures(importance: Tensor, live: Tensor, rank: int | None) -> SiteFigures:
 
 
 def _compare(figures: SiteFigures, known: Mechanisms, represented: Tensor) -> None:
-    """Add what needs the true vectors: MMCS, L2 ratio and the vectors themselves."""
+    """Add what needs the true vectors: both MMCS, L2 ratio and the vectors themselves."""
     cosine = cosine_to_features(known.v, known.u, known.features)[represented]
     true = known.features[represented]
-    figures.mmcs = mmcs(cosine)
+    vectors = F.normalize(known.features, dim=1) @ F.normalize(known.u, dim=1).T
+    figures.mmcs = mmcs((vectors * known.v.sign())[represented])
+    figures.matrix_mmcs = mmcs(cosine)
     figures.l2_ratio = l2_ratio(cosine, known.v, known.u, true)
     figures.true = _rounded(true)
     if cosine.shape[1]:

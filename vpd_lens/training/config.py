@@ -140,8 +140,9 @@ class VPDConfig(_Frozen):
         sites: Which matrices: `"all"`, a regular expression, or a list of site names.
         n_subcomponents: How many per site: an int, `"paper"` (the paper's ratios), `"faithful"`
             (those, but at least the matrix' rank), or a mapping from patterns to ints.
-        initialisation: `"random"` (the paper), or `"aligned"`: subcomponents start along neurons
-            and head dimensions, whose nonlinearities they have to respect.
+        initialisation: `"random"` (the paper), or `"aligned"`: subcomponents of attention and MLP
+            matrices start along neurons and head dimensions, whose nonlinearities they have to
+            respect.
         importance: The causal importance function.
         steps: Training steps.
         batch_size: Sequences per step.
@@ -231,6 +232,10 @@ class VPDConfig(_Frozen):
     def small(cls, **changes: Any) -> VPDConfig:
         """For models of up to a few million parameters on a CPU or one GPU.
 
+        Not the paper's recipe with smaller numbers: the adversary starts over now and then and
+        moves faster, Muon trains the matrices, subcomponents start along neurons and head
+        dimensions. `docs/results` has what each of these is worth.
+
         Args:
             **changes: Top-level fields to replace.
         """
@@ -239,15 +244,18 @@ class VPDConfig(_Frozen):
             "steps": 2000,
             "batch_size": 16,
             "seq_len": None,
+            "initialisation": "aligned",
+            "stochastic": StochasticConfig(coefficient=1.0, routing="all"),
+            "adversary": AdversaryConfig(scope="sequence", lr=0.1, restart=0.05),
             "minimality": MinimalityConfig(coefficient=5e-4),
             "faithfulness": FaithfulnessConfig(coefficient=1e5),
-            "optimiser": OptimiserConfig(lr=3e-3, clip_importance=1.0),
+            "optimiser": OptimiserConfig(kind="muon", lr=3e-3, clip_importance=1.0),
         }
         return cls(**{**base, **changes})
 
     @classmethod
     def spd(cls, **changes: Any) -> VPDConfig:
-        """Stochastic Parameter Decomposition: no adversary, no frequency term.
+        """Stochastic Parameter Decomposition: `small` without adversary and frequency term.
 
         Args:
             **changes: Top-level fields to replace.

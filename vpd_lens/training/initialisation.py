@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vpd_lens.decomposition import Subcomponents
-from vpd_lens.errors import ConfigError
 from vpd_lens.sites import Site
 
 _WRITES_TO_AXES = ("q", "k", "v", "in", "gate")
@@ -32,22 +31,13 @@ def align(subcomponents: Subcomponents, sites: Sequence[Site]) -> None:
     Args:
         subcomponents: Changed in place.
         sites: Their sites.
-
-    Raises:
-        ConfigError: If a site is neither an attention nor an MLP matrix; nothing is changed then.
     """
     parts = [site.name.rsplit(".", 1)[-1] for site in sites]
-    known = (*_WRITES_TO_AXES, *_READS_FROM_AXES)
-    if strange := [s.name for s, part in zip(sites, parts, strict=True) if part not in known]:
-        raise ConfigError(
-            f"initialisation='aligned' knows the neurons and heads of attention and MLP matrices, "
-            f"not of {strange}; use 'random'."
-        )
     for site, part, v, u in zip(sites, parts, subcomponents.v, subcomponents.u, strict=True):
         weight = site.weight.to(v)
         if part in _WRITES_TO_AXES:
             _along_columns(v, u, weight)
-        else:
+        elif part in _READS_FROM_AXES:
             _along_columns(u.T, v.T, weight.T)
 
 

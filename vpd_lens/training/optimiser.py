@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from vpd_lens.errors import ConfigError
 from vpd_lens.training.config import OptimiserConfig
 
 
@@ -26,9 +25,6 @@ def optimisers(
 
     Returns:
         Optimisers whose parameter groups carry their peak learning rate as `base`.
-
-    Raises:
-        ConfigError: If this PyTorch has no Muon.
     """
     base = {"subcomponents": config.lr, "importance": config.importance_lr or config.lr}
 
@@ -41,8 +37,6 @@ def optimisers(
 
     made: list[torch.optim.Optimizer] = []
     if config.kind == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise ConfigError("optimiser.kind='muon' needs PyTorch 2.9 or newer.")
         made.append(
             torch.optim.Muon(
                 groups(by_muon=True),

@@ -5,10 +5,8 @@ from __future__ import annotations
 from vpd_lens.evaluation.page import UNITS
 from vpd_lens.evaluation.plots import pgd_plot
 from vpd_lens.experiments.figures import figures
-from vpd_lens.experiments.laboratory import Laboratory
+from vpd_lens.experiments.laboratory import WITHOUT, Laboratory
 from vpd_lens.experiments.section import Figure, Section
-
-WITHOUT = "vpd-without-adversary"
 
 
 def section(laboratory: Laboratory) -> Section:

@@ -51,6 +51,8 @@ def as_spd(config: VPDConfig) -> VPDConfig:
             "stochastic": spd.stochastic.model_dump(),
             "adversary": spd.adversary.model_dump(),
             "minimality.frequency": spd.minimality.frequency,
+            # Every site masked alone would be a graph of its own.
+            "compile": False,
         }
     )
 

@@ -1,0 +1,191 @@
+"""Decompose a transformer that adds modulo a prime, and find its key frequencies again.
+
+    python examples/modular_addition.py            # trains a target mod 59, then decomposes it
+    python examples/modular_addition.py --help
+
+Writes the target, the decomposition, `figures.json` and two plots to the output directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import vpd_lens
+from vpd_lens.models import load_model, save_model
+from vpd_lens.toys.fourier import logit_waves, wave_share
+from vpd_lens.toys.frequencies import (
+    SiteFrequencies,
+    amplitudes_without,
+    key_frequencies,
+    site_frequencies,
+)
+from vpd_lens.toys.modular_addition import ModularAddition, last_position_kl
+from vpd_lens.training import VPDConfig
+
+IN, OUT = "blocks.0.mlp.in", "blocks.0.mlp.out"
+console = Console()
+
+
+def configuration(steps: int, seed: int) -> VPDConfig:
+    """The preset for small models, on tiny batches; one subcomponent per neuron."""
+    return VPDConfig.small(
+        steps=steps,
+        seed=seed,
+        batch_size=64,
+        n_subcomponents={"attn": 64, "mlp": 256},
+        importance={"d_model": 64, "n_blocks": 1, "n_heads": 4},
+        log_every=max(1, steps // 20),
+    ).replaced({"minimality.coefficient": 3e-3, "adversary.inner_steps": 1})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/modular-addition"))
+    parser.add_argument("--modulus", type=int, default=59)
+    parser.add_argument("--target", type=Path, help="a saved target; default: train one")
+    parser.add_argument("--target-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    task = ModularAddition(arguments.modulus)
+    folder = arguments.target or arguments.output / "target"
+    if not (folder / "model.json").exists():
+        save_model(task.train_target(arguments.seed, arguments.target_steps), folder)
+    model = load_model(folder)
+    logits = task.logits(model)
+    waves, keys = logit_waves(logits), key_frequencies(logits)
+    console.print(
+        f"Target: accuracy {task.accuracy(model):.2%}; {wave_share(logits):.1%} of the logits' "
+        f"variance depends on a + b - c alone; key frequencies "
+        + ", ".join(f"{k} ({waves[k - 1]:.1f} nats)" for k in keys)
+    )
+
+    config = configuration(arguments.steps, arguments.seed)
+    vpd_lens.decompose(
+        model, n_subcomponents=config.n_subcomponents, importance=config.importance,
+        divergence=last_position_kl, seed=config.seed,
+    )  # fmt: skip
+    run = arguments.output / "vpd"
+    vpd_lens.train(model, task, config, output=run, resume=(run / "checkpoint").exists())
+    report = vpd_lens.evaluate(
+        model, task.all_rows(), batch_size=task.p, n_batches=task.p, pgd_steps=(20,), pgd_restarts=1
+    )
+    console.print(report)
+
+    sites = {site.name: site_frequencies(model, task, site.name) for site in model.vpd.sites}
+    console.print(site_table(sites, keys))
+    left = ablations(model, task, sites, keys)
+    console.print(ablation_table(left, waves, keys))
+    save_figures(arguments.output, sites, left, waves, keys)
+    console.print(f"Figures: {arguments.output}")
+
+
+def site_table(sites: dict[str, SiteFrequencies], keys: list[int]) -> Table:
+    """Live subcomponents by site and frequency."""
+    table = Table(title="Live subcomponents by the frequency of their activation")
+    for heading in ("site", "live", *map(str, keys), "others", "mean share", "written share"):
+        table.add_column(heading, justify="left" if heading == "site" else "right")
+    for name, found in sites.items():
+        if name.endswith(".q"):
+            continue  # reads the equals sign, which is the same for all inputs
+        counts = [int((found.frequency == k).sum()) for k in keys]
+        written = "" if found.write is None else f"{found.write.amax(1).mean():.2f}"
+        others = len(found.index) - sum(counts)
+        numbers = [len(found.index), *counts, others]
+        table.add_row(name, *map(str, numbers), f"{found.share.mean():.2f}", written)
+    return table
+
+
+def ablations(
+    model: torch.nn.Module,
+    task: ModularAddition,
+    sites: dict[str, SiteFrequencies],
+    keys: list[int],
+) -> dict[tuple[str, int], tuple[torch.Tensor, float]]:
+    """Amplitudes and accuracy without one frequency's subcomponents, by matrix and frequency."""
+    found = {}
+    for label, names in (("W_in", [IN]), ("W_out", [OUT]), ("both", [IN, OUT])):
+        for k in keys:
+            ablated = {n: sites[n].index[sites[n].frequency == k] for n in names}
+            found[label, k] = amplitudes_without(model, task, ablated)
+    return found
+
+
+def ablation_table(left: dict, waves: torch.Tensor, keys: list[int]) -> Table:
+    """What is left of every key frequency."""
+    table = Table(title="Amplitude left in the logits when one frequency's subcomponents go")
+    for heading in ("matrix", "ablated", *map(str, keys), "accuracy"):
+        table.add_column(heading, justify="right")
+    for (label, k), (amplitudes, accuracy) in left.items():
+        shares = [f"{amplitudes[j - 1] / waves[j - 1]:.0%}" for j in keys]
+        table.add_row(label, str(k), *shares, f"{accuracy:.1%}")
+    return table
+
+
+def save_figures(
+    folder: Path,
+    sites: dict[str, SiteFrequencies],
+    left: dict,
+    waves: torch.Tensor,
+    keys: list[int],
+) -> None:
+    """`figures.json`, and the plots `frequencies.svg` and `ablation.svg`."""
+    data = {
+        "keys": {k: round(float(waves[k - 1]), 3) for k in keys},
+        "sites": {
+            name: {
+                "live": len(found.index),
+                "by_frequency": {k: int((found.frequency == k).sum()) for k in keys},
+                "mean_share": round(float(found.share.mean()), 4),
+            }
+            for name, found in sites.items()
+            if len(found.index)
+        },
+        "left": {
+            f"{label} {k}": {
+                **{j: round(float(amplitudes[j - 1] / waves[j - 1]), 4) for j in keys},
+                "accuracy": round(accuracy, 4),
+            }
+            for (label, k), (amplitudes, accuracy) in left.items()
+        },
+    }
+    (folder / "figures.json").write_text(json.dumps(data, indent=1))
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), (IN, OUT), strict=True):
+        found = sites[name]
+        order = (found.frequency * 10 - found.share).argsort()
+        image = axes.imshow(found.activation[order].T, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+        axes.set(title=name, xlabel="live subcomponent, sorted", ylabel="frequency")
+        axes.set_yticks([k - 1 for k in keys], [str(k) for k in keys])
+    figure.colorbar(image, ax=figure.axes, label="share of the activation's variance")
+    figure.savefig(folder / "frequencies.svg")
+
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    for axes, label in zip(figure.subplots(1, 3), ("W_in", "W_out", "both"), strict=True):
+        rows = [[float(left[label, k][0][j - 1] / waves[j - 1]) for j in keys] for k in keys]
+        axes.imshow(rows, cmap="Blues", vmin=0, vmax=1)
+        for i, row in enumerate(rows):
+            for j, value in enumerate(row):
+                colour = "white" if value > 0.6 else "black"
+                axes.text(j, i, f"{value:.0%}", ha="center", va="center", color=colour)
+        axes.set(title=label, xlabel="frequency in the logits", ylabel="ablated")
+        axes.set_xticks(range(len(keys)), map(str, keys))
+        axes.set_yticks(range(len(keys)), map(str, keys))
+    figure.savefig(folder / "ablation.svg")
+
+
+if __name__ == "__main__":
+    main()

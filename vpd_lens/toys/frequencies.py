@@ -1,0 +1,117 @@
+"""Subcomponents of a modular-addition transformer next to its key frequencies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vpd_lens.decomposition import Decomposition
+from vpd_lens.toys.fourier import logit_waves, pair_spectrum, spectrum
+from vpd_lens.toys.modular_addition import ModularAddition
+
+KEY = 0.05  # of the largest amplitude
+
+
+def key_frequencies(logits: Float[Tensor, "p p p"]) -> list[int]:
+    """The frequencies that a model answers with, the strongest first.
+
+    Args:
+        logits: The model's logits for all pairs.
+
+    Returns:
+        Frequencies whose amplitude in the logits is at least 5 % of the largest.
+    """
+    waves = logit_waves(logits)
+    order = waves.argsort(descending=True) + 1
+    return [k for k in order.tolist() if waves[k - 1] >= KEY * waves.max()]
+
+
+@dataclass(frozen=True)
+class SiteFrequencies:
+    """The live subcomponents of one site, and the frequency that each computes with.
+
+    Attributes:
+        site: Name of the site.
+        index: Which subcomponents are live, `[n]`.
+        importance: Their mean importance where the site acts, `[n]`.
+        activation: Shares of all frequencies in their activation `V_c^T x`, as a function of the
+            inputs, `[n, frequencies]`.
+        write: Shares in what they write to the logits directly, as a function of the answer; only
+            for matrices that write to the residual stream.
+    """
+
+    site: str
+    index: Tensor
+    importance: Tensor
+    activation: Tensor
+    write: Tensor | None
+
+    @property
+    def frequency(self) -> Tensor:
+        """The frequency with the largest share of each activation, `[n]`."""
+        return self.activation.argmax(1) + 1
+
+    @property
+    def share(self) -> Tensor:
+        """That share, `[n]`."""
+        return self.activation.amax(1)
+
+
+@torch.no_grad()
+def site_frequencies(
+    model: nn.Module, task: ModularAddition, name: str, threshold: float = 0.1, often: float = 0.01
+) -> SiteFrequencies:
+    """Which live subcomponents of a site compute with which frequency.
+
+    The values and keys are read at the first number, where they are functions of it alone; the
+    other matrices at the equals sign, where they are functions of both numbers.
+
+    Args:
+        model: A decomposed modular-addition transformer.
+        task: Its task.
+        name: A site.
+        threshold: A subcomponent is on where its importance exceeds this.
+        often: It is live if it is on for more than this share of all inputs.
+    """
+    vpd: Decomposition = model.vpd  # type: ignore[assignment]
+    kind = name.rpartition(".")[2]
+    position = 0 if kind in ("k", "v") else -1
+    rows, p = task.all_rows(), task.p
+    _, inputs = vpd.target(rows)
+    x = inputs[vpd.layout.names.index(name)][:, position]
+    importance = vpd.causal_importance(rows)[:, position, vpd.layout.columns(name)]
+    live = ((importance > threshold).float().mean(0) > often).nonzero().flatten()
+    acts = (x @ vpd.v(name)[:, live]).view(p, p, -1)
+    shares = spectrum(acts[:, 0]) if position == 0 else pair_spectrum(acts)
+    write = None
+    if kind in ("o", "out"):
+        write = spectrum((vpd.u(name)[live] @ model.W_U)[:, :p].T).T  # type: ignore[operator]
+    return SiteFrequencies(name, live, importance[:, live].mean(0), shares.T, write)
+
+
+@torch.no_grad()
+def amplitudes_without(
+    model: nn.Module, task: ModularAddition, ablated: dict[str, Tensor]
+) -> tuple[Float[Tensor, " frequencies"], float]:
+    """What some subcomponents contribute to the answer, by ablating them in the target.
+
+    All others, and the deltas, stay.
+
+    Args:
+        model: A decomposed modular-addition transformer.
+        task: Its task.
+        ablated: Indices of subcomponents by site.
+
+    Returns:
+        The amplitude of every frequency that is left in the logits, and the accuracy.
+    """
+    vpd: Decomposition = model.vpd  # type: ignore[assignment]
+    masks = {}
+    for name, index in ablated.items():
+        masks[name] = torch.ones(vpd.u(name).shape[0])
+        masks[name][index] = 0
+    with vpd.masked(masks):
+        return logit_waves(task.logits(model)), task.accuracy(model)
