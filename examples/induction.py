@@ -66,29 +66,37 @@ def main() -> None:
     )
     console.print(report)
 
-    live = live_by_head(model, tokens)
     found = {"target": measured(model, task, tokens)}
-    for (name, head), index in live.items():
-        mask = torch.ones(model.vpd.u(name).shape[0])
-        mask[index] = 0
-        with model.vpd.masked({name: mask}):
-            found[f"{name}, head {head}: {len(index)}"] = measured(model, task, tokens)
+    for (name, head), parts in by_head(model, tokens).items():
+        for label, index in parts.items():
+            mask = torch.ones(model.vpd.u(name).shape[0])
+            mask[index] = 0
+            with model.vpd.masked({name: mask}):
+                row = f"{name}, head {head}: {len(index)} {label}"
+                found[row] = measured(model, task, tokens)
     console.print(scores_table(found))
     (arguments.output / "figures.json").write_text(json.dumps(found, indent=1))
 
 
-def live_by_head(
+def by_head(
     model: torch.nn.Module, tokens: Int[Tensor, "batch pos"]
-) -> dict[tuple[str, int], Tensor]:
-    """Live subcomponents of every head, at every site: those with most of their norm in it."""
+) -> dict[tuple[str, int], dict[str, Tensor]]:
+    """The subcomponents of every head at every site, those often important and all others.
+
+    A subcomponent belongs to the head that has most of its norm, and is often important if its
+    mean importance exceeds 0.1.
+    """
     vpd = model.vpd
-    importance = vpd.causal_importance(tokens)
+    importance = vpd.causal_importance(tokens).mean((0, 1))
     found = {}
     for site in vpd.sites:
-        live = (importance[..., vpd.layout.columns(site.name)] > 0.1).float().mean((0, 1)) > 1e-3
-        shares = head_shares(vpd, site.name)
-        for head in range(shares.shape[1]):
-            found[site.name, head] = (live & (shares[:, head] > 0.5)).nonzero().flatten()
+        often = importance[vpd.layout.columns(site.name)] > 0.1
+        owner = head_shares(vpd, site.name).argmax(1)
+        for head in owner.unique().tolist():
+            found[site.name, head] = {
+                "often important": (often & (owner == head)).nonzero().flatten(),
+                "others": (~often & (owner == head)).nonzero().flatten(),
+            }
     return found
 
 

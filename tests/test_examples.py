@@ -84,6 +84,54 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
     assert "What to try next" in printed
 
 
+TINY = {
+    "importance": {"d_model": 16, "n_blocks": 1, "n_heads": 2},
+    "faithfulness": {"warmup_steps": 2},
+    "batch_size": 4,
+    "log_every": 1,
+}
+
+
+@pytest.mark.filterwarnings("ignore::vpd_lens.training.diagnostics.TrainingWarning")
+def test_modular_addition_in_small(tmp_path, monkeypatch, capsys):
+    """The script's own main, with a few steps of everything."""
+    example = script("modular_addition")
+    counts = {"attn": 64, "mlp": 256}
+    monkeypatch.setattr(
+        example,
+        "configuration",
+        lambda steps, seed: VPDConfig.small(steps=steps, seed=seed, n_subcomponents=counts, **TINY),
+    )
+    arguments = ["--output", str(tmp_path), "--modulus", "7", "--target-steps", "5", "--steps", "1"]
+    monkeypatch.setattr("sys.argv", ["modular_addition.py", *arguments])
+    example.main()
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert set(figures["sites"]) >= {"blocks.0.mlp.in", "blocks.0.mlp.out"}
+    assert len(figures["left"]) == 3 * len(figures["keys"])
+    assert (tmp_path / "ablation.svg").exists()
+    assert "key frequencies" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::vpd_lens.training.diagnostics.TrainingWarning")
+def test_induction_in_small(tmp_path, monkeypatch):
+    example = script("induction")
+    monkeypatch.setattr(
+        example,
+        "configuration",
+        lambda steps, seed: VPDConfig.small(steps=steps, seed=seed, n_subcomponents=8, **TINY),
+    )
+    arguments = ["--output", str(tmp_path), "--target-steps", "3", "--steps", "1"]
+    monkeypatch.setattr("sys.argv", ["induction.py", *arguments])
+    example.main()
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    first = figures["target"]
+    # Ablating queries of one head of layer 0 cannot change what the other attends to.
+    for row, values in figures.items():
+        if row.startswith("blocks.0.attn.q, head 0"):
+            assert values["previous 1"] == pytest.approx(first["previous 1"], abs=2e-3)
+    assert any("others" in row for row in figures)
+
+
 def test_the_stored_control_is_what_the_readme_says():
     """The figures shown beside the quickstart come from a run without the adversary."""
     stored = vpd_lens.EvalReport.from_json(EXAMPLES / "quickstart_without_adversary.json")

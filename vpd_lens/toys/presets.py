@@ -65,8 +65,8 @@ _MINIMALITY = {
 # Those of tms-5-2 were tuned, the others are scaled from them. An identity layer has to be on for
 # activations of either sign, and so has a residual MLP whose features have both: their gates are
 # not affine.
-# Subcomponents per site, hidden units of a gate, steps, and the importance coefficient of each method: the divergence is
-# a mean over features, so it falls with their number.
+# Subcomponents per site, hidden units of a gate, steps, and the importance coefficient of each
+# method: the divergence is a mean over features, so it falls with their number.
 _SIZES: dict[str, tuple[int, int, int, float, float]] = {
     "tms-5-2": (100, 0, 2000, 6e-3, 2e-3),
     "tms-5-2-id": (100, 1, 2000, 6e-3, 2e-3),
