@@ -167,7 +167,8 @@ def save_figures(
     for axes, name in zip(figure.subplots(1, 2), (IN, OUT), strict=True):
         found = sites[name]
         order = (found.frequency * 10 - found.share).argsort()
-        image = axes.imshow(found.activation[order].T.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1)
+        shares = found.activation[order].T.numpy()
+        image = axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1)
         axes.set(title=name, xlabel="live subcomponent, sorted", ylabel="frequency")
         axes.set_yticks([k - 1 for k in keys], [str(k) for k in keys])
     figure.colorbar(image, ax=figure.axes, label="share of the activation's variance")
