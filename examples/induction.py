@@ -24,6 +24,7 @@ from torch import Tensor
 
 import vpd_lens
 from vpd_lens.analysis.heads import head_shares
+from vpd_lens.files import write_text_atomically
 from vpd_lens.models import load_model, save_model
 from vpd_lens.toys.induction import RepeatedTokens, head_scores
 from vpd_lens.training import VPDConfig
@@ -75,7 +76,7 @@ def main() -> None:
                 row = f"{name}, head {head}: {len(index)} {label}"
                 found[row] = measured(model, task, tokens)
     console.print(scores_table(found))
-    (arguments.output / "figures.json").write_text(json.dumps(found, indent=1))
+    write_text_atomically(arguments.output / "figures.json", json.dumps(found, indent=1))
 
 
 def by_head(

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vpd_lens
+from vpd_lens.files import write_text_atomically
 from vpd_lens.models import load_model, save_model
 from vpd_lens.toys.fourier import logit_waves, wave_share
 from vpd_lens.toys.frequencies import (
@@ -72,13 +73,15 @@ def main() -> None:
         + ", ".join(f"{k} ({waves[k - 1]:.1f} nats)" for k in keys)
     )
 
-    config = configuration(arguments.steps, arguments.seed)
-    vpd_lens.decompose(
-        model, n_subcomponents=config.n_subcomponents, importance=config.importance,
-        divergence=last_position_kl, seed=config.seed,
-    )  # fmt: skip
     run = arguments.output / "vpd"
-    vpd_lens.train(model, task, config, output=run, resume=(run / "checkpoint").exists())
+    vpd_lens.decompose(
+        model,
+        task,
+        configuration(arguments.steps, arguments.seed),
+        divergence=last_position_kl,
+        output=run,
+        resume=(run / "checkpoint").exists(),
+    )
     report = vpd_lens.evaluate(
         model, task.all_rows(), batch_size=task.p, n_batches=task.p, pgd_steps=(20,), pgd_restarts=1
     )
@@ -86,8 +89,8 @@ def main() -> None:
 
     sites = {site.name: site_frequencies(model, task, site.name) for site in model.vpd.sites}
     console.print(site_table(sites, keys))
-    left = ablations(model, task, sites, keys)
-    console.print(ablation_table(left, waves, keys))
+    left = ablations(model, task, sites, waves, keys)
+    console.print(ablation_table(left, keys))
     save_figures(arguments.output, sites, left, waves, keys)
     console.print(f"Figures: {arguments.output}")
 
@@ -112,25 +115,26 @@ def ablations(
     model: torch.nn.Module,
     task: ModularAddition,
     sites: dict[str, SiteFrequencies],
+    waves: torch.Tensor,
     keys: list[int],
-) -> dict[tuple[str, int], tuple[torch.Tensor, float]]:
-    """Amplitudes and accuracy without one frequency's subcomponents, by matrix and frequency."""
+) -> dict[tuple[str, int], tuple[list[float], float]]:
+    """What is left of the key frequencies, and the accuracy, without one's subcomponents."""
     found = {}
     for label, names in (("W_in", [IN]), ("W_out", [OUT]), ("both", [IN, OUT])):
         for k in keys:
             ablated = {n: sites[n].index[sites[n].frequency == k] for n in names}
-            found[label, k] = amplitudes_without(model, task, ablated)
+            amplitudes, accuracy = amplitudes_without(model, task, ablated)
+            found[label, k] = [float(amplitudes[j - 1] / waves[j - 1]) for j in keys], accuracy
     return found
 
 
-def ablation_table(left: dict, waves: torch.Tensor, keys: list[int]) -> Table:
+def ablation_table(left: dict, keys: list[int]) -> Table:
     """What is left of every key frequency."""
     table = Table(title="Amplitude left in the logits when one frequency's subcomponents go")
     for heading in ("matrix", "ablated", *map(str, keys), "accuracy"):
         table.add_column(heading, justify="right")
-    for (label, k), (amplitudes, accuracy) in left.items():
-        shares = [f"{amplitudes[j - 1] / waves[j - 1]:.0%}" for j in keys]
-        table.add_row(label, str(k), *shares, f"{accuracy:.1%}")
+    for (label, k), (shares, accuracy) in left.items():
+        table.add_row(label, str(k), *(f"{share:.0%}" for share in shares), f"{accuracy:.1%}")
     return table
 
 
@@ -155,13 +159,13 @@ def save_figures(
         },
         "left": {
             f"{label} {k}": {
-                **{j: round(float(amplitudes[j - 1] / waves[j - 1]), 4) for j in keys},
+                **{j: round(share, 4) for j, share in zip(keys, shares, strict=True)},
                 "accuracy": round(accuracy, 4),
             }
-            for (label, k), (amplitudes, accuracy) in left.items()
+            for (label, k), (shares, accuracy) in left.items()
         },
     }
-    (folder / "figures.json").write_text(json.dumps(data, indent=1))
+    write_text_atomically(folder / "figures.json", json.dumps(data, indent=1))
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), (IN, OUT), strict=True):
@@ -176,7 +180,7 @@ def save_figures(
 
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     for axes, label in zip(figure.subplots(1, 3), ("W_in", "W_out", "both"), strict=True):
-        rows = [[float(left[label, k][0][j - 1] / waves[j - 1]) for j in keys] for k in keys]
+        rows = [left[label, k][0] for k in keys]
         axes.imshow(rows, cmap="Blues", vmin=0, vmax=1)
         for i, row in enumerate(rows):
             for j, value in enumerate(row):

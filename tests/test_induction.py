@@ -100,7 +100,7 @@ def test_head_shares_need_an_attention_matrix(model):
 def test_a_subcomponent_of_one_head_moves_that_head_alone(model, tokens):
     """The share means what it says: writing to head 1 only leaves head 0's pattern alone."""
     vpd = model.vpd
-    before = vpd.u("blocks.0.attn.q").clone()
+    before = [x.detach().clone() for x in (vpd.u("blocks.0.attn.q"), vpd.v("blocks.0.attn.q"))]
     with torch.no_grad():
         vpd.u("blocks.0.attn.q")[3, :8] = 0
         vpd.u("blocks.0.attn.q")[3, 8:] = 2
@@ -115,4 +115,5 @@ def test_a_subcomponent_of_one_head_moves_that_head_alone(model, tokens):
     assert change[0] < 1e-6
     assert change[1] > 1e-3
     with torch.no_grad():
-        vpd.u("blocks.0.attn.q").copy_(before)
+        vpd.u("blocks.0.attn.q").copy_(before[0])
+        vpd.v("blocks.0.attn.q").copy_(before[1])

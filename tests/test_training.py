@@ -124,8 +124,6 @@ def test_source_update_ignores_the_loss_coefficient(tokens):
 
 def test_muon_moves_every_direction_of_a_matrix_equally():
     """One step of Muon for matrices, of AdamW for biases, each at its group's own rate."""
-    if not hasattr(torch.optim, "Muon"):
-        pytest.skip("this PyTorch has no Muon")
     matrix, other = (torch.nn.Parameter(torch.zeros(16, 32)) for _ in range(2))
     bias = torch.nn.Parameter(torch.zeros(32))
     generator = torch.Generator().manual_seed(0)

@@ -9,6 +9,7 @@ from vpd_lens.analysis.comparison import (
     multiple_match_share,
     random_baseline,
 )
+from vpd_lens.analysis.heads import head_shares
 
 __all__ = [
     "Comparison",
@@ -16,6 +17,7 @@ __all__ = [
     "alive_subcomponents",
     "compare",
     "directions",
+    "head_shares",
     "multiple_match_share",
     "random_baseline",
 ]

@@ -22,7 +22,7 @@ from vpd_lens.models import load_model, save_model
 from vpd_lens.training import VPDConfig
 
 STEPS, TARGET_STEPS, SEED = 2000, 2500, 0
-COMPILED_FROM = 200  # steps of a run, from which compiling its forwards pays
+COMPILED_FROM = 200  # steps of a run; the runs share what the first of them compiles
 EVALUATION = {"batch_size": 16, "n_batches": 4, "pgd_steps": [20], "pgd_restarts": 3}
 LONG_ATTACK = (20, 40, 80, 160, 320)
 # So little of everything that it takes a minute or two.

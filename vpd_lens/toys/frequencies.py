@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vpd_lens.decomposition import Decomposition
+from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.toys.fourier import logit_waves, pair_spectrum, spectrum
 from vpd_lens.toys.modular_addition import ModularAddition
 
@@ -36,7 +37,6 @@ class SiteFrequencies:
     Attributes:
         site: Name of the site.
         index: Which subcomponents are live, `[n]`.
-        importance: Their mean importance where the site acts, `[n]`.
         activation: Shares of all frequencies in their activation `V_c^T x`, as a function of the
             inputs, `[n, frequencies]`.
         write: Shares in what they write to the logits directly, as a function of the answer; only
@@ -44,18 +44,17 @@ class SiteFrequencies:
     """
 
     site: str
-    index: Tensor
-    importance: Tensor
-    activation: Tensor
-    write: Tensor | None
+    index: Int[Tensor, " n"]
+    activation: Float[Tensor, "n frequencies"]
+    write: Float[Tensor, "n frequencies"] | None
 
     @property
-    def frequency(self) -> Tensor:
+    def frequency(self) -> Int[Tensor, " n"]:
         """The frequency with the largest share of each activation, `[n]`."""
         return self.activation.argmax(1) + 1
 
     @property
-    def share(self) -> Tensor:
+    def share(self) -> Float[Tensor, " n"]:
         """That share, `[n]`."""
         return self.activation.amax(1)
 
@@ -68,6 +67,8 @@ def site_frequencies(
 
     The values and keys are read at the first number, where they are functions of it alone; the
     other matrices at the equals sign, where they are functions of both numbers.
+
+    Frequencies are those of `vpd_lens.toys.fourier` (Nanda et al. 2023, arXiv:2301.05217).
 
     Args:
         model: A decomposed modular-addition transformer.
@@ -82,14 +83,15 @@ def site_frequencies(
     rows, p = task.all_rows(), task.p
     _, inputs = vpd.target(rows)
     x = inputs[vpd.layout.names.index(name)][:, position]
-    importance = vpd.causal_importance(rows)[:, position, vpd.layout.columns(name)]
+    every = lower_leaky(vpd.pre_importance(inputs))
+    importance = every[:, position, vpd.layout.columns(name)]
     live = ((importance > threshold).float().mean(0) > often).nonzero().flatten()
     acts = (x @ vpd.v(name)[:, live]).view(p, p, -1)
     shares = spectrum(acts[:, 0]) if position == 0 else pair_spectrum(acts)
     write = None
     if kind in ("o", "out"):
         write = spectrum((vpd.u(name)[live] @ model.W_U)[:, :p].T).T  # type: ignore[operator]
-    return SiteFrequencies(name, live, importance[:, live].mean(0), shares.T, write)
+    return SiteFrequencies(name, live, shares.T, write)
 
 
 @torch.no_grad()

@@ -48,7 +48,9 @@ class RepeatedTokens:
         same = tokens[:, :, None] == F.pad(tokens, (1, 0), value=-1)[:, None, :-1]
         return same & torch.ones_like(same[0]).tril()
 
-    def loss(self, logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]):
+    def loss(
+        self, logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, ""]:
         """Cross-entropy in nats, mean over positions whose token has a match before it."""
         known = self.matches(tokens).any(-1)[:, :-1]
         return F.cross_entropy(logits[:, :-1][known], tokens[:, 1:][known])

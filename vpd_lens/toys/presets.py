@@ -17,7 +17,7 @@ METHODS = {
 # - The relu of TMS lets one rank-1 matrix serve two opposite features (it reads their difference)
 #   at no higher importance than two matrices. Its gate must open on both signs of its activation
 #   and close at 0. A gate with one hidden gelu unit can, because gelu dips; an affine gate cannot.
-#   With the former one seed in five had such a pair, and tms-40-10 two to five of them.
+#   With the former one seed of five had such a pair, and seed 0 of tms-40-10 two to five of them.
 # What follows was searched for, not ablated one by one:
 # - Many more subcomponents than features, so that some start near each feature.
 # - The exponent falls from 2 to 1: minimality chooses once the directions have formed. U and V

@@ -49,9 +49,8 @@ class AdversaryConfig(_Frozen):
             stochastic loss does (their text). Inner updates always mask every site.
         scope: Which positions share sources: `"position"` none (the paper), `"sequence"` one
             set per sequence, `"batch"` one per position for the whole batch, `"single"` one.
-        restart: Probability, per training step, that a set of sources starts over from U(0, 1).
-            Sources that live for ever come to agree on one attack, and training forgets the
-            others; 0 is the paper's.
+        restart: Probability, per training step, that a set of sources starts over from U(0, 1),
+            so that they do not settle on one attack for ever; 0 is the paper's.
     """
 
     coefficient: float = Field(default=0.5, ge=0)

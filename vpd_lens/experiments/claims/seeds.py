@@ -47,7 +47,9 @@ def section(laboratory: Laboratory) -> Section:
         rows=rows,
         reading=f"Means over all ordered pairs of {N_SEEDS} seeds and over the alive subcomponents "
         "of the first of a pair. Random: Gaussian directions of the same shapes and numbers. In a "
-        "narrow model chance alone gives large cosines, so look at the distance from it.",
+        "narrow model chance alone gives large cosines, so look at the distance from it. Not the "
+        "paper's experiment where subcomponents start along neurons and head dimensions, as in the "
+        "preset for small models: then the seeds share their start.",
         figures=[
             Figure(
                 "All sites",
