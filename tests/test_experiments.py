@@ -450,7 +450,11 @@ def test_one_claim_from_the_command_line(tmp_path, monkeypatch):
     assert "No figure on this page means anything" in page
     assert page.count("<svg") == 1
     stored = (tmp_path / "claims" / "adversary.json").read_text()
-    assert json.loads(stored)["records"] == ["vpd", "vpd-without-adversary"]
+    assert json.loads(stored)["records"] == [
+        "vpd",
+        "vpd-without-adversary",
+        "vpd-without-adversary,gentler",
+    ]
     monkeypatch.setattr(run_module, "train", None)
     again = CliRunner().invoke(app, arguments)
     assert "vpd: already recorded" in again.stdout
@@ -466,6 +470,7 @@ def test_every_claim_from_its_runs_to_the_page(tmp_path):
     assert [row["training"] for row in by_name["adversary"].rows] == [
         "with the adversary",
         "without it",
+        "without it, coefficient 0.00015",
     ]
     assert [row["method"] for row in by_name["pareto"].rows] == ["VPD"] * 5 + ["SPD"] * 3
     assert [row["C"] for row in by_name["splitting"].rows] == [48, 96, 192, 384]

@@ -20,6 +20,7 @@ if os.environ.get("VPD_LENS_TYPECHECK") == "1":
     install_import_hook("vpd_lens", "beartype.beartype")
 
 if TYPE_CHECKING:
+    from vpd_lens.analysis.attribution import AttributionGraph, attribute
     from vpd_lens.decomposing import decompose
     from vpd_lens.decomposition import CausalImportanceConfig, Decomposition, Masks
     from vpd_lens.decomposition.attach import remove
@@ -31,12 +32,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "AttributionGraph": "vpd_lens.analysis.attribution",
     "CausalImportanceConfig": "vpd_lens.decomposition",
     "Decomposition": "vpd_lens.decomposition",
     "EvalReport": "vpd_lens.evaluation",
     "Masks": "vpd_lens.decomposition",
     "Site": "vpd_lens.sites",
     "VPDConfig": "vpd_lens.training",
+    "attribute": "vpd_lens.analysis.attribution",
     "decompose": "vpd_lens.decomposing",
     "evaluate": "vpd_lens.evaluation",
     "load": "vpd_lens.decomposition.saving",
@@ -45,12 +48,14 @@ _WHERE = {
 }
 
 __all__ = [
+    "AttributionGraph",
     "CausalImportanceConfig",
     "Decomposition",
     "EvalReport",
     "Masks",
     "Site",
     "VPDConfig",
+    "attribute",
     "decompose",
     "evaluate",
     "load",

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -168,6 +169,12 @@ def base_model_record(vpd: Decomposition) -> dict[str, Any]:
         "compatibility_mode": bool(getattr(model, "compatibility_mode", False)),
         "weights": {site.name: weight_hash(site.weight) for site in vpd.sites},
     }
+
+
+def fingerprint(vpd: Decomposition) -> str:
+    """SHA-256 of all V and U, by which results recognise the decomposition they belong to."""
+    directions = [*vpd.subcomponents.v, *vpd.subcomponents.u]
+    return hashlib.sha256("".join(weight_hash(part) for part in directions).encode()).hexdigest()
 
 
 def check_weights(vpd: Decomposition, base: dict[str, Any]) -> None:

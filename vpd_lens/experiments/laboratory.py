@@ -15,8 +15,9 @@ from vpd_lens.experiments.run import Run, Target, load_decomposed, perform
 from vpd_lens.training import VPDConfig
 
 BASE, WITHOUT = "vpd", "vpd-without-adversary"
-# Hundreds of ascent steps take longer than the training, so only these two runs are attacked so.
-LONG_ATTACKED = (BASE, WITHOUT)
+WITHOUT_GENTLER = f"{WITHOUT},gentler"
+# Hundreds of ascent steps take longer than the training, so only these runs are attacked so.
+LONG_ATTACKED = (BASE, WITHOUT, WITHOUT_GENTLER)
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Laboratory:
         untrained: The same architecture with random weights, on the same data.
         base: The configuration that the runs vary.
         evaluation: Arguments of `vpd_lens.evaluate`, with `batch_size` and `n_batches`.
-        long_attack: The `pgd_steps` instead, for the runs with and without the adversary.
+        long_attack: The `pgd_steps` instead, for the runs of the adversary's claim.
         progress: Show progress bars.
         say: Receives one line per run.
         records: The runs so far, by name.

@@ -1,0 +1,16 @@
+"""Attribution graphs whose nodes are subcomponents."""
+
+from vpd_lens.analysis.attribution.attribute import attribute
+from vpd_lens.analysis.attribution.graph import AttributionGraph
+from vpd_lens.analysis.attribution.nodes import Nodes
+from vpd_lens.analysis.attribution.targets import Direction, LogitDifference, Token, TopTokens
+
+__all__ = [
+    "AttributionGraph",
+    "Direction",
+    "LogitDifference",
+    "Nodes",
+    "Token",
+    "TopTokens",
+    "attribute",
+]

@@ -1,0 +1,160 @@
+"""`attribute`: from a prompt to a graph of subcomponents.
+
+Phases: read the prompt; causal importances; one forward of the target model, cut at its matrices
+(`cut_forward`); tables of nodes, edges into each matrix' nodes, edges into the outputs
+(`builder`, `edges`).
+
+Source: VPD, attribution graphs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vpd_lens.analysis.attribution.builder import GraphBuilder
+from vpd_lens.analysis.attribution.cut_forward import CutForward
+from vpd_lens.analysis.attribution.graph import AttributionGraph
+from vpd_lens.analysis.attribution.targets import (
+    Target,
+    prompt_tokens,
+    resolve_targets,
+    token_text,
+)
+from vpd_lens.decomposition import Decomposition
+from vpd_lens.decomposition.saving import fingerprint
+from vpd_lens.decomposition.sigmoids import lower_leaky
+from vpd_lens.errors import AttachError, InputError
+from vpd_lens.sites import find_sites
+
+DeltaPath = Literal["node", "through"]
+
+
+def attribute(
+    model: nn.Module,
+    prompt: str | Sequence[int] | Tensor,
+    target: Target | Sequence[Target] | None = None,
+    *,
+    importance: Float[Tensor, "pos C_total"] | None = None,
+    threshold: float = 0.0,
+    frozen: bool = False,
+    delta: DeltaPath = "node",
+    batch_size: int = 32,
+    max_edges: int = 50_000_000,
+    prepend_bos: bool | None = None,
+    progress: bool = True,
+) -> AttributionGraph:
+    """The attribution graph of a prompt: which subcomponents act on which, and on the outputs.
+
+    Nodes are the subcomponents with a causal importance above `threshold` at each position, token
+    embeddings, outputs, and what is left at each matrix: its delta, its bias, and an error (what
+    subcomponents do beyond their importance). The edge from `s` to `n` is
+
+        (d a_n / d a_s) a_s g_s
+
+    where the gradient is stopped at every subcomponent except `s`: a direct effect on the
+    activation `a_n = x V_n`, or on an output. Within a layer's attention, k and v act on later
+    positions. The sum of the edges into a node is its activation up to what is not linear between
+    two matrices; `graph.completeness()` tells how far they add up.
+
+    Args:
+        model: A decomposed HookedTransformer or TransformerBridge.
+        prompt: Text or token ids of one prompt.
+        target: What to explain: a token (text or id) after the last position, `Token`,
+            `LogitDifference`, `Direction`, `TopTokens`, or several of them. `None`: the
+            likeliest next tokens. Logits are those before a soft cap.
+        importance: Causal importances to use instead of the importance function's, for example
+            those of `prune`; `[pos, C_total]`.
+        threshold: Importance above which a subcomponent is a node.
+        frozen: Hold norm scales, attention patterns and neurons' gains (activation over
+            pre-activation; with a gated MLP, what the gate multiplies by) at their values on the
+            prompt. Edges into a node then add up to its activation to float error, but q, k and
+            gate have no outgoing edges. `False` follows the gradients, as the paper does.
+        delta: `"node"`: a delta is cut like a subcomponent, and is a node. `"through"`: gradients
+            pass through the deltas, so an edge includes paths through them (the paper's code).
+        batch_size: Copies of the prompt per backward pass.
+        max_edges: Refuse to begin a graph that may have more edges.
+        prepend_bos: Whether text gets a BOS token; `None`: the model's own default.
+        progress: Show a progress bar.
+
+    Returns:
+        The graph: `print(graph.summary())`, `graph.to_html(path)`, `graph.incoming(node)`, ...
+
+    Raises:
+        AttachError: If the model carries no decomposition.
+        InputError: If the prompt or a target cannot be used, or the graph is too large.
+
+    Example:
+        >>> graph = vpd_lens.attribute(model, "for i in", target=" range")  # doctest: +SKIP
+    """
+    vpd = decomposition_of(model)
+    tokens = prompt_tokens(model, prompt, prepend_bos)
+    if delta not in ("node", "through"):
+        raise InputError(f"delta={delta!r}; expected 'node' or 'through'.")
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}; expected at least 1.")
+    logits, inputs = vpd.target(tokens[None])
+    g = importances(vpd, inputs, importance)
+    unembed = find_sites(model, ["unembed"])[0]
+    outputs = resolve_targets(model, target, logits[0], (unembed.weight, unembed.bias))
+    forward = CutForward(vpd, frozen, through_delta=delta == "through")
+    builder = GraphBuilder(forward, tokens, g, threshold, batch_size, max_edges)
+    nodes, edges = builder.build(outputs, progress)
+    return AttributionGraph(
+        tokens=tuple(tokens.tolist()),
+        strings=tuple(token_text(model, token) for token in tokens.tolist()),
+        nodes=nodes,
+        edges=edges,
+        outputs=tuple(outputs),
+        settings={
+            "frozen": frozen,
+            "delta": delta,
+            "threshold": threshold,
+            "decomposition": fingerprint(vpd),
+        },
+    )
+
+
+def decomposition_of(model: nn.Module) -> Decomposition:
+    """The decomposition that a model carries, with a warning if it is untrained.
+
+    Raises:
+        AttachError: If there is none.
+    """
+    vpd = model.__dict__.get("vpd")
+    if vpd is None:
+        raise AttachError("This model carries no decomposition. Call vpd_lens.decompose first.")
+    if not vpd.trained_steps:
+        warnings.warn(
+            "this decomposition is untrained: its subcomponents and importances mean nothing yet.",
+            stacklevel=3,
+        )
+    return vpd
+
+
+def importances(
+    vpd: Decomposition, inputs: Sequence[Tensor], given: Tensor | None
+) -> Float[Tensor, "pos C_total"]:
+    """The importances that decide what is a node.
+
+    Raises:
+        InputError: If those given do not fit the prompt.
+    """
+    n_positions = inputs[0].shape[-2]
+    if given is None:
+        with torch.no_grad():
+            return lower_leaky(vpd.pre_importance(inputs))[0]
+    given = given[0] if given.ndim == 3 and len(given) == 1 else given
+    if given.shape != (n_positions, vpd.layout.total):
+        raise InputError(
+            f"importance has shape {tuple(given.shape)}; expected [pos, C_total] = "
+            f"{(n_positions, vpd.layout.total)}."
+        )
+    if not bool(((given >= 0) & (given <= 1)).all()):
+        raise InputError("importance has values outside [0, 1].")
+    return given.detach().to(vpd.device).float()

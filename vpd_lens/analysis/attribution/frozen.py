@@ -1,0 +1,156 @@
+"""What makes the model between two cuts linear: scales, patterns and gains held fixed.
+
+With a norm's scale, an attention pattern and every neuron's gain (activation over
+pre-activation) at their values on the prompt, a matrix' input is a linear function of the outputs
+of earlier matrices, so the contributions of all of them add up to it exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from vpd_lens.errors import VPDError
+from vpd_lens.sites import Site
+from vpd_lens.sites.site import relative_error
+
+_NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
+_TOLERANCE = 2e-2  # bf16 rounds at 4e-3
+_LARGE = 1e3  # beside it no norm's epsilon counts
+
+
+def norm_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The norms on the residual stream, by TransformerLens' names."""
+    for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        for name in _NORMS:
+            module = block._modules.get(name)
+            if module is not None and not isinstance(module, nn.Identity):
+                yield f"blocks.{index}.{name}", module
+    final = model._modules.get("ln_final")
+    if final is not None and not isinstance(final, nn.Identity):
+        yield "ln_final", final
+
+
+class LinearNorm:
+    """A LayerNorm or RMSNorm, of whatever class, as a linear map with a fixed scale.
+
+    Its weight and bias are found by what it does to two inputs, because libraries keep them in
+    different ways (`w`, `weight`, `1 + weight`, folded into the next matrix).
+
+    Args:
+        module: The norm.
+        d_model: Its width.
+        like: A tensor of the model's device and dtype.
+
+    Attributes:
+        bias: Its bias `[d_model]`, or `None` without one.
+    """
+
+    @torch.no_grad()
+    def __init__(self, module: nn.Module, d_model: int, like: Tensor) -> None:
+        sign = torch.ones(d_model, device=like.device)
+        sign[1::2] = -1
+
+        def norm(x: Tensor) -> Tensor:
+            return module(x.to(like.dtype)[None, None])[0, 0].float()
+
+        # f(x) = w (x - mean) / scale + b, so b is the mean of an input's and its negative's.
+        up, down = norm(_LARGE * sign), norm(-_LARGE * sign)
+        bias = (up + down) / 2
+        constant = norm(torch.full_like(sign, _LARGE)) - bias
+        self.centred = bool(constant.abs().max() < 0.1 * (up - bias).abs().max())
+        direction = sign - sign.mean() if self.centred else sign
+        self.weight = (up - bias) / (direction / direction.square().mean().sqrt())
+        self.bias = bias if bool(bias.abs().max() > 0) else None
+
+    def linear(self, x: Tensor, y: Tensor) -> Tensor:
+        """`y`, as a linear function of `x` whose scale is a constant.
+
+        Args:
+            x: The norm's input.
+            y: Its output on it.
+
+        Raises:
+            VPDError: If the module is no norm of this form.
+        """
+        with torch.no_grad():
+            scaled = y.float() if self.bias is None else y.float() - self.bias
+            unscaled = self._weighted(x.float())
+            norm = torch.linalg.vecdot(unscaled, unscaled).clamp(min=1e-30)
+            scale = (torch.linalg.vecdot(scaled, unscaled) / norm).unsqueeze(-1)
+        out = scale * self._weighted(x.float())
+        _require_equal(out, scaled, "a norm does not multiply by one scale per position")
+        return out.to(y.dtype)
+
+    def _weighted(self, x: Tensor) -> Tensor:
+        return self.weight * (x - x.mean(-1, keepdim=True) if self.centred else x)
+
+
+def attended(pattern: Tensor, value: Tensor, z: Tensor, name: str) -> Tensor:
+    """The attention's result as a linear function of its values, the pattern being a constant.
+
+    Args:
+        pattern: `[row, head, query, key]`.
+        value: Output of the v matrix, `[row, pos, kv_heads * d_head]`.
+        z: The result, `[row, pos, heads * d_head]`.
+        name: Of the o matrix, for messages.
+
+    Raises:
+        VPDError: If `z` is something else.
+    """
+    n_heads = pattern.shape[1]
+    d_head = z.shape[-1] // n_heads
+    value = rearrange(value, "row key (head d_head) -> row head key d_head", d_head=d_head)
+    value = repeat(value, "row g key d -> row (g r) key d", r=n_heads // value.shape[1])
+    out = rearrange(pattern.to(value.dtype) @ value, "row head query d -> row query (head d)")
+    _require_equal(out.detach(), z.detach(), f"the input of {name} is not pattern times values")
+    return out
+
+
+class NeuronGains:
+    """Every MLP's neurons as multiplications by a fixed gain: activation over pre-activation.
+
+    In a gated MLP the gain multiplies the output of `in`; `gate` acts through the gain only, like
+    q and k through the pattern.
+
+    Args:
+        sites: All matrices of the model.
+    """
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self._wanted = {site.name for site in sites if site.name.endswith(".mlp.in")}
+        self._before: dict[str, Tensor] = {}
+
+    def see(self, name: str, y: Tensor) -> None:
+        """Remember the pre-activations of an MLP."""
+        if name in self._wanted:
+            self._before[name] = y
+
+    def output(self, prefix: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The neurons' activations as gain times pre-activation, and what is left of them.
+
+        Args:
+            prefix: Name of the MLP.
+            x: The activations, `[row, pos, d_mlp]`.
+
+        Returns:
+            The linear function, and a constant where an activation is not 0 at 0.
+        """
+        before = self._before[f"{prefix}.in"]
+        pre = before.detach()
+        gain = torch.where(pre == 0, 0, x.detach() / torch.where(pre == 0, 1, pre))
+        left = x.detach() - gain * pre
+        linear = gain * before
+        return linear, left if bool((left.abs() > 1e-3 * x.detach().abs().max()).any()) else None
+
+
+def _require_equal(got: Tensor, expected: Tensor, problem: str) -> None:
+    error = relative_error(got.float(), expected.float())
+    if not error <= _TOLERANCE:
+        raise VPDError(
+            f"frozen=True: {problem} (they differ by {error:.1e}). Use frozen=False, which follows "
+            "the gradients of whatever the model computes."
+        )

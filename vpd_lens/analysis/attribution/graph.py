@@ -1,0 +1,202 @@
+"""`AttributionGraph`: nodes, sparse edges, and what one asks of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vpd_lens.analysis.attribution.edges import Edges
+from vpd_lens.analysis.attribution.influence import Influence, influence, kept_by_influence, scores
+from vpd_lens.analysis.attribution.nodes import Nodes
+from vpd_lens.analysis.attribution.targets import Output
+
+if TYPE_CHECKING:
+    import networkx
+
+
+@dataclass
+class AttributionGraph:
+    """Which subcomponents of a prompt act on which, and on the outputs.
+
+    Edges are columns of tensors, never Python objects; nodes are addressed by number or by name
+    (`"blocks.0.mlp.in:31@5"`, `"embed@3"`, `"output:17@5"`).
+
+    Attributes:
+        tokens: Token ids of the prompt.
+        strings: The tokens as text.
+        nodes: The nodes.
+        edges: The edges.
+        outputs: What is explained, in the order of the output nodes.
+        settings: How the graph was made.
+        circuit: What `prune=` found out about the circuit, or `None`.
+
+    Example:
+        >>> graph = vpd_lens.attribute(model, "def read(self", target="):")  # doctest: +SKIP
+        >>> graph.incoming("output:27@5", top=3)  # doctest: +SKIP
+    """
+
+    tokens: tuple[int, ...]
+    strings: tuple[str, ...]
+    nodes: Nodes
+    edges: Edges
+    outputs: tuple[Output, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    circuit: Any = None
+
+    @property
+    def n_nodes(self) -> int:
+        """Number of nodes of all kinds."""
+        return len(self.nodes)
+
+    @property
+    def n_edges(self) -> int:
+        """Number of edges."""
+        return len(self.edges.weight)
+
+    def adjacency(self) -> Float[Tensor, "n_nodes n_nodes"]:
+        """The edges as a sparse matrix: row = target, column = source."""
+        indices = torch.stack([self.edges.target, self.edges.source]).long()
+        shape = (self.n_nodes, self.n_nodes)
+        weight = self.edges.weight
+        return torch.sparse_coo_tensor(indices, weight, shape, check_invariants=True).coalesce()
+
+    def incoming(self, node: str | int, top: int | None = None) -> list[tuple[str, float]]:
+        """Sources of a node and the weights of their edges, the strongest first.
+
+        Args:
+            node: Name or number.
+            top: At most so many.
+
+        Raises:
+            InputError: If there is no such node.
+        """
+        return self._neighbours(self.edges.target, self.edges.source, node, top)
+
+    def outgoing(self, node: str | int, top: int | None = None) -> list[tuple[str, float]]:
+        """Targets of a node and the weights of their edges, the strongest first.
+
+        Args:
+            node: Name or number.
+            top: At most so many.
+
+        Raises:
+            InputError: If there is no such node.
+        """
+        return self._neighbours(self.edges.source, self.edges.target, node, top)
+
+    def _neighbours(
+        self, here: Tensor, there: Tensor, node: str | int, top: int | None
+    ) -> list[tuple[str, float]]:
+        found = here == self.nodes.find(node)
+        weights, others = self.edges.weight[found], there[found]
+        order = weights.abs().argsort(descending=True, stable=True)[:top]
+        pairs = zip(others[order].tolist(), weights[order].tolist(), strict=True)
+        return [(self.nodes.name(other), weight) for other, weight in pairs]
+
+    # ------------------------------------------------------------ completeness
+
+    def gaps(self) -> Float[Tensor, " n_nodes"]:
+        """Activation minus the sum of the incoming edges, for subcomponents and outputs.
+
+        0 to float error with `frozen=True`; NaN for nodes that only have outgoing edges, and
+        wrong for those whose sources were pruned away.
+        """
+        total = torch.zeros(self.n_nodes, dtype=torch.float64)
+        total.index_add_(0, self.edges.target.long(), self.edges.weight.double())
+        gap = (self.nodes.activation.double() - total).float()
+        return torch.where(self.nodes.of_kind("subcomponent", "output"), gap, torch.nan)
+
+    def completeness(self) -> float:
+        """`1 - sum |gap| / sum |activation|`: 1 if all incoming edges add up."""
+        gaps = self.gaps()
+        measured = ~gaps.isnan()
+        scale = self.nodes.activation[measured].abs().sum().clamp(min=1e-30)
+        return float(1 - gaps[measured].abs().sum() / scale)
+
+    # --------------------------------------------------------------- influence
+
+    def influence(self) -> Influence:
+        """Influence of every node and edge on the outputs."""
+        return influence(self.nodes, self.edges)
+
+    def replacement_score(self) -> float:
+        """Share of the outputs' influence that does not begin in errors or deltas."""
+        return scores(self.nodes, self.edges)[0]
+
+    def completeness_score(self) -> float:
+        """Share of the nodes' inputs, weighted by influence, not from errors or deltas."""
+        return scores(self.nodes, self.edges)[1]
+
+    def pruned(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> AttributionGraph:
+        """The graph of the most influential nodes and edges.
+
+        Args:
+            node_threshold: Share of all influence that the kept nodes hold.
+            edge_threshold: Share of the rest that the kept edges hold.
+
+        Raises:
+            InputError: If a threshold is not in (0, 1].
+        """
+        keep, edges = kept_by_influence(self.nodes, self.edges, node_threshold, edge_threshold)
+        return self._kept(keep, edges)
+
+    def filtered(self, nodes: Tensor) -> AttributionGraph:
+        """The graph of some of the nodes and the edges between them.
+
+        Args:
+            nodes: Which to keep, a boolean per node. Outputs always stay.
+        """
+        keep = nodes | self.nodes.of_kind("output")
+        return self._kept(keep, keep[self.edges.source.long()] & keep[self.edges.target.long()])
+
+    def _kept(self, keep: Tensor, kept_edges: Tensor) -> AttributionGraph:
+        number = (keep.cumsum(0) - 1).int()
+        edges = Edges(
+            number[self.edges.source[kept_edges].long()],
+            number[self.edges.target[kept_edges].long()],
+            self.edges.weight[kept_edges],
+        )
+        return replace(self, nodes=self.nodes.where(keep), edges=edges)
+
+    # ----------------------------------------------------------------- leaving
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """As a `networkx.DiGraph`, whose nodes are named as here and have their columns."""
+        from vpd_lens.analysis.attribution.export import to_networkx
+
+        return to_networkx(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a directory of `graph.safetensors` and `graph.json`, whole or not at all."""
+        from vpd_lens.analysis.attribution.saving import save
+
+        return save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> AttributionGraph:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtefactError: If it is missing, damaged, or too new.
+        """
+        from vpd_lens.analysis.attribution.saving import load
+
+        return load(Path(path))
+
+    def summary(self) -> Any:
+        """A rich renderable: sizes, scores, outputs and the most influential nodes."""
+        from vpd_lens.analysis.attribution.summary import summary
+
+        return summary(self)
+
+    def __repr__(self) -> str:
+        n = int(self.nodes.of_kind("subcomponent").sum())
+        return (
+            f"AttributionGraph({''.join(self.strings)!r}: {n} subcomponents at {len(self.tokens)} "
+            f"positions, {len(self.outputs)} outputs, {self.n_edges} edges)"
+        )

@@ -1,0 +1,161 @@
+"""How much of the outputs each node and edge accounts for, directly and through others.
+
+Edges into a node are taken in absolute value and divided by their sum; the influence of a node is
+what reaches the outputs from it along all paths. The definitions, thresholds and scores are those
+of circuit tracing with transcoders (Ameisen et al. 2025), so that numbers can be compared; errors
+and deltas count as error nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy.sparse import csr_matrix
+from torch import Tensor
+
+from vpd_lens.analysis.attribution.edges import Edges
+from vpd_lens.analysis.attribution.nodes import Nodes
+from vpd_lens.errors import InputError
+
+ERRORS = ("error", "delta")
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Influences on the outputs, weighted by their probabilities.
+
+    Attributes:
+        nodes: Of each node, through all paths; of an output, its weight.
+        edges: Of each edge: the share of its target's influence that comes along it.
+        cumulative: For each node, the share of all influence that lies in nodes at least as
+            influential: small for the most important ones. 0 for outputs.
+    """
+
+    nodes: Float[Tensor, " n_nodes"]
+    edges: Float[Tensor, " n_edges"]
+    cumulative: Float[Tensor, " n_nodes"]
+
+
+def influence(nodes: Nodes, edges: Edges) -> Influence:
+    """Influence of every node and edge.
+
+    Args:
+        nodes: The nodes of a graph.
+        edges: Its edges.
+    """
+    total = _reaching(nodes, edges)
+    shares = _shares(edges, len(nodes))
+    onward = torch.from_numpy(total)[edges.target.long()]
+    others = total.copy()
+    others[nodes.of_kind("output").numpy()] = 0
+    order = np.argsort(-others, kind="stable")
+    sums = np.cumsum(others[order])
+    cumulative = np.empty_like(others)
+    cumulative[order] = sums / max(float(sums[-1]) if len(sums) else 0.0, 1e-30)
+    cumulative[nodes.of_kind("output").numpy()] = 0
+    return Influence(
+        torch.from_numpy(total).float(),
+        (torch.from_numpy(shares) * onward).float(),
+        torch.from_numpy(cumulative).float(),
+    )
+
+
+def kept_by_influence(
+    nodes: Nodes, edges: Edges, node_threshold: float, edge_threshold: float
+) -> tuple[Bool[Tensor, " n_nodes"], Bool[Tensor, " n_edges"]]:
+    """The nodes that hold a share of all influence, and then the edges that do.
+
+    Embeddings and outputs are always kept; a node without an edge towards an output is not, nor
+    a subcomponent that nothing reaches.
+
+    Args:
+        nodes: The nodes of a graph.
+        edges: Its edges.
+        node_threshold: Keep the most influential nodes that hold this share.
+        edge_threshold: Of what is left, keep the most influential edges that hold this share.
+
+    Raises:
+        InputError: If a threshold is not in (0, 1].
+    """
+    for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
+        if not 0 < value <= 1:
+            raise InputError(f"{name}={value}; expected a share, above 0 and at most 1.")
+    ends = nodes.of_kind("embedding", "output")
+    keep = _holding(influence(nodes, edges).nodes, node_threshold, ~nodes.of_kind("output")) | ends
+    among = keep[edges.source.long()] & keep[edges.target.long()]
+    left = Edges(edges.source[among], edges.target[among], edges.weight[among])
+    scores = torch.zeros(len(edges.weight))
+    scores[among] = influence(nodes, left).edges
+    kept_edges = _holding(scores, edge_threshold, among) & among
+    needs_input = nodes.of_kind("subcomponent")
+    while True:
+        source, target = edges.source[kept_edges].long(), edges.target[kept_edges].long()
+        leads = torch.zeros(len(nodes), dtype=torch.bool).index_fill_(0, source, True)
+        reached = torch.zeros(len(nodes), dtype=torch.bool).index_fill_(0, target, True)
+        still = keep & (ends | (leads & (reached | ~needs_input)))
+        if bool((still == keep).all()):
+            return keep, kept_edges
+        keep = still
+        kept_edges &= keep[edges.source.long()] & keep[edges.target.long()]
+
+
+def scores(nodes: Nodes, edges: Edges) -> tuple[float, float]:
+    """Replacement and completeness score, both in [0, 1].
+
+    Returns:
+        Replacement: share of the influence at the graph's beginnings (embeddings, biases, errors,
+            deltas) that is not errors' or deltas'. Completeness: share of the edges into nodes,
+            weighted by the nodes' influence, that does not come from errors or deltas.
+    """
+    total = _reaching(nodes, edges)
+    error = nodes.of_kind(*ERRORS).numpy()
+    begin = nodes.of_kind("embedding", "position", "bias").numpy()
+    ends = total[error].sum() + total[begin].sum()
+    replacement = float(total[begin].sum() / ends) if ends > 0 else 1.0
+    from_error = np.zeros(len(nodes))
+    shares = _shares(edges, len(nodes))
+    np.add.at(from_error, edges.target.numpy(), shares * error[edges.source.numpy()])
+    inner = nodes.of_kind("subcomponent", "output").numpy()
+    weight = total[inner].sum()
+    complete = float((total * (1 - from_error))[inner].sum() / weight) if weight > 0 else 1.0
+    return replacement, complete
+
+
+def _shares(edges: Edges, n_nodes: int) -> np.ndarray:
+    """Each edge's share of the absolute weight into its target."""
+    weight, target = edges.weight.abs().double().numpy(), edges.target.numpy()
+    incoming = np.bincount(target, weight, minlength=n_nodes)
+    return weight / np.maximum(incoming, 1e-30)[target]
+
+
+def _reaching(nodes: Nodes, edges: Edges) -> np.ndarray:
+    """`w + w A + w A^2 + ...`, with `w` the outputs' weights and `A` the shares."""
+    n = len(nodes)
+    is_output = nodes.of_kind("output")
+    weight = torch.where(is_output, nodes.importance, 0).double().numpy()
+    weight = weight / max(float(weight.sum()), 1e-30)
+    shares = csr_matrix(
+        (_shares(edges, n), (edges.target.numpy(), edges.source.numpy())), shape=(n, n)
+    )
+    total, wave = weight.copy(), weight
+    for _ in range(len(nodes.places) + 1):  # a path visits each place at most once
+        wave = wave @ shares
+        if not wave.any():
+            break
+        total += wave
+    return total
+
+
+def _holding(
+    values: Float[Tensor, " n"], share: float, among: Bool[Tensor, " n"]
+) -> Bool[Tensor, " n"]:
+    """The largest of some values that together hold a share of their sum."""
+    held = torch.where(among, values.double(), 0)
+    order = held.argsort(descending=True, stable=True)
+    before = held[order].cumsum(0) - held[order]
+    keep = torch.zeros(len(values), dtype=torch.bool)
+    keep[order] = before < share * held.sum()
+    return keep & among & (held > 0)
