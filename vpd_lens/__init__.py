@@ -21,6 +21,8 @@ if os.environ.get("VPD_LENS_TYPECHECK") == "1":
 
 if TYPE_CHECKING:
     from vpd_lens.analysis.attribution import AttributionGraph, attribute
+    from vpd_lens.analysis.interventions import Ablate, Patch, Scale, edited, intervene
+    from vpd_lens.analysis.pruning import PruneConfig, prune
     from vpd_lens.decomposing import decompose
     from vpd_lens.decomposition import CausalImportanceConfig, Decomposition, Masks
     from vpd_lens.decomposition.attach import remove
@@ -32,33 +34,47 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Ablate": "vpd_lens.analysis.interventions",
     "AttributionGraph": "vpd_lens.analysis.attribution",
     "CausalImportanceConfig": "vpd_lens.decomposition",
     "Decomposition": "vpd_lens.decomposition",
     "EvalReport": "vpd_lens.evaluation",
     "Masks": "vpd_lens.decomposition",
+    "Patch": "vpd_lens.analysis.interventions",
+    "PruneConfig": "vpd_lens.analysis.pruning",
+    "Scale": "vpd_lens.analysis.interventions",
     "Site": "vpd_lens.sites",
     "VPDConfig": "vpd_lens.training",
     "attribute": "vpd_lens.analysis.attribution",
     "decompose": "vpd_lens.decomposing",
+    "edited": "vpd_lens.analysis.interventions",
     "evaluate": "vpd_lens.evaluation",
+    "intervene": "vpd_lens.analysis.interventions",
     "load": "vpd_lens.decomposition.saving",
+    "prune": "vpd_lens.analysis.pruning",
     "remove": "vpd_lens.decomposition.attach",
     "train": "vpd_lens.training",
 }
 
 __all__ = [
+    "Ablate",
     "AttributionGraph",
     "CausalImportanceConfig",
     "Decomposition",
     "EvalReport",
     "Masks",
+    "Patch",
+    "PruneConfig",
+    "Scale",
     "Site",
     "VPDConfig",
     "attribute",
     "decompose",
+    "edited",
     "evaluate",
+    "intervene",
     "load",
+    "prune",
     "remove",
     "train",
 ]

@@ -3,7 +3,7 @@
 from vpd_lens.analysis.attribution.attribute import attribute
 from vpd_lens.analysis.attribution.graph import AttributionGraph
 from vpd_lens.analysis.attribution.nodes import Nodes
-from vpd_lens.analysis.attribution.targets import Direction, LogitDifference, Token, TopTokens
+from vpd_lens.analysis.targets import Direction, LogitDifference, Token, TopTokens
 
 __all__ = [
     "AttributionGraph",

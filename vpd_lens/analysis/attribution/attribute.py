@@ -9,9 +9,8 @@ Source: VPD, attribution graphs.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -20,16 +19,15 @@ from torch import Tensor, nn
 from vpd_lens.analysis.attribution.builder import GraphBuilder
 from vpd_lens.analysis.attribution.cut_forward import CutForward
 from vpd_lens.analysis.attribution.graph import AttributionGraph
-from vpd_lens.analysis.attribution.targets import (
-    Target,
-    prompt_tokens,
-    resolve_targets,
-    token_text,
-)
+from vpd_lens.analysis.prompts import decomposition_of, prompt_tokens, token_text
+from vpd_lens.analysis.pruning import Circuit, PruneConfig
+from vpd_lens.analysis.pruning import prune as find_circuit
+from vpd_lens.analysis.pruning.config import Method as PruneMethod
+from vpd_lens.analysis.targets import LogitDifference, Target, Token, resolve_targets
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.decomposition.sigmoids import lower_leaky
-from vpd_lens.errors import AttachError, InputError
+from vpd_lens.errors import InputError
 from vpd_lens.sites import find_sites
 
 DeltaPath = Literal["node", "through"]
@@ -40,6 +38,7 @@ def attribute(
     prompt: str | Sequence[int] | Tensor,
     target: Target | Sequence[Target] | None = None,
     *,
+    prune: PruneMethod | PruneConfig | Circuit | None = None,
     importance: Float[Tensor, "pos C_total"] | None = None,
     threshold: float = 0.0,
     frozen: bool = False,
@@ -68,8 +67,11 @@ def attribute(
         target: What to explain: a token (text or id) after the last position, `Token`,
             `LogitDifference`, `Direction`, `TopTokens`, or several of them. `None`: the
             likeliest next tokens. Logits are those before a soft cap.
-        importance: Causal importances to use instead of the importance function's, for example
-            those of `prune`; `[pos, C_total]`.
+        prune: Keep what the behaviour `target` needs: `"adversarial"` (the robust choice),
+            `"stochastic"`, `"ci"` (for contrast), a `PruneConfig`, or a `Circuit` that
+            `vpd_lens.prune` found on this prompt. Its report is `graph.circuit`.
+        importance: Causal importances to use instead of the importance function's,
+            `[pos, C_total]`.
         threshold: Importance above which a subcomponent is a node.
         frozen: Hold norm scales, attention patterns and neurons' gains (activation over
             pre-activation; with a gated MLP, what the gate multiplies by) at their values on the
@@ -98,6 +100,12 @@ def attribute(
         raise InputError(f"delta={delta!r}; expected 'node' or 'through'.")
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}; expected at least 1.")
+    if prune is not None and importance is not None:
+        raise InputError("prune and importance both say what is important; give one of them.")
+    circuit = None
+    if prune is not None:
+        circuit = _circuit(model, tokens, target, prune, progress)
+        importance = circuit.of_prompt(0)
     logits, inputs = vpd.target(tokens[None])
     g = importances(vpd, inputs, importance)
     unembed = find_sites(model, ["unembed"])[0]
@@ -117,24 +125,34 @@ def attribute(
             "threshold": threshold,
             "decomposition": fingerprint(vpd),
         },
+        circuit=None if circuit is None else circuit.report,
     )
 
 
-def decomposition_of(model: nn.Module) -> Decomposition:
-    """The decomposition that a model carries, with a warning if it is untrained.
-
-    Raises:
-        AttachError: If there is none.
-    """
-    vpd = model.__dict__.get("vpd")
-    if vpd is None:
-        raise AttachError("This model carries no decomposition. Call vpd_lens.decompose first.")
-    if not vpd.trained_steps:
-        warnings.warn(
-            "this decomposition is untrained: its subcomponents and importances mean nothing yet.",
-            stacklevel=3,
+def _circuit(
+    model: nn.Module,
+    tokens: Tensor,
+    target: Any,
+    prune: PruneMethod | PruneConfig | Circuit,
+    progress: bool,
+) -> Circuit:
+    if isinstance(prune, Circuit):
+        if not torch.equal(prune.behaviour.tokens[0, : len(tokens)], tokens):
+            raise InputError("prune is a circuit of another prompt; its first prompt must be this.")
+        return prune
+    if isinstance(target, list | tuple) and len(target) == 1:
+        target = target[0]
+    if target is not None and not isinstance(target, str | int | Token | LogitDifference):
+        raise InputError(
+            f"prune={prune!r} needs one behaviour: a token or a LogitDifference as target, not "
+            f"{target!r}."
         )
-    return vpd
+    if not isinstance(prune, PruneConfig):
+        if prune not in get_args(PruneMethod):
+            raise InputError(f"prune={prune!r}; expected one of {get_args(PruneMethod)}.")
+        objective = "logit_difference" if isinstance(target, LogitDifference) else "ce"
+        prune = PruneConfig(method=prune, objective=objective)
+    return find_circuit(model, tokens, target, prune, progress=progress)
 
 
 def importances(

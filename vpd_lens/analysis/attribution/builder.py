@@ -23,7 +23,7 @@ from vpd_lens.analysis.attribution.edges import (
     packed_rows,
 )
 from vpd_lens.analysis.attribution.nodes import KINDS, SUBCOMPONENT, Nodes
-from vpd_lens.analysis.attribution.targets import Output
+from vpd_lens.analysis.targets import Output
 from vpd_lens.errors import InputError
 
 OUTPUTS = "output"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vpd_lens.analysis.attribution.edges import Edges
+from vpd_lens.analysis.attribution.feature_files import Cards
+from vpd_lens.analysis.attribution.graph_numbering import Axis
 from vpd_lens.analysis.attribution.influence import Influence, influence, kept_by_influence, scores
 from vpd_lens.analysis.attribution.nodes import Nodes
-from vpd_lens.analysis.attribution.targets import Output
+from vpd_lens.analysis.attribution.pairs_record import AttentionPair
+from vpd_lens.analysis.targets import Output
+from vpd_lens.decomposition import Decomposition
+from vpd_lens.decomposition.saving import fingerprint
+from vpd_lens.errors import ArtefactError
 
 if TYPE_CHECKING:
     import networkx
@@ -163,6 +170,29 @@ class AttributionGraph:
         )
         return replace(self, nodes=self.nodes.where(keep), edges=edges)
 
+    def importance(self, vpd: Decomposition) -> Float[Tensor, "pos C_total"]:
+        """Importances of the graph's subcomponents, 0 for all others.
+
+        Args:
+            vpd: The decomposition that the graph is of.
+
+        Raises:
+            ArtefactError: If it is of another one.
+        """
+        recorded = self.settings.get("decomposition")
+        if recorded is not None and recorded != fingerprint(vpd):
+            raise ArtefactError(
+                "this graph is of another decomposition (its V and U have another hash). Trace the "
+                "prompt again with vpd_lens.attribute."
+            )
+        g = torch.zeros(len(self.tokens), vpd.layout.total)
+        starts = {name: vpd.layout.columns(name).start for name in vpd.layout.names}
+        start = torch.tensor([starts.get(place, 0) for place in self.nodes.places])
+        chosen = self.nodes.where(self.nodes.of_kind("subcomponent"))
+        columns = start[chosen.place.long()] + chosen.index.long()
+        g[chosen.position.long(), columns] = chosen.importance
+        return g.to(vpd.device)
+
     # ----------------------------------------------------------------- leaving
 
     def to_networkx(self) -> networkx.DiGraph:
@@ -188,11 +218,58 @@ class AttributionGraph:
 
         return load(Path(path))
 
+    def to_circuit_tracer(
+        self,
+        folder: str | Path,
+        slug: str,
+        harvest: Cards | None = None,
+        axis: Axis = "site",
+        node_threshold: float | None = 0.8,
+        pairs: Sequence[AttentionPair] | None = None,
+    ) -> Path:
+        """Write the files of circuit-tracer's local viewer; see `circuit_tracer`."""
+        from vpd_lens.analysis.attribution.circuit_tracer import to_circuit_tracer
+
+        return to_circuit_tracer(self, Path(folder), slug, harvest, axis, node_threshold, pairs)
+
+    def to_neuronpedia(
+        self,
+        path: str | Path,
+        model_id: str,
+        slug: str,
+        pairs: Sequence[AttentionPair] | None = None,
+        node_threshold: float | None = 0.8,
+        feature_json_base_url: str | None = None,
+    ) -> Path:
+        """Write a graph for upload to Neuronpedia; see `neuronpedia`."""
+        from vpd_lens.analysis.attribution.neuronpedia import to_neuronpedia
+
+        return to_neuronpedia(
+            self, Path(path), model_id, slug, pairs, node_threshold, feature_json_base_url
+        )
+
+    def to_html(self, path: str | Path, harvest: Any = None, title: str | None = None) -> Path:
+        """Write one self-contained page on which the graph can be explored.
+
+        Args:
+            path: The file.
+            harvest: A `Harvest` of the same decomposition, for examples on the page.
+            title: Heading; by default the prompt.
+        """
+        from vpd_lens.viz.graph_page import write
+
+        return write(self, Path(path), harvest, title)
+
     def summary(self) -> Any:
         """A rich renderable: sizes, scores, outputs and the most influential nodes."""
         from vpd_lens.analysis.attribution.summary import summary
 
         return summary(self)
+
+    def _repr_html_(self) -> str:
+        from vpd_lens.analysis.attribution.summary import html
+
+        return html(self)
 
     def __repr__(self) -> str:
         n = int(self.nodes.of_kind("subcomponent").sum())

@@ -1,0 +1,98 @@
+"""An attribution graph in the JSON that Neuronpedia takes uploads in.
+
+A layer is a block here, because Neuronpedia draws as many layers as its own record of the model
+has. It replaces the labels of embeddings and errors by its own.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.metadata
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vpd_lens.analysis.attribution.graph_json import checked_slug, checked_threshold, graph_json
+from vpd_lens.analysis.attribution.pairs_record import AttentionPair
+from vpd_lens.errors import InputError
+from vpd_lens.files import write_text_atomically
+
+if TYPE_CHECKING:
+    from vpd_lens.analysis.attribution.graph import AttributionGraph
+
+# Of an upload, after compression.
+LIMIT_BYTES = 100 * 2**20
+
+
+def to_neuronpedia(
+    graph: AttributionGraph,
+    path: Path,
+    model_id: str,
+    slug: str,
+    pairs: Sequence[AttentionPair] | None = None,
+    node_threshold: float | None = 0.8,
+    feature_json_base_url: str | None = None,
+) -> Path:
+    """Write a graph for upload to Neuronpedia.
+
+    Args:
+        graph: The graph; prune it first if it has many thousands of edges.
+        path: The file to write.
+        model_id: Neuronpedia's id of the model, which must exist there.
+        slug: Name of the graph in its address.
+        pairs: What subcomponents contribute to attention scores; shown at the attention's nodes.
+        node_threshold: Where the viewer's pruning slider begins; `None` for no slider.
+        feature_json_base_url: Where you host the files of `features/<slug>` that
+            `to_circuit_tracer(..., axis="block")` wrote.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: If an argument cannot be used, the graph has values that are not finite, or
+            all its nodes are in the first block.
+    """
+    metadata: dict[str, Any] = {
+        "slug": checked_slug(slug),
+        "scan": checked_slug(model_id, "model_id"),
+        "prompt_tokens": list(graph.strings),
+        "prompt": "".join(graph.strings),
+        "schema_version": 1,
+        "info": {
+            "generator": {"name": "vpd-lens", "version": importlib.metadata.version("vpd-lens")}
+        },
+        "generation_settings": graph.settings,
+    }
+    if checked_threshold(node_threshold) is not None:
+        metadata["node_threshold"] = node_threshold
+    if feature_json_base_url is not None:
+        metadata["feature_details"] = {"feature_json_base_url": feature_json_base_url}
+    data = graph_json(graph, "block", pairs)
+    _require_second_block(data["nodes"])
+    text = json.dumps({"metadata": metadata, **data}, allow_nan=False)
+    _warn_of_size(text)
+    write_text_atomically(Path(path), text + "\n")
+    return Path(path)
+
+
+def _require_second_block(nodes: list[dict[str, Any]]) -> None:
+    layers = [n["layer"] for n in nodes if n["feature_type"] != "logit"]
+    if not any(layer.isdigit() and int(layer) > 0 for layer in layers):
+        raise InputError(
+            "no node of this graph is in a block after the first, and Neuronpedia fails on such "
+            "graphs ('No layer found'). Use to_circuit_tracer, prune less, or a deeper model."
+        )
+
+
+def _warn_of_size(text: str) -> None:
+    if len(text) <= LIMIT_BYTES:
+        return
+    size = len(gzip.compress(text.encode()))
+    if size > LIMIT_BYTES:
+        warnings.warn(
+            f"the graph has {size / 2**20:.0f} MiB after compression, and Neuronpedia takes "
+            f"{LIMIT_BYTES / 2**20:.0f} MiB at most. Write graph.pruned() instead.",
+            stacklevel=3,
+        )

@@ -1,0 +1,199 @@
+"""`intervene`: what edits of subcomponents do to a prompt's predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from rich.table import Table
+from torch import Tensor, nn
+
+from vpd_lens.analysis.attribution.graph import AttributionGraph
+from vpd_lens.analysis.interventions.edits import Edit, edited
+from vpd_lens.analysis.prompts import decomposition_of, prompt_tokens, token_id, token_text
+from vpd_lens.analysis.pruning.attack import attack
+from vpd_lens.decomposition import Decomposition, Masks
+from vpd_lens.decomposition.attachment import without_user_hooks
+from vpd_lens.decomposition.masks import AnyMasks, uniform_sources
+from vpd_lens.decomposition.sigmoids import lower_leaky
+from vpd_lens.errors import InputError
+
+Regime = Literal["ablated", "ci", "stochastic", "adversarial"]
+
+
+@dataclass
+class InterventionResult:
+    """Predictions of the target model, of a regime of masks, and of the edited regime.
+
+    Attributes:
+        target: The target model's logits, `[pos, vocab]`.
+        base: Logits under the regime's masks without the edits; the target's in `"ablated"`.
+        edited: Logits with the edits.
+        position: The position that probabilities are of.
+        tokens: Text of each token that was asked for, by id.
+        names: Makes text of other tokens.
+    """
+
+    target: Float[Tensor, "pos vocab"]
+    base: Float[Tensor, "pos vocab"]
+    edited: Float[Tensor, "pos vocab"]
+    position: int
+    tokens: dict[int, str]
+    names: Any
+
+    def probabilities(self, token: int) -> dict[str, float]:
+        """Probability of a token by the target model, the regime, and the edited regime."""
+        return {name: float(p[token]) for name, p in self._distributions().items()}
+
+    def top(self, k: int = 5) -> list[tuple[str, float, float]]:
+        """The likeliest tokens after the edits: text, probability, and that of the base."""
+        p = self._distributions()
+        best = p["edited"].topk(k)
+        return [
+            (self.names(token), float(value), float(p["base"][token]))
+            for value, token in zip(best.values, best.indices.tolist(), strict=True)
+        ]
+
+    @property
+    def kl(self) -> Float[Tensor, " pos"]:
+        """KL of the edited predictions from the target model's, in nats, at each position."""
+        return _kl(self.edited, self.target)
+
+    def _distributions(self) -> dict[str, Tensor]:
+        logits = {"target": self.target, "base": self.base, "edited": self.edited}
+        return {name: value[self.position].float().softmax(-1) for name, value in logits.items()}
+
+    def table(self) -> Table:
+        """As a rich table: tokens asked for, and the likeliest after the edits."""
+        title = f"after position {self.position}; KL from the target {self.kl[self.position]:.3f}"
+        table = Table("token", "target", "base", "edited", title=title)
+        p = self._distributions()
+        best = p["edited"].topk(5).indices.tolist()
+        for token in dict.fromkeys([*self.tokens, *best]):
+            table.add_row(repr(self.names(token)), *(f"{q[token]:.3f}" for q in p.values()))
+        return table
+
+
+def intervene(
+    model: nn.Module,
+    prompt: str | Sequence[int] | Tensor | AttributionGraph,
+    edits: Edit | Sequence[Edit] = (),
+    *,
+    regime: Regime = "ablated",
+    importance: Float[Tensor, "pos C_total"] | None = None,
+    target: str | int | Sequence[str | int] = (),
+    position: int = -1,
+    steps: int = 4,
+    step_size: float = 1.0,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+) -> InterventionResult:
+    """Ablate, scale or patch subcomponents on a prompt, and compare predictions.
+
+    Args:
+        model: A decomposed HookedTransformer or TransformerBridge.
+        prompt: A prompt, or a graph: then its prompt, and its nodes' importances with 0 for
+            everything else.
+        edits: `Ablate`, `Scale`, `Patch`, or several.
+        regime: What the rest is: `"ablated"`, the target model minus what the edits take away;
+            `"ci"`, only what is important; `"stochastic"`, random masks above the importances;
+            `"adversarial"`, the same with the sources of what the importance function calls
+            important on this prompt chosen to raise the KL at `position`.
+        importance: Importances for these regimes, `[pos, C_total]`; by default those of the
+            importance function, or of the graph.
+        target: Tokens to show in the table.
+        position: Whose predictions are compared.
+        steps: Sign steps of the adversary.
+        step_size: Their size.
+        seed: Seed of random masks.
+        prepend_bos: Whether text gets a BOS token; `None`: the model's own default.
+
+    Returns:
+        Logits before and after, probabilities, KL. Without edits `"ablated"` is the target model,
+        bit for bit.
+
+    Raises:
+        AttachError: If the model carries no decomposition.
+        InputError: If the prompt, a subcomponent, a position or the regime cannot be used.
+
+    Example:
+        >>> result = intervene(model, graph, Ablate("blocks.1.attn.o:12@7"))  # doctest: +SKIP
+        >>> result.table()  # doctest: +SKIP
+    """
+    vpd = decomposition_of(model)
+    if regime not in get_args(Regime):
+        raise InputError(f"regime={regime!r}; expected one of {', '.join(get_args(Regime))}.")
+    if isinstance(prompt, AttributionGraph):
+        importance = prompt.importance(vpd) if importance is None else importance
+        prompt = list(prompt.tokens)
+    tokens = prompt_tokens(model, prompt, prepend_bos)[None]
+    if not -tokens.shape[1] <= position < tokens.shape[1]:
+        raise InputError(f"position={position}; the prompt has {tokens.shape[1]} tokens.")
+    position %= tokens.shape[1]
+    asked = [target] if isinstance(target, str | int) else list(target)
+    n_vocab = int(model.cfg.d_vocab)  # type: ignore[arg-type]
+    ids = [token_id(model, token, n_vocab) for token in asked]
+    with torch.no_grad(), without_user_hooks(model):
+        clean = vpd.run(None, tokens)
+        search = _Adversary(position, steps, step_size)
+        masks = _masks(vpd, tokens, clean, regime, importance, search, seed)
+        base = vpd.run(masks, tokens)
+        with edited(model, edits, prepend_bos=prepend_bos):
+            changed = vpd.run(masks, tokens)
+    return InterventionResult(
+        target=clean[0],
+        base=base[0],
+        edited=changed[0],
+        position=position,
+        tokens={token: token_text(model, token) for token in ids},
+        names=lambda token: token_text(model, token),
+    )
+
+
+@dataclass
+class _Adversary:
+    position: int
+    steps: int
+    step_size: float
+
+
+def _masks(
+    vpd: Decomposition,
+    tokens: Tensor,
+    clean: Tensor,
+    regime: Regime,
+    importance: Tensor | None,
+    adversary: _Adversary,
+    seed: int,
+) -> AnyMasks | None:
+    if regime == "ablated":
+        return None
+    _, inputs = vpd.target(tokens)
+    own = lower_leaky(vpd.pre_importance(inputs))
+    g = own if importance is None else importance.to(own)[None]
+    if g.shape != own.shape:
+        raise InputError(
+            f"importance has shape {tuple(g.shape[1:])}; expected [pos, C_total] = "
+            f"{tuple(own.shape[1:])}."
+        )
+    if regime == "ci":
+        return Masks(g, g.new_zeros(*g.shape[:-1], vpd.layout.n_sites))
+    generator = torch.Generator(device=g.device).manual_seed(seed)
+    sources = uniform_sources(g, vpd.layout, generator)
+    if regime == "adversarial":
+
+        def divergence(masks: AnyMasks) -> Tensor:
+            logits = vpd.run(masks, tokens)
+            return _kl(logits[0], clean[0])[adversary.position]
+
+        with torch.enable_grad(), vpd.frozen_subcomponents():
+            sources = attack(divergence, g, own > 0, sources, adversary.steps, adversary.step_size)
+    return sources.over(g)
+
+
+def _kl(logits: Float[Tensor, "pos vocab"], clean: Float[Tensor, "pos vocab"]) -> Tensor:
+    p, q = clean.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
