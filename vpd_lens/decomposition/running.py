@@ -208,15 +208,28 @@ class MaskedForwards(nn.Module):
                 leaf.requires_grad_()
             backward |= bool(hook._backward_hooks)
         backward |= bool(hooks.hook_acts._backward_hooks)
-        # The untouched path: hooks that only look leave the model's own output in place. The
-        # version counters notice an edit in place.
-        versions = [t._version for t in (acts, mask, delta)]
+        # The untouched path: hooks that only look leave the model's own output in place.
+        before = [_Snapshot(t) for t in (acts, mask, delta)]
         new_acts = hooks.hook_acts(acts)
         new_mask = hooks.hook_mask(mask)
         new_delta = hooks.hook_delta_mask(delta)
         same = new_acts is acts and new_mask is mask and new_delta is delta
-        same = same and versions == [t._version for t in (acts, mask, delta)]
+        same = same and not any(snapshot.changed() for snapshot in before)
         if masks is None and same and not (backward and torch.is_grad_enabled()):
             return y
-        clean = x.to(y.dtype) @ v.to(y.dtype) if acts._version != versions[0] else acts
+        clean = x.to(y.dtype) @ v.to(y.dtype) if before[0].changed() else acts
         return edited_site(y, u, clean, new_acts, new_mask, new_delta, self.sites[index].bias)
+
+
+class _Snapshot:
+    """Notices edits of a tensor in place."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        # Inference tensors (HookedTransformer.generate) count no versions.
+        self.version = tensor.clone() if tensor.is_inference() else tensor._version
+
+    def changed(self) -> bool:
+        if isinstance(self.version, Tensor):
+            return not torch.equal(self.version, self.tensor)
+        return self.version != self.tensor._version

@@ -35,24 +35,26 @@ EMBEDDING, POSITIONS = "embed", "embed.position"
 
 @dataclass
 class Cut:
-    """One forward of a prompt, cut at the decomposed matrices.
+    """One forward of a prompt or a batch, cut at the decomposed matrices.
 
     Attributes:
         inputs: Input of each matrix by its name, with graph, `[row, pos, d_in]`; the rows are
-            copies of the prompt. `unembed` is always there.
+            copies of the prompt, or the batch. `unembed` is always there.
         leaves: Zeros added to the output of each matrix (decomposed or not), to each norm with a
             bias, and to the residual stream's beginning (`embed`); gradients end there.
         constants: What of a leaf's place does not depend on the input, `[pos, d]` or `[d]`: the
             bias of a matrix or a norm.
+        norms: Input and output of each norm, without graph.
         residuals: Residual stream after each block, with graph.
-        embeddings: Token embeddings `[pos, d_model]`.
+        embeddings: Token embeddings `[pos, d_model]`, of a batch `[row, pos, d_model]`.
         positions: What the residual stream begins with beyond those, or `None`.
-        logits: The target model's, `[pos, vocab]`.
+        logits: The target model's for the first row, `[pos, vocab]`.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     leaves: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     residuals: list[Tensor] = field(default_factory=list)
     embeddings: Tensor = field(default_factory=lambda: torch.empty(0))
     positions: Tensor | None = None
@@ -96,25 +98,35 @@ class CutForward:
                 for name, module in norm_modules(vpd.model)
             ]
 
-    def __call__(self, tokens: Int[Tensor, " pos"], rows: int) -> Cut:
-        """Run the target model on `rows` copies of a prompt.
+    def __call__(
+        self,
+        tokens: Int[Tensor, "*row pos"],
+        rows: int = 1,
+        hooks: Sequence[tuple[str, Any]] = (),
+    ) -> Cut:
+        """Run the target model on `rows` copies of a prompt, or on a batch.
 
         Args:
-            tokens: The prompt.
-            rows: Number of copies, each of which can receive its own cotangents.
+            tokens: The prompt, or the batch.
+            rows: Number of copies of a prompt; each can receive its own cotangents.
+            hooks: Further TransformerLens hooks, which see tensors with their graph.
         """
         cut = Cut()
-        batch = tokens.expand(rows, -1)
+        once = torch.atleast_2d(tokens)
+        batch = once.expand(max(rows, len(once)), -1)
         with ExitStack() as stack:
             stack.enter_context(without_user_hooks(self.vpd.model))
-            self._patterns = self._attention_patterns(tokens) if self.frozen else {}
+            self._patterns = self._attention_patterns(once) if self.frozen else {}
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(self.vpd.model.hooks(fwd_hooks=self._lens_hooks(cut)))
+            stack.enter_context(self.vpd.model.hooks(fwd_hooks=[*hooks, *self._lens_hooks(cut)]))
             gains = NeuronGains(self.sites) if self.frozen else None
             stack.enter_context(_registered(self._norm_hooks(cut)))
             stack.enter_context(_registered(self._site_hooks(cut, gains)))
             logits = self.vpd.run(None, batch)
         cut.logits = logits[0].detach()
+        if tokens.ndim == 1:
+            cut.embeddings = cut.embeddings[0]
+            cut.positions = None if cut.positions is None else cut.positions[0]
         if EMBEDDING not in cut.leaves or "unembed" not in cut.inputs:
             raise VPDError(
                 f"the forward pass of this {type(self.vpd.model).__name__} went around its "
@@ -138,13 +150,13 @@ class CutForward:
         ]
         return hooks
 
-    def _attention_patterns(self, tokens: Int[Tensor, " pos"]) -> dict[str, Tensor]:
+    def _attention_patterns(self, tokens: Int[Tensor, "row pos"]) -> dict[str, Tensor]:
         """Every layer's pattern, from a forward of its own: some models show it too late."""
         patterns: dict[str, Tensor] = {}
         layers = [s.name.removesuffix(".o") for s in self.sites if s.name.endswith(".attn.o")]
         hooks = [(f"{n}.hook_pattern", partial(_note_pattern, patterns, n)) for n in layers]
         with torch.no_grad(), self.vpd.model.hooks(fwd_hooks=hooks):
-            self.vpd.run(None, tokens[None])
+            self.vpd.run(None, tokens)
         if missing := [layer for layer in layers if layer not in patterns]:
             raise VPDError(
                 f"frozen=True needs the attention patterns, but hook_pattern of {missing} did not "
@@ -156,13 +168,10 @@ class CutForward:
         handles = []
         self._values: dict[str, Tensor] = {}
         for site in self.sites:
-            read = partial(self._read, cut, site, gains)
+            read = partial(cut.inputs.__setitem__, site.name)
             edit = partial(self._edit, cut, site, gains)
             handles += site.attach(read, edit)
         return handles
-
-    def _read(self, cut: Cut, site: Site, gains: NeuronGains | None, x: Tensor) -> None:
-        cut.inputs[site.name] = x
 
     def _edit(self, cut: Cut, site: Site, gains: NeuronGains | None, y: Tensor) -> Tensor | None:
         x = cut.inputs[site.name]
@@ -186,8 +195,8 @@ class CutForward:
         """`y`, whose gradient stops at the matrix, or passes through its delta only."""
         if not self.through_delta:
             return y.detach()
-        v, u = (part.detach().to(x.dtype) for part in self._directions(site))
-        passing = (x @ v) @ u
+        v, u = self.vpd.v(site.name).detach(), self.vpd.u(site.name).detach()
+        passing = (x @ v.to(x.dtype)) @ u.to(x.dtype)
         return y - (passing - passing.detach())
 
     def _linear_input(self, cut: Cut, site: Site, gains: NeuronGains, x: Tensor) -> Tensor:
@@ -215,9 +224,6 @@ class CutForward:
             return x @ self.vpd.delta(site.name).to(x.dtype)
         return None
 
-    def _directions(self, site: Site) -> tuple[Tensor, Tensor]:
-        return self.vpd.v(site.name), self.vpd.u(site.name)
-
     def _norm_hooks(self, cut: Cut) -> list[Any]:
         return [
             module.register_forward_hook(partial(self._norm, cut, name, norm))
@@ -227,6 +233,7 @@ class CutForward:
     def _norm(
         self, cut: Cut, name: str, norm: LinearNorm, _module: nn.Module, args: tuple, y: Tensor
     ) -> Tensor:
+        cut.norms[name] = args[0].detach(), y.detach()
         if self.frozen:
             y = _same_value(y, norm.linear(args[0], y))
         if norm.bias is None:
@@ -265,15 +272,15 @@ def _same_value(value: Tensor, linear: Tensor | None) -> Tensor:
 
 
 def _note_embedding(cut: Cut, embedding: Tensor, hook: Any) -> None:
-    cut.embeddings = embedding[0].detach()
+    cut.embeddings = embedding.detach()
 
 
 def _begin(cut: Cut, residual: Tensor, hook: Any) -> Tensor:
     """The residual stream begins at a leaf: the token's embedding and what is added to it."""
     start = residual.detach()
-    if cut.embeddings.shape != start.shape[1:]:
-        cut.embeddings = start[0]
-    rest = start[0] - cut.embeddings
+    if cut.embeddings.shape != start.shape:
+        cut.embeddings = start
+    rest = start - cut.embeddings
     cut.positions = rest if bool(rest.abs().max() > 0) else None
     leaf = torch.zeros_like(start).requires_grad_()
     cut.leaves[EMBEDDING] = leaf

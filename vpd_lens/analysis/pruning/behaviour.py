@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +16,7 @@ from vpd_lens.analysis.targets import LogitDifference, Token
 from vpd_lens.errors import InputError
 
 BehaviourTarget = str | int | Token | LogitDifference
+Prompts = str | Sequence[int] | Sequence[str | Sequence[int]] | Tensor
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Behaviour:
 
 def behaviour_of(
     model: nn.Module,
-    prompts: str | Sequence[str | Sequence[int]] | Tensor,
+    prompts: Prompts,
     target: BehaviourTarget | Sequence[BehaviourTarget] | None,
     objective: Objective,
     prepend_bos: bool | None = None,
@@ -115,13 +117,13 @@ def behaviour_of(
     return Behaviour(tokens, lengths.to(device), positions, first, other, names)
 
 
-def _as_list(prompts: str | Sequence[str | Sequence[int]] | Tensor) -> list[str | Sequence[int]]:
+def _as_list(prompts: Prompts) -> list[Any]:
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, Tensor):
-        return list(prompts) if prompts.ndim == 2 else [prompts]  # type: ignore[list-item]
+        return list(prompts) if prompts.ndim == 2 else [prompts]
     if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
+        return [prompts]
     return list(prompts)
 
 

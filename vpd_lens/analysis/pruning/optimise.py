@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from vpd_lens.analysis.prompts import decomposition_of
 from vpd_lens.analysis.pruning.attack import attack
-from vpd_lens.analysis.pruning.behaviour import Behaviour, BehaviourTarget, behaviour_of
+from vpd_lens.analysis.pruning.behaviour import (
+    Behaviour,
+    BehaviourTarget,
+    Prompts,
+    behaviour_of,
+)
 from vpd_lens.analysis.pruning.config import PruneConfig
 from vpd_lens.analysis.pruning.report import CircuitReport, circuit_report
 from vpd_lens.decomposition import Decomposition
@@ -60,7 +65,7 @@ class Circuit:
 
 def prune(
     model: nn.Module,
-    prompts: str | Sequence[str | Sequence[int]] | Tensor,
+    prompts: Prompts,
     target: BehaviourTarget | Sequence[BehaviourTarget] | None = None,
     config: PruneConfig | None = None,
     *,
@@ -102,13 +107,24 @@ def prune(
     return Circuit(importance, behaviour, report, config)
 
 
+@torch.no_grad()
+def _importances_before(
+    vpd: Decomposition, behaviour: Behaviour
+) -> Float[Tensor, "prompt pos C_total"]:
+    """Values before the sigmoid, of each prompt alone: the importance function sees padding."""
+    z = torch.zeros(*behaviour.tokens.shape, vpd.layout.total, device=vpd.device)
+    for index, length in enumerate(behaviour.lengths.tolist()):
+        _, inputs = vpd.target(behaviour.tokens[index : index + 1, :length])
+        z[index, :length] = vpd.pre_importance(inputs)[0]
+    return z
+
+
 class _Search:
     def __init__(self, vpd: Decomposition, behaviour: Behaviour, config: PruneConfig) -> None:
         self.vpd, self.behaviour, self.config = vpd, behaviour, config
-        self.clean_logits, inputs = vpd.target(behaviour.tokens)
+        self.clean_logits, _ = vpd.target(behaviour.tokens)
         self.clean = behaviour.at_position(self.clean_logits)
-        with torch.no_grad():
-            z = vpd.pre_importance(inputs)
+        z = _importances_before(vpd, behaviour)
         self.before = lower_leaky(z) * behaviour.relevant[..., None]
         self.alive: Bool[Tensor, "prompt pos C_total"] = self.before > 0
         if not bool(self.alive.any()):

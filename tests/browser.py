@@ -1,0 +1,70 @@
+"""A real browser for tests of pages."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def chromium() -> str:
+    """The installed Chromium; a missing one fails the test, for nothing else runs the pages."""
+    for program in PROGRAMS:
+        found = shutil.which(program)
+        if found:
+            return found
+    pytest.fail(f"none of {', '.join(PROGRAMS)} is installed: apt-get install chromium")
+
+
+@dataclass
+class Opened:
+    """An open page and what went wrong or left the machine while it was open."""
+
+    page: Page
+    problems: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+    def state(self, name: str):
+        """A value of the page's `window.vpdGraph`, after what is waiting was drawn."""
+        drawn = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        self.page.evaluate(drawn)
+        return self.page.evaluate(f"window.vpdGraph.{name}")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(
+            executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def open_file(browser: Browser) -> Iterator[Callable[..., Opened]]:
+    """Opens files; fails at the end if a page had an error or asked for anything else."""
+    opened: list[tuple[Opened, str]] = []
+
+    def open_file(path: Path, width: int = 1400, height: int = 900, **options) -> Opened:
+        size = {"width": width, "height": height}
+        page = browser.new_context(viewport=size, reduced_motion="reduce", **options).new_page()
+        seen = Opened(page)
+        page.on("pageerror", lambda error: seen.problems.append(str(error)))
+        page.on("console", lambda message: seen.problems.append(message.text))
+        page.on("request", lambda request: seen.requests.append(request.url))
+        opened.append((seen, path.as_uri()))
+        page.goto(path.as_uri())
+        return seen
+
+    yield open_file
+    for seen, address in opened:
+        seen.page.context.close()
+        assert not seen.problems
+        # "data:" is the empty icon, "blob:" a file that the page itself makes.
+        left = [url for url in seen.requests if not url.startswith(("data:", "blob:"))]
+        assert set(left) == {address}

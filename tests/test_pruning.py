@@ -1,0 +1,165 @@
+"""Pruning to a behaviour: objectives, the adversary, and what must not depend on the prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import tiny_bridge
+
+LONG, SHORT = [3, 11, 7, 19, 2, 23], [5, 2, 8]
+
+pytestmark = pytest.mark.filterwarnings("ignore:this decomposition is untrained")
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """V U = W at every site, and importances that differ, so that masks matter and ci works."""
+    import vpd_lens
+
+    model = vpd_lens.decompose(tiny_bridge(), n_subcomponents=24, sites=r"mlp|attn\.[vo]")
+    vpd = model.vpd
+    with torch.no_grad():
+        for index, site in enumerate(vpd.sites):
+            left, scale, right = torch.linalg.svd(site.weight, full_matrices=False)
+            rank = len(scale)
+            vpd.subcomponents.v[index].zero_()[:, :rank] = left * scale
+            vpd.subcomponents.u[index].zero_()[:rank] = right
+    return model
+
+
+def found(model: nn.Module, prompts: Any, target: Any = 4, **settings: Any) -> Any:
+    import vpd_lens
+
+    settings = {"steps": 10, "attack_steps": (2,), "attack_restarts": 1, "draws": 2, **settings}
+    config = vpd_lens.PruneConfig(**settings)
+    return vpd_lens.prune(model, prompts, target, config, progress=False)
+
+
+def test_prompts_pruned_together_are_pruned_as_if_alone(model: nn.Module) -> None:
+    """Nor does the padding of the shorter one matter, or the price of a node depend on length."""
+    both = found(model, [LONG, SHORT], method="ci", steps=30)
+    for index, prompt in enumerate((LONG, SHORT)):
+        alone = found(model, prompt, method="ci", steps=30)
+        torch.testing.assert_close(both.of_prompt(index), alone.of_prompt(), atol=2e-2, rtol=0)
+        assert len(alone.of_prompt()) == len(prompt)
+
+
+def test_nothing_counts_after_the_position(model: nn.Module) -> None:
+    from vpd_lens.analysis.targets import Token
+
+    circuit = found(model, LONG, Token(4, position=2), method="ci")
+    assert bool((circuit.of_prompt()[3:] == 0).all())
+    assert bool((circuit.of_prompt()[:3] > 0).any())
+
+
+@pytest.mark.parametrize("method", ["ci", "stochastic", "adversarial"])
+def test_a_higher_price_leaves_fewer_nodes(model: nn.Module, method: str) -> None:
+    cheap, dear = (found(model, LONG, method=method, coefficient=c).report for c in (1e-5, 1e-1))
+    assert dear.nodes < cheap.nodes <= cheap.nodes_before
+    assert cheap.nodes == pytest.approx(sum(cheap.nodes_by_site.values()))
+
+
+def test_objectives_against_torch(model: nn.Module) -> None:
+    import torch.nn.functional as F
+
+    from vpd_lens.analysis.pruning.behaviour import behaviour_of
+    from vpd_lens.analysis.targets import LogitDifference
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 6, 29, generator=generator)
+    behaviour = behaviour_of(model, [LONG, SHORT], 4, "ce")
+    here = torch.stack([logits[0, 5], logits[1, 2]])
+    clean = torch.randn(2, 29, generator=generator)
+    wanted = F.cross_entropy(here, torch.tensor([4, 4]), reduction="none")
+    torch.testing.assert_close(behaviour.loss(logits, clean, "ce"), wanted)
+    kl = F.kl_div(here.log_softmax(-1), clean.log_softmax(-1), log_target=True, reduction="none")
+    torch.testing.assert_close(behaviour.loss(logits, clean, "kl"), kl.sum(-1))
+    torch.testing.assert_close(behaviour.probability(logits), here.softmax(-1)[:, 4])
+    pair = behaviour_of(model, [LONG, SHORT], LogitDifference(4, 9), "logit_difference")
+    drop = (clean[:, 4] - clean[:, 9]) - (here[:, 4] - here[:, 9])
+    torch.testing.assert_close(pair.loss(logits, clean, "logit_difference"), drop.clamp(min=0))
+
+
+def test_the_adversary_moves_what_it_may_and_finds_the_corner() -> None:
+    """A linear loss has its maximum at 1 where the gradient is positive, and at 0 elsewhere."""
+    from vpd_lens.analysis.pruning.attack import attack
+    from vpd_lens.decomposition.masks import Sources
+
+    generator = torch.Generator().manual_seed(3)
+    slope = torch.randn(1, 4, 6, generator=generator)
+    g = torch.zeros(1, 4, 6)
+    start = Sources(torch.rand(1, 4, 6, generator=generator), torch.rand(1, 4, 2))
+    may = torch.rand(1, 4, 6, generator=generator) > 0.5
+
+    def loss_of(masks: Any) -> Tensor:
+        m = masks.computed()
+        return (slope * m.components).sum() + m.delta.sum()
+
+    moved = attack(loss_of, g, may, start, steps=2, step_size=1.0)
+    assert torch.equal(moved.components[may], (slope[may] > 0).float())
+    assert torch.equal(moved.components[~may], start.components[~may])
+    assert torch.equal(moved.delta, start.delta)
+    everything = attack(loss_of, g, None, start, steps=2, step_size=1.0)
+    assert torch.equal(everything.components, (slope > 0).float())
+    assert bool((everything.delta == 1).all())
+
+
+def test_the_report_is_what_the_masks_do(model: nn.Module) -> None:
+    circuit = found(model, LONG, method="stochastic")
+    g = circuit.importance
+    none = torch.zeros(*g.shape[:-1], model.vpd.layout.n_sites)
+    from vpd_lens import Masks
+
+    for name, masks in (("ci", Masks(g, none)), ("ablated", Masks(1 - g, none + 1))):
+        with torch.no_grad():
+            p = model.vpd.run(masks, torch.tensor([LONG]))[0, -1].softmax(-1)[4]
+        assert circuit.report.probability[name] == pytest.approx((float(p),))
+    p = model(torch.tensor([LONG]))[0, -1].softmax(-1)[4]
+    assert circuit.report.mean["target"] == pytest.approx(float(p))
+    worst = circuit.report.mean["stochastic, worst"]
+    assert worst <= circuit.report.mean["stochastic"]
+    assert "before pruning" in str(circuit.report)
+
+
+def test_the_same_seed_gives_the_same_circuit(model: nn.Module) -> None:
+    first, second = found(model, LONG), found(model, LONG)
+    assert torch.equal(first.importance, second.importance)
+    assert first.report == second.report
+    assert not torch.equal(first.importance, found(model, LONG, seed=1).importance)
+
+
+def test_a_pruned_graph_has_the_nodes_of_its_circuit(model: nn.Module, tmp_path: Any) -> None:
+    import vpd_lens
+
+    circuit = found(model, LONG)
+    graph = vpd_lens.attribute(model, LONG, 4, prune=circuit, progress=False)
+    torch.testing.assert_close(graph.importance(model.vpd), circuit.of_prompt())
+    assert graph.circuit == circuit.report
+    again = vpd_lens.AttributionGraph.load(graph.save(tmp_path / "graph"))
+    assert again.circuit == circuit.report
+    with pytest.raises(vpd_lens.errors.InputError, match="another prompt"):
+        vpd_lens.attribute(model, SHORT, 4, prune=circuit, progress=False)
+    with pytest.raises(vpd_lens.errors.InputError, match="one behaviour"):
+        vpd_lens.attribute(model, LONG, [4, 5], prune="ci", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "target", "settings", "message"),
+    [
+        ([], 4, {}, "0 prompts|prompt is empty"),
+        ([LONG, SHORT], [4], {}, "2 prompts, but 1 targets"),
+        (LONG, 4, {"objective": "logit_difference"}, "LogitDifference"),
+        (LONG, 77, {}, "not in the vocabulary"),
+    ],
+)
+def test_bad_input_is_refused(
+    model: nn.Module, prompts: Any, target: Any, settings: dict[str, Any], message: str
+) -> None:
+    from vpd_lens.errors import InputError
+
+    with pytest.raises(InputError, match=message):
+        found(model, prompts, target, **settings)

@@ -1,0 +1,153 @@
+"""Which pairs of q and k subcomponents make a head attend where it does.
+
+An attention score is bilinear in the outputs of q and k at two positions. With `M` the matrix of
+that form (the head's share, the rotation by the distance and the scale, whatever the model has),
+the pair (c, c') contributes `a_q[c] (U_q[c] M U_k[c']) a_k[c']`; summed over all pairs, with the
+deltas and biases, this is the score. A norm on q or k makes `M` a local linearisation.
+
+Source: VPD, attention (data-dependent interaction).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vpd_lens.analysis.attribution.cut_forward import Cut, CutForward
+from vpd_lens.analysis.attribution.graph import AttributionGraph
+from vpd_lens.analysis.attribution.pairs_record import AttentionPair
+from vpd_lens.analysis.prompts import decomposition_of
+from vpd_lens.errors import InputError, VPDError
+
+
+class AttentionScores:
+    """The attention scores of one prompt, as functions of q and k.
+
+    Args:
+        model: A decomposed model whose q and k are sites.
+        tokens: The prompt.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Int[Tensor, " pos"]) -> None:
+        self.vpd = decomposition_of(model)
+        self.scores: dict[int, Tensor] = {}
+        self.patterns: dict[int, Tensor] = {}
+        hooks: list[tuple[str, Any]] = []
+        for layer in range(len(model.blocks)):  # type: ignore[arg-type]
+            for name, store in (("attn_scores", self.scores), ("pattern", self.patterns)):
+                hooks.append((f"blocks.{layer}.attn.hook_{name}", partial(_note, store, layer)))
+        self.cut: Cut = CutForward(self.vpd, frozen=False, through_delta=False)(tokens, 1, hooks)
+
+    @torch.enable_grad()
+    def form(self, layer: int, head: int, query: int, key: int) -> Float[Tensor, "d_q d_k"]:
+        """The matrix `M` of the score of one head between two positions.
+
+        Args:
+            layer: Block.
+            head: Query head.
+            query: Position that attends.
+            key: Position attended to, not after `query`.
+
+        Raises:
+            InputError: If q or k of the layer is not decomposed, or there is no such score.
+            VPDError: If the model does not show its scores.
+        """
+        places = [f"blocks.{layer}.attn.{part}" for part in "qk"]
+        if not set(places) <= set(self.vpd.layout.names):
+            raise InputError(f"{' and '.join(places)} are not both decomposed.")
+        scores = self.scores.get(layer)
+        # Some bridges show the pattern under both names.
+        if scores is None or torch.equal(scores, self.patterns[layer]):
+            raise VPDError(
+                f"hook_attn_scores of block {layer} does not show the scores before the softmax "
+                "(native bridges, and models without eager attention), so they cannot be traced."
+            )
+        n_heads, n_positions = scores.shape[1:3]
+        if not (0 <= head < n_heads and 0 <= key <= query < n_positions):
+            raise InputError(
+                f"head {head}, query {query}, key {key}: block {layer} has {n_heads} heads on "
+                f"{n_positions} positions, and a key is not after its query."
+            )
+        of_q, of_k = (self.cut.leaves[place] for place in places)
+        (by_q,) = torch.autograd.grad(scores[0, head, query, key], of_q, create_graph=True)
+        by_q = by_q[0, query]
+        form = by_q.new_zeros(len(by_q), of_k.shape[-1])
+        for row in by_q.detach().nonzero()[:, 0].tolist():
+            (by_k,) = torch.autograd.grad(by_q[row], of_k, retain_graph=True)
+            form[row] = by_k[0, key]
+        return form.detach()
+
+    def pairs(self, layer: int, head: int, query: int, key: int) -> Float[Tensor, "C_q C_k"]:
+        """Every pair's contribution to one score, as `form` names it."""
+        form = self.form(layer, head, query, key).float()
+        written = []
+        for part, position in (("q", query), ("k", key)):
+            name = f"blocks.{layer}.attn.{part}"
+            x = self.cut.inputs[name][0, position].detach().float()
+            written.append((x @ self.vpd.v(name))[:, None] * self.vpd.u(name))
+        return (written[0] @ form @ written[1].T).detach()
+
+
+def _note(store: dict[int, Tensor], layer: int, value: Tensor, hook: Any) -> None:
+    store[layer] = value
+
+
+def attention_pairs(
+    model: nn.Module, graph: AttributionGraph, n_scores: int = 20, n_pairs: int = 20
+) -> list[AttentionPair]:
+    """The q and k subcomponents behind a graph's most influential attention.
+
+    Takes the pairs of positions whose v-to-o edges have the most influence, in each of them the
+    head that attends most, and of that head's score the pairs of nodes that contribute most.
+
+    Args:
+        model: The model that the graph is of.
+        graph: A graph.
+        n_scores: Number of (layer, query, key) whose score is traced.
+        n_pairs: Number of pairs per score.
+
+    Returns:
+        Contributions to scores before the softmax, for the exports' `pairs`.
+
+    Raises:
+        ArtefactError: If the graph is of another decomposition.
+        VPDError: If the model does not show its attention scores.
+    """
+    vpd = decomposition_of(model)
+    importance = graph.importance(vpd) > 0
+    scores = AttentionScores(model, torch.tensor(graph.tokens, device=vpd.device))
+    found = []
+    for layer, query, key in _influential_attention(graph)[:n_scores]:
+        names = [f"blocks.{layer}.attn.{part}" for part in "qk"]
+        if not set(names) <= set(vpd.layout.names):
+            continue
+        head = int(scores.patterns[layer][0, :, query, key].argmax())
+        weight = scores.pairs(layer, head, query, key)
+        of_q = importance[query, vpd.layout.columns(names[0])]
+        of_k = importance[key, vpd.layout.columns(names[1])]
+        weight = torch.where(of_q[:, None] & of_k[None], weight, 0)
+        best = weight.flatten().abs().topk(min(n_pairs, weight.numel())).indices
+        for flat in best[weight.flatten()[best] != 0].tolist():
+            q, k = divmod(flat, weight.shape[1])
+            ends = f"{names[0]}:{q}@{query}", f"{names[1]}:{k}@{key}"
+            found.append(AttentionPair(layer, head, query, key, *ends, float(weight[q, k])))
+    return found
+
+
+def _influential_attention(graph: AttributionGraph) -> list[tuple[int, int, int]]:
+    """(layer, query, key), by the influence of the edges from v to o between them."""
+    places, nodes = graph.nodes.places, graph.nodes
+    source, target = graph.edges.source.long(), graph.edges.target.long()
+    totals: dict[tuple[int, int, int], float] = {}
+    influence = graph.influence().edges
+    for layer in {int(p.split(".")[1]) for p in places if p.endswith(".attn.o")}:
+        ends = [places.index(f"blocks.{layer}.attn.{part}") for part in "vo"]
+        chosen = (nodes.place[source] == ends[0]) & (nodes.place[target] == ends[1])
+        columns = nodes.position[target[chosen]], nodes.position[source[chosen]], influence[chosen]
+        for query, key, value in zip(*(c.tolist() for c in columns), strict=True):
+            totals[layer, query, key] = totals.get((layer, query, key), 0.0) + value
+    return sorted(totals, key=lambda entry: -totals[entry])

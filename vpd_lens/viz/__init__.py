@@ -1,0 +1,1 @@
+"""Self-contained pages to look at what was found."""

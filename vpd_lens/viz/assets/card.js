@@ -1,0 +1,50 @@
+// What a harvest knows of a subcomponent: examples and tokens.
+
+function harvestCard(card) {
+  const section = make("section", "card-section");
+  const figures = make("dl", "facts");
+  addFact(figures, "density", percent(card.density));
+  addFact(figures, "mean importance", number(card.mean_importance));
+  section.append(make("h3", "", "Over the data set"), figures);
+  if (card.examples.length) section.append(exampleList(card.examples));
+  const tables = make("div", "token-tables");
+  for (const [title, rows] of [["Input tokens", card.input_tokens], ["Output tokens", card.output_tokens]]) {
+    if (rows.length) tables.append(tokenTable(title, rows));
+  }
+  section.append(tables);
+  return section;
+}
+
+function exampleList(examples) {
+  const list = make("ul", "examples", undefined, { "aria-label": "Examples" });
+  for (const { tokens: words, importance, activation, focus } of examples) {
+    const strip = make("li");
+    words.forEach((word, i) => {
+      const token = make("span", i === focus ? "focus" : "", visibleText(word, true));
+      token.style.setProperty("--g", importance[i]);
+      token.title = `importance ${number(importance[i])}, activation ${signed(activation[i])}`;
+      strip.append(token);
+    });
+    list.append(strip);
+  }
+  return list;
+}
+
+function tokenTable(title, rows) {
+  const table = make("table");
+  const head = make("tr");
+  for (const text of [title, "recall", "PMI"]) head.append(make("th", "", text, { scope: "col" }));
+  table.append(head);
+  for (const { token, recall, pmi } of rows) {
+    const row = make("tr");
+    row.append(make("td", "", visibleText(token)), make("td", "", percent(recall)), make("td", "", number(pmi)));
+    table.append(row);
+  }
+  return table;
+}
+
+function addFact(list, term, value) {
+  const pair = make("div");
+  pair.append(make("dt", "", term), make("dd", "", value));
+  list.append(pair);
+}

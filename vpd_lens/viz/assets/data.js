@@ -1,0 +1,48 @@
+// The graph that Python wrote into the page, and words for what is in it.
+
+const data = JSON.parse(document.getElementById("graph-data").textContent);
+const { nodes, tokens } = data;
+const nNodes = nodes.name.length;
+const LEFT_OVER = new Set(["position", "error", "delta", "bias"]);
+const outputs = new Map(data.outputs.map((output) => [output.node, output]));
+
+const kindOf = (node) => data.kinds[nodes.kind[node]];
+const tokenOf = (node) => tokens[nodes.position[node]];
+const cardOf = (node) => data.cards[nodes.name[node].replace(/@\d+$/, "")];
+
+const byId = (id) => document.getElementById(id);
+
+// Text only ever enters the page as text: tokens may be "<script>".
+function make(tag, className, text, attributes = {}) {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  if (text !== undefined) element.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  return element;
+}
+
+const SIGNS = { " ": "·", "\n": "↵", "\t": "→", "\r": "␍", "\u00a0": "⍽" };
+// Controls, and marks that would turn the direction of the text around them.
+const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+
+function visibleText(text, keepSpaces = false) {
+  const spaces = keepSpaces ? /[\n\t\r\u00a0]/g : /[ \n\t\r\u00a0]/g;
+  const shown = text
+    .replace(spaces, (sign) => SIGNS[sign])
+    .replace(UNSEEN, (sign) => `⟨${sign.codePointAt(0).toString(16)}⟩`);
+  return shown === "" ? "∅" : shown;
+}
+
+const count = (value) => value.toLocaleString("en");
+const percent = (value) => (value === null ? "–" : `${trimmed(100 * value)} %`);
+const shortPercent = (share) => `${Math.round(100 * share)}%`;
+const trimmed = (value) => String(Number(value.toPrecision(3))).replace("-", "−");
+
+function number(value) {
+  if (value === null) return "–";
+  const size = Math.abs(value);
+  const text = size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(1) : trimmed(value);
+  return text.replace(/-/g, "−");
+}
+
+const signed = (value) => (value > 0 ? "+" : "") + number(value);

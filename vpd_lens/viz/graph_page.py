@@ -1,0 +1,221 @@
+"""An attribution graph as one interactive, self-contained HTML page."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from markupsafe import Markup
+
+from vpd_lens.analysis.attribution.edges import Edges
+from vpd_lens.analysis.attribution.graph import AttributionGraph
+from vpd_lens.analysis.attribution.nodes import KINDS
+from vpd_lens.evaluation.html import render_template
+from vpd_lens.files import write_text_atomically
+
+# More than a browser filters between two frames, and a few megabytes of page.
+MAX_EDGES = 60_000
+STYLES = ("graph.css", "panel.css")
+# In this order: they share one scope, and each may use the ones before it.
+SCRIPTS = (
+    "data.js",
+    "state.js",
+    "groups.js",
+    "filters.js",
+    "layout.js",
+    "edges.js",
+    "board.js",
+    "card.js",
+    "panel.js",
+    "controls.js",
+    "search.js",
+    "keyboard.js",
+    "main.js",
+)
+
+
+@runtime_checkable
+class Cards(Protocol):
+    """What the page needs of a harvest."""
+
+    def card(self, site: str, index: int) -> dict[str, Any] | None:
+        """What is known of a subcomponent: density, examples, tokens; `None` if nothing."""
+        ...
+
+
+def write(
+    graph: AttributionGraph,
+    path: str | Path,
+    harvest: Cards | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write the page of a graph.
+
+    Args:
+        graph: The graph.
+        path: The HTML file.
+        harvest: Where subcomponents' cards come from.
+        title: Heading of the page.
+
+    Returns:
+        The file.
+    """
+    path = Path(path)
+    write_text_atomically(path, render(graph, harvest, title))
+    return path
+
+
+def render(graph: AttributionGraph, harvest: Cards | None = None, title: str | None = None) -> str:
+    """One HTML page that needs no network, to explore a graph by hand.
+
+    Args:
+        graph: The graph; of more than 60,000 edges the strongest are shown.
+        harvest: Where subcomponents' cards come from.
+        title: Heading of the page.
+
+    Returns:
+        The page's HTML.
+    """
+    assets = files("vpd_lens.viz").joinpath("assets")
+    # Inside <script>, text ends at "</script>" and may change its meaning at "<!--".
+    data = json.dumps(payload(graph, harvest), separators=(",", ":"), allow_nan=False)
+    return render_template(
+        "vpd_lens.viz",
+        "assets/graph.html.j2",
+        title=title or "Attribution graph",
+        data=Markup(data.replace("<", "\\u003c")),
+        styles=[Markup(assets.joinpath(name).read_text(encoding="utf-8")) for name in STYLES],
+        scripts=[Markup(assets.joinpath(name).read_text(encoding="utf-8")) for name in SCRIPTS],
+    )
+
+
+def payload(graph: AttributionGraph, harvest: Cards | None = None) -> dict[str, Any]:
+    """What the page shows, as JSON-able columns.
+
+    Args:
+        graph: The graph.
+        harvest: Where subcomponents' cards come from.
+
+    Returns:
+        Columns of nodes and, the strongest first, of edges; rows, outputs, scores, settings and
+        cards.
+    """
+    influence = graph.influence()
+    nodes, used = graph.nodes, sorted(set(graph.nodes.place.tolist()))
+    order = graph.edges.weight.abs().argsort(descending=True, stable=True)[:MAX_EDGES]
+    return {
+        "hash": _hash(graph),
+        "tokens": list(graph.strings),
+        "rows": [_row(nodes.places[place]) for place in used],
+        "kinds": list(KINDS),
+        "nodes": {
+            "name": nodes.names(),
+            "kind": nodes.kind.tolist(),
+            "row": torch.searchsorted(torch.tensor(used), nodes.place.long()).tolist(),
+            "position": nodes.position.tolist(),
+            "index": nodes.index.tolist(),
+            "activation": _rounded(nodes.activation.tolist()),
+            "importance": _rounded(nodes.importance.tolist()),
+            "influence": _rounded(influence.nodes.tolist()),
+            "cumulative": _rounded(influence.cumulative.tolist()),
+        },
+        "outputs": _outputs(graph),
+        "edges": _edges(graph.edges, order),
+        "n_edges": graph.n_edges,
+        "scores": dict(
+            zip(
+                ("completeness", "replacement", "completeness_score"),
+                _rounded(
+                    (
+                        graph.completeness(),
+                        graph.replacement_score(),
+                        graph.completeness_score(),
+                    )
+                ),
+                strict=True,
+            )
+        ),
+        "settings": {k: graph.settings.get(k) for k in ("frozen", "delta", "threshold")},
+        "cards": {} if harvest is None else _cards(graph, harvest),
+    }
+
+
+def _row(place: str) -> dict[str, str]:
+    """`blocks.0.mlp.in` is the row `mlp in` of block 0; places outside blocks have none."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(?:attn\.)?(.+)", place)
+    block, label = match.groups() if match else ("", place)
+    return {"place": place, "block": block, "label": re.sub(r"[._]", " ", label)}
+
+
+def _outputs(graph: AttributionGraph) -> list[dict[str, Any]]:
+    numbers = graph.nodes.of_kind("output").nonzero()[:, 0].tolist()
+    return [
+        {
+            "node": number,
+            "text": output.name,
+            # Of a difference or a direction there is none.
+            "probability": _round(output.probability) if output.token_id >= 0 else None,
+        }
+        for number, output in zip(numbers, graph.outputs, strict=True)
+    ]
+
+
+def _edges(edges: Edges, order: torch.Tensor) -> dict[str, list[Any]]:
+    return {
+        "source": edges.source[order].tolist(),
+        "target": edges.target[order].tolist(),
+        "weight": _rounded(edges.weight[order].tolist()),
+    }
+
+
+def _cards(graph: AttributionGraph, harvest: Cards) -> dict[str, dict[str, Any]]:
+    """Cards by subcomponent, each once although it is a node at several positions."""
+    nodes, cards = graph.nodes, {}
+    own = nodes.of_kind("subcomponent")
+    for place, index in torch.stack([nodes.place[own], nodes.index[own]], 1).unique(dim=0).tolist():
+        card = harvest.card(nodes.places[place], index)
+        if card is not None:
+            cards[f"{nodes.places[place]}:{index}"] = _card(card)
+    return cards
+
+
+def _card(card: dict[str, Any]) -> dict[str, Any]:
+    examples = [
+        {
+            "tokens": list(example["tokens"]),
+            "importance": _rounded(example["importance"], 3),
+            "activation": _rounded(example["activation"], 3),
+            "focus": int(example["focus"]),
+        }
+        for example in card["examples"]
+    ]
+    tables = {
+        key: [
+            {"token": row["token"], "recall": _round(row["recall"]), "pmi": _round(row["pmi"])}
+            for row in card[key]
+        ]
+        for key in ("input_tokens", "output_tokens")
+    }
+    figures = {key: _round(card[key]) for key in ("density", "mean_importance")}
+    return {**figures, "examples": examples, **tables}
+
+
+def _rounded(values: Iterable[float], digits: int = 4) -> list[float | None]:
+    return [_round(value, digits) for value in values]
+
+
+def _round(value: float, digits: int = 4) -> float | None:
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def _hash(graph: AttributionGraph) -> str:
+    """The same for the same nodes, so that groups outlive a new page of the same graph."""
+    text = "\0".join([*graph.strings, *graph.nodes.names()])
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
