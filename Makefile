@@ -12,7 +12,7 @@ quickstart: .venv/ready
 	.venv/bin/python -W ignore::DeprecationWarning examples/quickstart.py
 
 # One thread per worker: many small tensors, and threads that wait for each other are slower.
-test: .venv/test
+test: .venv/test .venv/browser
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 tests
 
 compat: .venv-tl4/test
@@ -47,6 +47,14 @@ check: lint types test compat docs
 
 %/test: %/ready
 	$*/bin/python -m pip install --quiet --group test
+	touch $@
+
+# Pages are tested in a real browser: the system's, or else one that playwright fetches.
+.venv/browser: .venv/test
+	command -v chromium || command -v chromium-browser || command -v google-chrome \
+	|| { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+	|| { sudo -n apt-get update -qq && sudo -n apt-get install -y -qq chromium >/dev/null; } \
+	|| .venv/bin/playwright install chromium
 	touch $@
 
 %/lint: %/ready

@@ -281,6 +281,33 @@ def test_eval_of_the_wrong_things(finished, base, tmp_path):
     assert_one_line(result, "differ")
 
 
+def test_graph(finished, base, tmp_path):
+    from vpd_lens import AttributionGraph
+
+    where = ["--decomposition", finished[0], "--model", base / "model"]
+    saved, page = tmp_path / "saved", tmp_path / "graph.html"
+    result = call(
+        *("graph", "w5 w9 w7", "--target", "w8", "--target", "w9", *where, "--frozen"),
+        *("--save", saved, "--html", page),
+    )
+    assert "w8" in result.stdout
+    graph = AttributionGraph.load(saved)
+    assert graph.strings[-3:] == ("w5", "w9", "w7")
+    assert [output.name for output in graph.outputs] == ["w8", "w9"]
+    assert graph.completeness() == pytest.approx(1, abs=1e-4)
+    assert "w9" in page.read_text()
+
+
+def test_graph_of_the_wrong_things(finished, base, tmp_path):
+    where = ["--decomposition", finished[0], "--model", base / "model"]
+    result = call("graph", "", *where, code=2)
+    assert_one_line(result, "prompt is empty")
+    result = call("graph", "w5", "--target", "w6 w7", *where, code=2)
+    assert_one_line(result, "is 2 tokens")
+    result = call("graph", "w5", "--target", "w6", "--prune", "magic", *where, code=2)
+    assert_one_line(result, "magic")
+
+
 def test_info_needs_neither_model_nor_transformer_lens(finished):
     folder, _ = finished
     program = (

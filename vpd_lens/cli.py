@@ -1,4 +1,4 @@
-"""`vpd-lens train | eval | sweep | reproduce | toy | info`: the command line.
+"""`vpd-lens train | eval | graph | harvest | sweep | reproduce | toy | info`: the command line.
 
 Everything heavy is imported inside the commands, so that `--help` answers at once.
 """
@@ -12,16 +12,19 @@ import typer
 
 from vpd_lens import __version__
 from vpd_lens.commands.experiments import reproduce_command, sweep_command, toy_command
+from vpd_lens.commands.graph import graph_command
+from vpd_lens.commands.harvest import harvest_command
 from vpd_lens.commands.options import (
     Debug,
     Device,
     Overrides,
     Quiet,
+    decomposition_folder,
     quoted,
     readable_errors,
     say,
 )
-from vpd_lens.errors import ArtefactError, ConfigError
+from vpd_lens.errors import ConfigError
 
 if TYPE_CHECKING:
     from vpd_lens.evaluation import EvalReport
@@ -148,7 +151,7 @@ def eval_command(
     """Measure a saved decomposition and print the tables."""
     with readable_errors(debug):
         steps = _step_counts(pgd_steps)
-        folder = _decomposition_folder(decomposition)
+        folder = decomposition_folder(decomposition)
 
         from vpd_lens.decomposition.saving import load
         from vpd_lens.evaluation import EvalReport
@@ -175,7 +178,7 @@ def info_command(
 ) -> None:
     """Say what a saved decomposition is, without loading its model."""
     with readable_errors(debug):
-        folder = _decomposition_folder(decomposition)
+        folder = decomposition_folder(decomposition)
 
         from rich import print as rich_print
 
@@ -187,6 +190,8 @@ def info_command(
 app.command("sweep")(sweep_command)
 app.command("reproduce")(reproduce_command)
 app.command("toy")(toy_command)
+app.command("harvest")(harvest_command)
+app.command("graph")(graph_command)
 
 
 # --------------------------------------------------------------------------- helpers
@@ -224,19 +229,6 @@ def _write(
         report.to_json(json)
     if html is not None:
         report.to_html(html, f"VPD evaluation of {name}", beside, beside_name)
-
-
-def _decomposition_folder(path: Path) -> Path:
-    """`path` itself, or the decomposition in the output of a run."""
-    inside = path / "decomposition"
-    if not (path / "config.json").exists() and inside.is_dir():
-        return inside
-    if (path / "checkpoint").is_dir():
-        raise ArtefactError(
-            f"{path}: this run has a checkpoint but no decomposition yet. Finish it with "
-            "vpd-lens train --resume."
-        )
-    return path
 
 
 def _step_counts(text: str) -> tuple[int, ...]:

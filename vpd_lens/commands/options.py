@@ -6,11 +6,12 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vpd_lens.errors import TrainingInterrupted, VPDError
+from vpd_lens.errors import ArtefactError, TrainingInterrupted, VPDError
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N; default: CUDA if there is.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -52,3 +53,16 @@ def say(text: str, quiet: bool) -> None:
     """Print a line, unless told to be quiet."""
     if not quiet:
         typer.echo(text)
+
+
+def decomposition_folder(path: Path) -> Path:
+    """`path` itself, or the decomposition in the output of a run."""
+    inside = path / "decomposition"
+    if not (path / "config.json").exists() and inside.is_dir():
+        return inside
+    if (path / "checkpoint").is_dir():
+        raise ArtefactError(
+            f"{path}: this run has a checkpoint but no decomposition yet. Finish it with "
+            "vpd-lens train --resume."
+        )
+    return path

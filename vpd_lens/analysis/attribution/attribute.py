@@ -38,7 +38,7 @@ def attribute(
     prompt: str | Sequence[int] | Tensor,
     target: Target | Sequence[Target] | None = None,
     *,
-    prune: PruneMethod | PruneConfig | Circuit | None = None,
+    prune: str | PruneConfig | Circuit | None = None,
     importance: Float[Tensor, "pos C_total"] | None = None,
     threshold: float = 0.0,
     frozen: bool = False,
@@ -133,7 +133,7 @@ def _circuit(
     model: nn.Module,
     tokens: Tensor,
     target: Any,
-    prune: PruneMethod | PruneConfig | Circuit,
+    prune: str | PruneConfig | Circuit,
     progress: bool,
 ) -> Circuit:
     if isinstance(prune, Circuit):
@@ -151,7 +151,7 @@ def _circuit(
         if prune not in get_args(PruneMethod):
             raise InputError(f"prune={prune!r}; expected one of {get_args(PruneMethod)}.")
         objective = "logit_difference" if isinstance(target, LogitDifference) else "ce"
-        prune = PruneConfig(method=prune, objective=objective)
+        prune = PruneConfig(method=prune, objective=objective)  # type: ignore[arg-type]
     return find_circuit(model, tokens, target, prune, progress=progress)
 
 

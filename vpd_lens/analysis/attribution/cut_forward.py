@@ -44,7 +44,7 @@ class Cut:
             bias, and to the residual stream's beginning (`embed`); gradients end there.
         constants: What of a leaf's place does not depend on the input, `[pos, d]` or `[d]`: the
             bias of a matrix or a norm.
-        norms: Input and output of each norm, without graph.
+        norms: Input and output of each norm.
         residuals: Residual stream after each block, with graph.
         embeddings: Token embeddings `[pos, d_model]`, of a batch `[row, pos, d_model]`.
         positions: What the residual stream begins with beyond those, or `None`.
@@ -108,7 +108,7 @@ class CutForward:
 
         Args:
             tokens: The prompt, or the batch.
-            rows: Number of copies of a prompt; each can receive its own cotangents.
+            rows: Copies of a prompt, each of which can receive its own cotangents.
             hooks: Further TransformerLens hooks, which see tensors with their graph.
         """
         cut = Cut()
@@ -138,16 +138,14 @@ class CutForward:
 
     def _lens_hooks(self, cut: Cut) -> list[tuple[str, Any]]:
         """TransformerLens hooks on the residual stream."""
-        n_blocks = len(self.vpd.model.blocks)  # type: ignore[arg-type]
         hooks: list[tuple[str, Any]] = [
             ("hook_embed", partial(_note_embedding, cut)),
             ("blocks.0.hook_resid_pre", partial(_begin, cut)),
         ]
         if getattr(self.vpd.model.cfg, "positional_embedding_type", None) == "shortformer":
             hooks.append(("hook_pos_embed", partial(_begin_beside, cut)))
-        hooks += [
-            (f"blocks.{i}.hook_resid_post", partial(_note_residual, cut)) for i in range(n_blocks)
-        ]
+        for i in range(len(self.vpd.model.blocks)):  # type: ignore[arg-type]
+            hooks.append((f"blocks.{i}.hook_resid_post", partial(_note_residual, cut)))
         return hooks
 
     def _attention_patterns(self, tokens: Int[Tensor, "row pos"]) -> dict[str, Tensor]:
@@ -168,9 +166,8 @@ class CutForward:
         handles = []
         self._values: dict[str, Tensor] = {}
         for site in self.sites:
-            read = partial(cut.inputs.__setitem__, site.name)
             edit = partial(self._edit, cut, site, gains)
-            handles += site.attach(read, edit)
+            handles += site.attach(partial(cut.inputs.__setitem__, site.name), edit)
         return handles
 
     def _edit(self, cut: Cut, site: Site, gains: NeuronGains | None, y: Tensor) -> Tensor | None:

@@ -1,0 +1,99 @@
+"""Find the circuits of three behaviours, with and without an adversary, and see which hold.
+
+    python examples/circuits.py RUN      # RUN: what examples/quickstart.py wrote; about 10 minutes
+
+For each behaviour and each way of pruning, RUN/circuits receives a record (JSON: configuration,
+probabilities under every kind of mask, nodes by site, versions) and, for adversarial pruning, the
+attribution graph of the first prompt as a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import time
+from datetime import date
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import vpd_lens
+from vpd_lens.decomposition.saving import fingerprint
+from vpd_lens.files import write_text_atomically
+from vpd_lens.models import load_model
+
+# Behaviours that the quickstart's language model really has.
+BEHAVIOURS = {
+    "self": ("self", ["    def __len__(", "    def close(", "    def __repr__("]),
+    "bracket": ("]", ["    return self._names[name", "    value = items[key", "    x = self[i"]),
+    "colon": (":", ["    if name is None", "    if value is None", "    else"]),
+}
+SHOWN = (
+    "target",
+    "ci",
+    "stochastic",
+    "adversarial-4",
+    "adversarial-20",
+    "adversarial-80",
+    "ablated",
+)
+console = Console()
+
+
+def main() -> None:
+    """Prune, write records, draw graphs, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="directory that examples/quickstart.py wrote")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--coefficient", type=float, default=5e-3)
+    parser.add_argument("--output", type=Path, help="default: RUN/circuits")
+    arguments = parser.parse_args()
+    output = arguments.output or arguments.run / "circuits"
+    base = load_model(arguments.run / "target")
+    model = vpd_lens.load(arguments.run / "vpd" / "decomposition", base)
+    table = Table("behaviour", "pruned", "nodes", *SHOWN)
+    for name, (target, prompts) in BEHAVIOURS.items():
+        for method in ("ci", "stochastic", "adversarial"):
+            config = vpd_lens.PruneConfig(
+                method=method, steps=arguments.steps, coefficient=arguments.coefficient
+            )
+            begun = time.perf_counter()
+            circuit = vpd_lens.prune(model, prompts, target, config)
+            report = circuit.report
+            if method == "ci":
+                before = (f"{report.mean_before[key]:.2f}" for key in SHOWN)
+                table.add_row(name, "not", f"{report.nodes_before:.0f}", *before)
+            means = (f"{report.mean[key]:.2f}" for key in SHOWN)
+            table.add_row(name, method, f"{report.nodes:.0f}", *means)
+            record = {
+                "behaviour": name,
+                "prompts": prompts,
+                "target": target,
+                "config": config.model_dump(mode="json"),
+                "report": report.model_dump(mode="json"),
+                "seconds": round(time.perf_counter() - begun, 1),
+                "decomposition": fingerprint(model.vpd),
+                "trained_steps": model.vpd.trained_steps,
+                "vpd_lens": vpd_lens.__version__,
+                "torch": torch.__version__,
+                "transformer_lens": importlib.metadata.version("transformer-lens"),
+                "date": date.today().isoformat(),
+            }
+            path = output / f"{name}-{method}.json"
+            write_text_atomically(path, json.dumps(record, indent=2) + "\n")
+            if method == "adversarial":
+                graph = vpd_lens.attribute(model, prompts[0], target, prune=circuit)
+                graph.to_html(output / f"{name}.html")
+    console.print(table)
+    console.print(f"Records and pages: {output}")
+
+
+if __name__ == "__main__":
+    main()

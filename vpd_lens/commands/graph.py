@@ -1,0 +1,95 @@
+"""`vpd-lens graph`: the attribution graph of a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vpd_lens.commands.options import (
+    Debug,
+    Device,
+    Quiet,
+    decomposition_folder,
+    readable_errors,
+    say,
+)
+
+
+def graph_command(
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    decomposition: Annotated[Path, typer.Option(help="A saved decomposition, or a run.")] = Path(
+        "runs/quickstart/vpd"
+    ),
+    model: Annotated[
+        str, typer.Option(metavar="SOURCE", help="Its base model.")
+    ] = "runs/quickstart/target",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TOKEN", help="Token to explain; may be repeated. Default: the likeliest."
+        ),
+    ] = None,
+    position: Annotated[int, typer.Option(help="After which token of the prompt.")] = -1,
+    prune: Annotated[
+        str | None,
+        typer.Option(help="adversarial, stochastic or ci: keep what the one target needs."),
+    ] = None,
+    frozen: Annotated[
+        bool, typer.Option("--frozen", help="Hold norms, patterns and gains: edges add up.")
+    ] = False,
+    keep: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Keep nodes that hold this share of influence."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page to explore.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write a directory to load again.")] = None,
+    harvest: Annotated[
+        Path | None, typer.Option(help="What `vpd-lens harvest` wrote; examples for the page.")
+    ] = None,
+    model_class: Annotated[str, typer.Option(help="auto, hooked_transformer or bridge.")] = "auto",
+    processing: Annotated[str, typer.Option(help="default, none or full.")] = "default",
+    device: Device = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    r"""Trace which subcomponents make a model predict a token.
+
+    In PROMPT and TOKEN, \n and \t stand for a newline and a tab.
+    """
+    with readable_errors(debug):
+        from rich import print as rich_print
+
+        import vpd_lens
+        from vpd_lens.analysis.attribution import Token
+        from vpd_lens.analysis.harvest import Harvest
+        from vpd_lens.decomposition.saving import load
+        from vpd_lens.models import load_model
+
+        folder = decomposition_folder(decomposition)
+        loaded = load(folder, load_model(model, model_class, device or "auto", processing))  # type: ignore[arg-type]
+        examples = None if harvest is None else Harvest.load(harvest, loaded.vpd)
+        targets = [Token(_unescaped(text), position) for text in target or []] or None
+        graph = vpd_lens.attribute(
+            loaded,
+            _unescaped(prompt),
+            targets,
+            prune=prune,
+            frozen=frozen,
+            progress=not quiet,
+        )
+        if keep is not None:
+            graph = graph.pruned(keep)
+        if not quiet:
+            if graph.circuit is not None:
+                rich_print(graph.circuit.table())
+            rich_print(graph.summary())
+        if save is not None:
+            say(f"Graph: {graph.save(save)}", quiet)
+        if html is not None:
+            say(f"Page: {graph.to_html(html, examples)}", quiet)
+
+
+def _unescaped(text: str) -> str:
+    return text.replace("\\n", "\n").replace("\\t", "\t")

@@ -1,0 +1,197 @@
+"""A harvest as a folder of self-contained HTML pages: an index, and one page per site.
+
+A page holds its data as JSON and draws the cards that are looked at, so that pages with hundreds
+of subcomponents open at once. Tokens are arbitrary text: they reach the document as text nodes
+only.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+from vpd_lens.analysis.harvest import Harvest, Summary
+from vpd_lens.evaluation.html import render_template
+from vpd_lens.files import write_text_atomically
+
+_BINS = 48
+
+
+def write(harvest: Harvest, folder: str | Path, title: str = "Harvest") -> Path:
+    """Write `index.html` and a page for every site; other files in the folder are left alone.
+
+    `page_name(site)#c17` is the address of subcomponent 17.
+
+    Args:
+        harvest: What to show.
+        folder: Where to write; made if need be.
+        title: Heading of the index.
+
+    Returns:
+        The path of `index.html`.
+    """
+    folder = Path(folder)
+    names = harvest.layout.names
+    for number, site in enumerate(names):
+        page = _render(
+            "harvest_site.html.j2",
+            title=f"{site} - {title}",
+            heading=title,
+            site=site,
+            before=_link(names[number - 1]) if number else None,
+            after=_link(names[number + 1]) if number + 1 < len(names) else None,
+            data=Markup(htmlsafe_json_dumps(_payload(harvest, site), separators=(",", ":"))),
+            script=_read("harvest.js"),
+        )
+        write_text_atomically(folder / page_name(site), page)
+    index = folder / "index.html"
+    write_text_atomically(index, _index(harvest, title))
+    return index
+
+
+def page_name(site: str) -> str:
+    """File name of a site's page."""
+    return quote(site, safe="") + ".html"
+
+
+def _link(site: str) -> dict[str, str]:
+    # Quoted once more, because a file name may hold a percent sign.
+    return {"name": site, "href": quote(page_name(site))}
+
+
+def _render(template: str, **values: Any) -> str:
+    return render_template("vpd_lens.viz", template, harvest_style=_read("harvest.css"), **values)
+
+
+def _read(name: str) -> Markup:
+    return Markup(files("vpd_lens.viz").joinpath(name).read_text(encoding="utf-8"))
+
+
+# --------------------------------------------------------------------------- the index
+
+
+def _index(harvest: Harvest, title: str) -> str:
+    tables = {site: harvest.table(site) for site in harvest.layout.names}
+    rows = [row for table in tables.values() for row in table]
+    return _render(
+        "harvest_index.html.j2",
+        title=title,
+        harvest=harvest,
+        alive=sum(row.density > 0 for row in rows),
+        l0=sum(row.density for row in rows),
+        decades=-_lowest_decade(harvest),
+        sites=[_site_row(harvest, site, table) for site, table in tables.items()],
+    )
+
+
+def _site_row(harvest: Harvest, site: str, table: list[Summary]) -> dict[str, Any]:
+    fired = sorted(row.density for row in table if row.density)
+    return {
+        **_link(site),
+        "fired": len(fired),
+        "count": len(table),
+        "l0": sum(fired),
+        "median": fired[len(fired) // 2] if fired else None,
+        "bars": _histogram(fired, _lowest_decade(harvest)),
+    }
+
+
+def _lowest_decade(harvest: Harvest) -> int:
+    """Left end of the density axis: the decade of one firing in all positions."""
+    return min(-1, math.floor(-math.log10(max(harvest.n_positions, 1))))
+
+
+def _histogram(densities: list[float], lowest: int) -> list[tuple[float, float]]:
+    """Left edge and height, both in [0, 1], of the filled bins of a logarithmic density axis."""
+    counts = [0] * _BINS
+    for density in densities:
+        share = 1 - math.log10(density) / lowest
+        counts[min(int(share * _BINS), _BINS - 1)] += 1
+    tallest = max(counts)
+    return [
+        (number / _BINS, math.sqrt(count / tallest)) for number, count in enumerate(counts) if count
+    ]
+
+
+# ------------------------------------------------------------------- the data of a page
+
+
+class _Tokens:
+    """Numbers the texts that a page needs, each stored once."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def number(self, text: str) -> int:
+        return self.numbers.setdefault(text, len(self.numbers))
+
+
+def _payload(harvest: Harvest, site: str) -> dict[str, Any]:
+    """What `harvest.js` draws; keys are short because there are many of them."""
+    tokens = _Tokens()
+    table = harvest.table(site)
+    cards = [_card(harvest, site, row, tokens) for row in table if row.density]
+    return {
+        "site": site,
+        "count": len(table),
+        "positions": harvest.n_positions,
+        "threshold": harvest.settings.threshold,
+        "lowest": _lowest_decade(harvest),
+        "cards": cards,
+        "tokens": list(tokens.numbers),
+    }
+
+
+def _card(harvest: Harvest, site: str, row: Summary, tokens: _Tokens) -> dict[str, Any]:
+    return {
+        "i": row.index,
+        "density": row.density,
+        "importance": row.mean_importance,
+        "size": row.mean_activation,
+        "activation": row.firing_activation,
+        "top": _examples(harvest, site, row.index, "top", tokens),
+        "random": _examples(harvest, site, row.index, "random", tokens),
+        "commonest": _statistics(harvest, site, row.index, "input", tokens, 1, "recall")[0][:2],
+        "input": _statistics(harvest, site, row.index, "input", tokens),
+        "output": _statistics(harvest, site, row.index, "output", tokens),
+    }
+
+
+def _examples(
+    harvest: Harvest, site: str, index: int, kind: str, tokens: _Tokens
+) -> list[list[Any]]:
+    """`[focus, tokens, importances in percent, activations]` of every example."""
+    return [
+        [
+            example.focus,
+            [tokens.number(harvest.strings[token]) for token in example.tokens],
+            [round(100 * g) for g in example.importance],
+            [float(f"{a:.3g}") for a in example.activation],
+        ]
+        for example in harvest.examples(site, index, kind)
+    ]
+
+
+def _statistics(
+    harvest: Harvest,
+    site: str,
+    index: int,
+    side: str,
+    tokens: _Tokens,
+    k: int = 10,
+    by: str = "information",
+) -> list[list[Any]]:
+    """`[token, recall, precision, PMI]` of the largest tokens."""
+    return [
+        [
+            tokens.number(harvest.strings[found.token]),
+            *(float(f"{value:.4g}") for value in (found.recall, found.precision, found.pmi)),
+        ]
+        for found in harvest.tokens(site, index, side, k, by)
+    ]
