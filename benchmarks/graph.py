@@ -4,9 +4,9 @@
 python benchmarks/graph.py RUN --model MODEL --output benchmarks/results/graph.json
 ```
 
-`RUN` is a directory of `vpd-lens train` or a saved decomposition; the quickstart writes
-`runs/quickstart`. `literal_graph` is the definition written down: for each node one backward pass on
-activations that were detached and attached again, its edges read one by one.
+`RUN` is a saved decomposition, for example `runs/quickstart/vpd/decomposition`. `literal_graph` is
+the definition written down: for each node one backward pass on activations that were detached and
+attached again, its edges read one by one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
 
 import vpd_lens
@@ -110,6 +111,33 @@ def compare(model: nn.Module, tokens: Tensor, repeats: int) -> dict[str, Any]:
     }
 
 
+def ablations(model: nn.Module, tokens: Tensor, n_nodes: int = 60) -> dict[str, Any]:
+    """Total effects by the graph against the logit's drop when a node is really ablated."""
+    clean = vpd_lens.intervene(model, tokens)
+    token = int(clean.target[-1].argmax())
+    found: dict[str, Any] = {"tokens": len(tokens), "token": model.to_string([token])}
+    for name, settings in (
+        ("gradients", {}),
+        ("frozen", {"frozen": True}),
+        ("gradients_all_nodes", {"importance": torch.ones(len(tokens), model.vpd.layout.total)}),
+    ):
+        graph = vpd_lens.attribute(model, tokens, token, progress=False, **settings)
+        effects = graph.total_effects()
+        largest = effects.abs().nan_to_num().argsort(descending=True)[:n_nodes].tolist()
+        drops = []
+        for node in largest:
+            edit = vpd_lens.Ablate(graph.nodes.name(node))
+            after = vpd_lens.intervene(model, tokens, edit).edited
+            drops.append(float(clean.target[-1, token] - after[-1, token]))
+        predicted = effects[largest].tolist()
+        found[name] = {
+            "nodes": len(drops),
+            "pearson": float(pearsonr(predicted, drops).statistic),
+            "spearman": float(spearmanr(predicted, drops).statistic),
+        }
+    return found
+
+
 def scaling(model: nn.Module, tokens: Tensor, **settings: Any) -> dict[str, Any]:
     """Seconds and sizes of one graph, and the process' peak memory until then."""
     start = time.perf_counter()
@@ -147,6 +175,8 @@ def main() -> None:
     result["by_threshold"] = [
         scaling(model, tokens[:30], threshold=value) for value in (0.0, 0.01, 0.1, 0.5)
     ]
+    starts = range(0, len(tokens) - 20, 20)
+    result["ablations"] = [ablations(model, tokens[i : i + 20]) for i in starts]
     result["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
     result["torch"] = torch.__version__
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")

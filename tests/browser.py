@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Error, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserType, Error, Page, sync_playwright
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -26,17 +26,19 @@ class Opened:
         return self.page.evaluate(f"window.vpdGraph.{name}")
 
 
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+def launch(chromium: BrowserType) -> Browser:
     """The system's Chromium, or playwright's own; without one the test fails."""
     installed = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    try:
+        return chromium.launch(executable_path=installed, args=["--no-sandbox", "--disable-gpu"])
+    except Error as error:
+        pytest.fail(f"no Chromium to run pages in (apt-get install chromium): {error}")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        try:
-            launched = playwright.chromium.launch(
-                executable_path=installed, args=["--no-sandbox", "--disable-gpu"]
-            )
-        except Error as error:
-            pytest.fail(f"no Chromium to run pages in (apt-get install chromium): {error}")
+        launched = launch(playwright.chromium)
         yield launched
         launched.close()
 

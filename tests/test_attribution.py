@@ -226,6 +226,32 @@ def test_a_direction_in_the_middle_sees_only_what_lies_before() -> None:
     assert not any(s.startswith("blocks.1") for s in sources)
 
 
+def test_total_effects_are_the_models_own_gradients() -> None:
+    """With every subcomponent a node of importance 1, all paths are in the graph."""
+    model = attached()
+    ones = torch.ones(len(PROMPT), model.vpd.layout.total)
+    graph = traced(model, 3, importance=ones, delta="through")
+    effects = graph.total_effects()
+    gradients: dict[str, Tensor] = {}
+    names = [f"{name}.vpd.hook_acts" for name in model.vpd.layout.names]
+
+    def note(gradient: Tensor, hook: Any) -> None:
+        gradients[hook.name.removesuffix(".vpd.hook_acts")] = gradient[0]
+
+    with model.hooks(bwd_hooks=[(name, note) for name in names]), torch.enable_grad():
+        start = model.embed(PROMPT[None]).detach().requires_grad_()
+        hooks = [("hook_embed", lambda value, hook: start)]
+        model.run_with_hooks(PROMPT[None], fwd_hooks=hooks)[0, -1, 3].backward()
+    _, cache = model.run_with_cache(PROMPT[None])
+    for name in model.vpd.layout.names:
+        here = (graph.nodes.place == graph.nodes.places.index(name)) & graph.nodes.of_kind(
+            "subcomponent"
+        )
+        expected = gradients[name] * cache[f"{name}.vpd.hook_acts"][0]
+        at = graph.nodes.position[here].long(), graph.nodes.index[here].long()
+        torch.testing.assert_close(effects[here], expected[at], atol=1e-4, rtol=1e-3)
+
+
 def test_only_attention_reaches_across_positions() -> None:
     graph = traced(attached())
     source, target = graph.edges.source.long(), graph.edges.target.long()

@@ -3,10 +3,11 @@
 import json
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from playwright.sync_api import expect
+from playwright.sync_api import Error, expect
 
 import tests.browser
 from tests.browser import browser, open_file  # noqa: F401
@@ -14,6 +15,7 @@ from vpd_lens.analysis.attribution.edges import Edges
 from vpd_lens.analysis.attribution.graph import AttributionGraph
 from vpd_lens.analysis.attribution.nodes import KINDS, Nodes
 from vpd_lens.analysis.targets import Output
+from vpd_lens.errors import ArtefactError
 from vpd_lens.viz import graph_page
 
 HOSTILE = ("</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>")
@@ -70,6 +72,10 @@ def random_edges(nodes, n_edges, chance):
 
 class Harvest:
     """Cards of every other subcomponent."""
+
+    def check(self, fingerprint):
+        if fingerprint == "another":
+            raise ArtefactError("a harvest of another decomposition")
 
     def card(self, site, index):
         if index % 2:
@@ -132,6 +138,13 @@ def test_payload_is_columns_of_what_the_graph_holds(graph):
     assert places == [graph.nodes.places[place] for place in graph.nodes.place.tolist()]
     assert {"place": "blocks.0.mlp.in", "block": "0", "label": "mlp in"} in data["rows"]
     assert [output["probability"] for output in data["outputs"]] == [0.5, 0.25, None]
+
+
+def test_a_harvest_of_another_decomposition_is_refused(graph, tmp_path):
+    foreign = replace(graph, settings={**graph.settings, "decomposition": "another"})
+    with pytest.raises(ArtefactError, match="another decomposition"):
+        graph_page.write(foreign, tmp_path / "graph.html", Harvest())
+    assert not list(tmp_path.iterdir())
 
 
 def test_each_card_is_asked_for_once(graph):
@@ -508,7 +521,10 @@ def test_large_graphs_respond(
     assert 2000 < len(opened.state("visibleEdges")) <= 5000
 
 
-def test_a_missing_browser_is_a_failure(monkeypatch):
-    monkeypatch.setattr(tests.browser.shutil, "which", lambda program: None)
+def test_a_missing_browser_is_a_failure():
+    class Nothing:
+        def launch(self, **options):
+            raise Error("no such program")
+
     with pytest.raises(pytest.fail.Exception, match="apt-get install chromium"):
-        tests.browser.chromium()
+        tests.browser.launch(Nothing())

@@ -1,4 +1,5 @@
-# The model of "Find the circuit of a behaviour" while the page is built.
+"""The model of "Find the circuit of a behaviour" while the page is built."""
+
 from pathlib import Path
 
 import vpd_lens
@@ -18,6 +19,8 @@ else:
     if not (folder / "vpd" / "decomposition").exists():
         target, tokens, _ = get_target(folder / "target", TARGET_STEPS, 0)
         config = vpd_lens.VPDConfig.small(steps=STEPS)
-        vpd_lens.decompose(target, tokens, config, output=folder / "vpd", progress=False)
+        begun = (folder / "vpd" / "checkpoint").exists()
+        run = {"output": folder / "vpd", "resume": begun, "progress": False}
+        vpd_lens.decompose(target, tokens, config, **run)
 model = vpd_lens.load(folder / "vpd" / "decomposition", load_model(folder / "target"))
 print(made)

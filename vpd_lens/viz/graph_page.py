@@ -9,12 +9,13 @@ import re
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from markupsafe import Markup
 
 from vpd_lens.analysis.attribution.edges import Edges
+from vpd_lens.analysis.attribution.feature_files import Cards
 from vpd_lens.analysis.attribution.graph import AttributionGraph
 from vpd_lens.analysis.attribution.nodes import KINDS
 from vpd_lens.evaluation.html import render_template
@@ -41,15 +42,6 @@ SCRIPTS = (
 )
 
 
-@runtime_checkable
-class Cards(Protocol):
-    """What the page needs of a harvest."""
-
-    def card(self, site: str, index: int) -> dict[str, Any] | None:
-        """What is known of a subcomponent: density, examples, tokens; `None` if nothing."""
-        ...
-
-
 def write(
     graph: AttributionGraph,
     path: str | Path,
@@ -66,6 +58,9 @@ def write(
 
     Returns:
         The file.
+
+    Raises:
+        ArtefactError: If the harvest is of another decomposition.
     """
     path = Path(path)
     write_text_atomically(path, render(graph, harvest, title))
@@ -177,6 +172,7 @@ def _edges(edges: Edges, order: torch.Tensor) -> dict[str, list[Any]]:
 
 def _cards(graph: AttributionGraph, harvest: Cards) -> dict[str, dict[str, Any]]:
     """Cards by subcomponent, each once although it is a node at several positions."""
+    harvest.check(graph.settings.get("decomposition", ""))
     nodes, cards = graph.nodes, {}
     own = nodes.of_kind("subcomponent")
     for place, index in torch.stack([nodes.place[own], nodes.index[own]], 1).unique(dim=0).tolist():

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vpd_lens.analysis.attribution.edges import Edges
+from vpd_lens.analysis.attribution.effects import total_effects
 from vpd_lens.analysis.attribution.feature_files import Cards
 from vpd_lens.analysis.attribution.graph_numbering import Axis
 from vpd_lens.analysis.attribution.influence import Influence, influence, kept_by_influence, scores
@@ -126,6 +127,20 @@ class AttributionGraph:
         return float(1 - gaps[measured].abs().sum() / scale)
 
     # --------------------------------------------------------------- influence
+
+    def total_effects(self, output: str | int = -1) -> Float[Tensor, " n_nodes"]:
+        """To first order, how much of an output each subcomponent accounts for on all paths.
+
+        Args:
+            output: Name or number of the output node; by default the last.
+
+        Returns:
+            The output's drop if the subcomponent were ablated there; NaN for other nodes.
+
+        Raises:
+            InputError: If there is no such node.
+        """
+        return total_effects(self.nodes, self.edges, self.nodes.find(output))
 
     def influence(self) -> Influence:
         """Influence of every node and edge on the outputs."""
