@@ -480,7 +480,7 @@ def test_every_claim_from_its_runs_to_the_page(tmp_path):
     assert len(by_name["seeds"].rows) == 1 + 12
     assert [row["masks"] for row in by_name["generations"].rows[:2]] == ["(the prompt)", "target"]
     records = {path.stem: RunRecord.read(path) for path in (tmp_path / "records").iterdir()}
-    assert len(records) == 16
+    assert len(records) == 17
     assert records["vpd,random-weights"].weights != records["vpd"].weights
     assert records["vpd,random-weights"].config == records["vpd"].config
     assert records["spd,coefficient=0.005"].config.adversary.coefficient == 0

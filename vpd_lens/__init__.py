@@ -21,6 +21,8 @@ if os.environ.get("VPD_LENS_TYPECHECK") == "1":
 
 if TYPE_CHECKING:
     from vpd_lens.analysis.attribution import AttributionGraph, attribute
+    from vpd_lens.analysis.dataset_attribution import DatasetAttributions, dataset_attributions
+    from vpd_lens.analysis.harvest import Harvest, harvest
     from vpd_lens.analysis.interventions import Ablate, Patch, Scale, edited, intervene
     from vpd_lens.analysis.pruning import PruneConfig, prune
     from vpd_lens.decomposing import decompose
@@ -37,8 +39,10 @@ _WHERE = {
     "Ablate": "vpd_lens.analysis.interventions",
     "AttributionGraph": "vpd_lens.analysis.attribution",
     "CausalImportanceConfig": "vpd_lens.decomposition",
+    "DatasetAttributions": "vpd_lens.analysis.dataset_attribution",
     "Decomposition": "vpd_lens.decomposition",
     "EvalReport": "vpd_lens.evaluation",
+    "Harvest": "vpd_lens.analysis.harvest",
     "Masks": "vpd_lens.decomposition",
     "Patch": "vpd_lens.analysis.interventions",
     "PruneConfig": "vpd_lens.analysis.pruning",
@@ -46,9 +50,11 @@ _WHERE = {
     "Site": "vpd_lens.sites",
     "VPDConfig": "vpd_lens.training",
     "attribute": "vpd_lens.analysis.attribution",
+    "dataset_attributions": "vpd_lens.analysis.dataset_attribution",
     "decompose": "vpd_lens.decomposing",
     "edited": "vpd_lens.analysis.interventions",
     "evaluate": "vpd_lens.evaluation",
+    "harvest": "vpd_lens.analysis.harvest",
     "intervene": "vpd_lens.analysis.interventions",
     "load": "vpd_lens.decomposition.saving",
     "prune": "vpd_lens.analysis.pruning",
@@ -60,8 +66,10 @@ __all__ = [
     "Ablate",
     "AttributionGraph",
     "CausalImportanceConfig",
+    "DatasetAttributions",
     "Decomposition",
     "EvalReport",
+    "Harvest",
     "Masks",
     "Patch",
     "PruneConfig",
@@ -69,9 +77,11 @@ __all__ = [
     "Site",
     "VPDConfig",
     "attribute",
+    "dataset_attributions",
     "decompose",
     "edited",
     "evaluate",
+    "harvest",
     "intervene",
     "load",
     "prune",

@@ -91,10 +91,9 @@ class CutForward:
         if frozen:
             _require_known_parts(vpd.model, {site.name for site in self.sites})
         self.mixes_positions = through_delta or not attention <= self.decomposed
-        like = vpd.sites[0].weight
         with without_user_hooks(vpd.model):
             self.norms = [
-                (name, module, LinearNorm(module, vpd.model.cfg.d_model, like))
+                (name, module, LinearNorm(module, vpd.model.cfg.d_model, vpd.sites[0].weight))
                 for name, module in norm_modules(vpd.model)
             ]
 

@@ -57,7 +57,12 @@ class CircuitReport(BaseModel):
     def table(self) -> Table:
         """As a rich table."""
         targets = ", ".join(map(repr, dict.fromkeys(self.targets)))
-        table = Table("masks", "circuit", "before pruning", title=f"probability of {targets}")
+        sites = ", ".join(f"{site} {n:.0f}" for site, n in self.nodes_by_site.items() if n)
+        table = Table(
+            *("masks", "circuit", "before pruning"),
+            title=f"probability of {targets}",
+            caption=f"nodes by site: {sites}",
+        )
         table.add_row("nodes", f"{self.nodes:.0f}", f"{self.nodes_before:.0f}", end_section=True)
         before = self.mean_before
         for name, value in self.mean.items():
