@@ -266,6 +266,21 @@ def test_only_attention_reaches_across_positions() -> None:
         assert graph.nodes.position[source[edge]] < graph.nodes.position[target[edge]]
 
 
+def test_outputs_at_many_positions_are_traced_as_if_alone() -> None:
+    from vpd_lens.analysis.attribution import Token
+
+    model = attached(r"mlp|attn|unembed")
+    targets = [Token(3, 1), Token(7, 4), Token(9, 4)]
+    together = inner_edges(traced(model, targets, frozen=True))
+    for target in targets:
+        alone = traced(model, target, frozen=True)
+        name = alone.nodes.name(alone.n_nodes - 1)
+        edges = {e: w for e, w in inner_edges(alone).items() if e[1] == name}
+        assert edges
+        for edge, weight in edges.items():
+            assert together[edge] == pytest.approx(weight, abs=1e-5)
+
+
 def test_default_targets_hold_the_mass() -> None:
     from vpd_lens.analysis.attribution import TopTokens
 

@@ -90,8 +90,7 @@ class GraphBuilder:
                 read = self.vpd.v(name).detach()
                 parts += edges_into(cut, cut.inputs[name], rows, read, sources)
                 bar.advance(task)
-            for index, output in enumerate(outputs):
-                parts += self._edges_into_output(cut, output, first_output + index, sources)
+            parts += self._edges_into_outputs(cut, outputs, first_output, sources)
             bar.advance(task)
         edges = Edges.concatenated(parts)
         return _without_idle(nodes, edges)
@@ -191,7 +190,9 @@ class GraphBuilder:
 
     def _outputs(self, cut: Cut, places: tuple[str, ...], outputs: list[Output]) -> Nodes:
         values = [
-            float(self._stream(cut, output)[0, output.position].detach().float() @ output.vector)
+            float(
+                self._stream(cut, output.layer)[0, output.position].detach().float() @ output.vector
+            )
             + output.bias
             for output in outputs
         ]
@@ -206,30 +207,47 @@ class GraphBuilder:
 
     # ---------------------------------------------------------------- outputs
 
-    def _stream(self, cut: Cut, output: Output) -> Tensor:
-        return cut.inputs["unembed"] if output.layer is None else cut.residuals[output.layer]
+    def _stream(self, cut: Cut, layer: int | None) -> Tensor:
+        return cut.inputs["unembed"] if layer is None else cut.residuals[layer]
 
-    def _edges_into_output(
-        self, cut: Cut, output: Output, node: int, sources: list[Sources]
+    def _edges_into_outputs(
+        self, cut: Cut, outputs: list[Output], first: int, sources: list[Sources]
     ) -> Iterator[Edges]:
-        at, unembed = output.position, next(s for s in sources if s.place == "unembed")
-        if output.tokens:
-            # The unembedding's own nodes, and its bias, are read at its output.
-            gradient = torch.zeros_like(cut.leaves["unembed"][:1, at : at + 1])
-            for token, coefficient in output.tokens.items():
-                gradient[..., token] = coefficient
-            yield from contributions(unembed.at(at), gradient, torch.tensor([[node]]))
-            if "unembed" in self.forward.decomposed and not self.forward.through_delta:
-                return
-        vector = output.vector
-        if "unembed" in self.forward.decomposed and output.tokens:
-            ids = list(output.tokens)
-            coefficients = vector.new_tensor(list(output.tokens.values()))
-            vector = self.vpd.delta("unembed")[:, ids] @ coefficients
-        grid = torch.full((len(self.tokens), 1), -1)
-        grid[at] = node
-        stream = self._stream(cut, output)
-        yield from edges_into(cut, stream, packed_rows(grid, True), vector[:, None], sources)
+        unembed = next(source for source in sources if source.place == "unembed")
+        streams: dict[int | None, list[tuple[int, int, Tensor]]] = {}
+        for node, output in enumerate(outputs, first):
+            vector: Tensor | None = output.vector
+            if output.tokens:
+                yield from self._edges_from_unembed(cut, output, node, unembed)
+                vector = self._vector_past_unembed(output)
+            if vector is not None:
+                streams.setdefault(output.layer, []).append((node, output.position, vector))
+        for layer, members in streams.items():
+            grid = torch.full((len(self.tokens), len(members)), -1)
+            for column, (node, position, _) in enumerate(members):
+                grid[position, column] = node
+            read = torch.stack([vector for _, _, vector in members], dim=1)
+            rows = packed_rows(grid, self.forward.mixes_positions)
+            yield from edges_into(cut, self._stream(cut, layer), rows, read, sources)
+
+    def _edges_from_unembed(
+        self, cut: Cut, output: Output, node: int, unembed: Sources
+    ) -> Iterator[Edges]:
+        """From the unembedding's bias and, if it is decomposed, its subcomponents."""
+        at = output.position
+        gradient = torch.zeros_like(cut.leaves["unembed"][:1, at : at + 1])
+        for token, coefficient in output.tokens.items():
+            gradient[..., token] = coefficient
+        return contributions(unembed.at(at), gradient, torch.tensor([[node]]))
+
+    def _vector_past_unembed(self, output: Output) -> Tensor | None:
+        """What of a logit's vector is not cut at the unembedding; `None` for nothing."""
+        if "unembed" not in self.forward.decomposed:
+            return output.vector
+        if not self.forward.through_delta:
+            return None
+        coefficients = output.vector.new_tensor(list(output.tokens.values()))
+        return self.vpd.delta("unembed")[:, list(output.tokens)] @ coefficients
 
 
 def _table(
