@@ -49,11 +49,11 @@ check: lint types test compat docs
 	$*/bin/python -m pip install --quiet --group test
 	touch $@
 
-# Pages are tested in a real browser: the system's, or else one that playwright fetches.
+# Pages are tested in a real browser: the system's; in a container, root's to install; or else one
+# that playwright fetches.
 .venv/browser: .venv/test
 	command -v chromium || command -v chromium-browser || command -v google-chrome \
-	|| { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
-	|| { sudo -n apt-get update -qq && sudo -n apt-get install -y -qq chromium >/dev/null; } \
+	|| { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
 	|| .venv/bin/playwright install chromium
 	touch $@
 

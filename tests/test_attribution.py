@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import vpd_lens
 from tests.conftest import tiny_bridge
 
 PROMPT = torch.tensor([3, 11, 7, 19, 2, 23])
@@ -185,8 +186,6 @@ def test_leaving_out_any_kind_of_source_breaks_completeness() -> None:
     graph = traced(attached(), frozen=True)
     for kind in ("embedding", "position", "subcomponent", "error", "delta", "bias"):
         without = graph.filtered(~graph.nodes.of_kind(kind))
-        if kind == "subcomponent":
-            without = graph.filtered(graph.nodes.of_kind("output") | ~graph.nodes.of_kind(kind))
         assert without.completeness() < 0.999, kind
 
 
@@ -210,6 +209,68 @@ def test_targets_are_linear_in_each_other() -> None:
         values[:3], torch.stack([logits[3], logits[7], logits[3] - logits[7]])
     )
     assert int(graph.nodes.position.max()) == 4
+
+
+def test_targets_that_look_alike_stay_apart() -> None:
+    from vpd_lens.analysis.attribution import Direction
+
+    model = attached()
+    vectors = torch.randn(2, 16, generator=torch.Generator().manual_seed(2))
+    targets = [Direction(vectors[0]), Direction(vectors[1]), Direction(vectors[0], layer=0), 3, 3]
+    graph = traced(model, targets)
+    assert len(graph.outputs) == 4
+    assert len(set(graph.nodes.names()[-4:])) == 4
+    assert len(set(graph.nodes.activation[-4:].tolist())) == 4
+    with pytest.raises(vpd_lens.errors.InputError, match="several outputs"):
+        graph.total_effects()
+    numpy_id = torch.tensor(3)
+    assert traced(model, numpy_id).outputs[0].token_id == 3
+
+
+def test_named_targets_count_alike_and_likely_ones_by_probability() -> None:
+    from vpd_lens.analysis.attribution import TopTokens
+
+    model = attached()
+    graph = traced(model, (3, 7))
+    assert [output.weight for output in graph.outputs] == [1.0, 1.0]
+    torch.testing.assert_close(graph.influence().nodes[-2:], torch.tensor([0.5, 0.5]))
+    likely = traced(model, TopTokens())
+    p = torch.tensor([output.probability for output in likely.outputs])
+    torch.testing.assert_close(likely.influence().nodes[-len(p) :], p / p.sum())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_recorded_whatever_is_switched_off(mode: Any) -> None:
+    model = attached()
+    expected = traced(model, 3)
+    with mode():
+        graph = traced(model, 3, importance=importance(model))
+    assert torch.equal(graph.edges.weight, expected.edges.weight)
+
+
+def test_a_users_hook_sees_the_models_inputs_only() -> None:
+    model = attached()
+    seen: list[float] = []
+    model.add_perma_hook(
+        "blocks.0.ln1.hook_in", lambda x, hook: seen.append(float(x.detach().abs().max()))
+    )
+    traced(model, frozen=True)
+    assert seen
+    assert max(seen) < 100
+
+
+def test_the_limit_is_an_upper_bound() -> None:
+    import re
+
+    for sites in ("all", r"attn\.o|mlp", r"mlp"):
+        for delta in ("node", "through"):
+            model = attached(sites)
+            edges = traced(model, delta=delta).n_edges
+            with pytest.raises(vpd_lens.errors.InputError) as refused:
+                traced(model, delta=delta, max_edges=1)
+            estimate = re.search(r"may have ([\d,]+) edges", str(refused.value))
+            assert estimate is not None
+            assert int(estimate[1].replace(",", "")) >= edges, (sites, delta)
 
 
 def test_a_direction_in_the_middle_sees_only_what_lies_before() -> None:
@@ -296,6 +357,7 @@ def test_default_targets_hold_the_mass() -> None:
     [
         ({"prompt": []}, "prompt is empty"),
         ({"prompt": "text"}, "no tokenizer"),
+        ({"prompt": torch.ones(2, 3, dtype=torch.long)}, "one prompt"),
         ({"prompt": [1, 99]}, "outside the vocabulary"),
         ({"prompt": [1] * 40}, "context"),
         ({"target": 400}, "not in the vocabulary"),
@@ -362,4 +424,4 @@ def test_influence_of_a_chain_by_hand() -> None:
     torch.testing.assert_close(found.edges, torch.tensor([0.6, 0.2, 0.8, 0.2]))
     replacement, complete = scores(nodes, edges)
     assert replacement == pytest.approx(0.8)
-    assert complete == pytest.approx((0.8 * 0.75 + 1.0) / 1.8)
+    assert complete == pytest.approx((0.8 + 0.2 + 0.8 * 0.75 + 1.0) / 2.8)

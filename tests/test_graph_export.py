@@ -8,7 +8,6 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from pydantic import BaseModel
 from rich.console import Console
 
 from tests.conftest import tiny_bridge
@@ -140,18 +139,21 @@ def test_a_graph_without_edges_is_saved(graph, tmp_path):
     same(AttributionGraph.load(empty.save(tmp_path / "g")), empty)
 
 
-class Report(BaseModel):
-    """In place of the pruning's report, whose fields are no business of the saving."""
+def test_the_circuit_is_saved(graph, tmp_path):
+    from vpd_lens.analysis.pruning import CircuitReport
 
-    names: tuple[str, ...]
-
-
-def test_the_circuit_is_saved(graph, tmp_path, monkeypatch):
-    monkeypatch.setattr("vpd_lens.analysis.pruning.CircuitReport", Report)
-    for number, circuit in enumerate((Report(names=("a", "b")), {"size": 3, "other": ["a"]})):
-        graph.circuit = circuit
-        path = graph.save(tmp_path / str(number))
-        assert AttributionGraph.load(path).circuit == circuit
+    p = {"ci": (0.1, 0.7)}
+    graph.circuit = CircuitReport(
+        targets=("a", "b"),
+        method="ci",
+        nodes=3,
+        nodes_before=5.5,
+        nodes_by_site={"blocks.0.mlp.in": 3},
+        probability=p,
+        probability_before=p,
+    )
+    path = graph.save(tmp_path / "g")
+    assert AttributionGraph.load(path).circuit == graph.circuit
 
 
 def test_saving_again_replaces(graph, real_graph, tmp_path):

@@ -142,9 +142,51 @@ def test_a_pruned_graph_has_the_nodes_of_its_circuit(model: nn.Module, tmp_path:
     again = vpd_lens.AttributionGraph.load(graph.save(tmp_path / "graph"))
     assert again.circuit == circuit.report
     with pytest.raises(vpd_lens.errors.InputError, match="another prompt"):
-        vpd_lens.attribute(model, SHORT, 4, prune=circuit, progress=False)
+        vpd_lens.attribute(model, LONG[:4], 4, prune=circuit, progress=False)
+    with pytest.raises(vpd_lens.errors.InputError, match="the circuit is of"):
+        vpd_lens.attribute(model, LONG, 5, prune=circuit, progress=False)
     with pytest.raises(vpd_lens.errors.InputError, match="one behaviour"):
         vpd_lens.attribute(model, LONG, [4, 5], prune="ci", progress=False)
+
+
+def test_the_graph_of_any_prompt_of_a_circuit_explains_its_behaviour(model: nn.Module) -> None:
+    import vpd_lens
+    from vpd_lens.analysis.targets import Token
+
+    circuit = found(model, [LONG, SHORT], [Token(4, 3), Token(6)], method="ci")
+    for row, (prompt, position, token) in enumerate([(LONG, 3, 4), (SHORT, 2, 6)]):
+        graph = vpd_lens.attribute(model, prompt, prune=circuit, progress=False)
+        assert [(o.token_id, o.position) for o in graph.outputs] == [(token, position)]
+        torch.testing.assert_close(graph.importance(model.vpd), circuit.of_prompt(row))
+
+
+def test_more_steps_never_look_safer(model: nn.Module) -> None:
+    report = found(model, LONG, attack_steps=(8, 1, 3), attack_restarts=2).report
+    for suffix in ("", ", all"):
+        curve = [report.mean[f"adversarial-{n}{suffix}"] for n in (1, 3, 8)]
+        assert curve == sorted(curve, reverse=True)
+
+
+def test_a_logit_difference_needs_no_settings(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vpd_lens import prune
+    from vpd_lens.analysis.pruning import optimise
+    from vpd_lens.analysis.targets import LogitDifference
+
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    def search(vpd: Any, behaviour: Any, config: Any) -> None:
+        seen["objective"] = config.objective
+        raise Stop
+
+    monkeypatch.setattr(optimise, "_Search", search)
+    with pytest.raises(Stop):
+        prune(model, LONG, LogitDifference(4, 9), progress=False)
+    assert seen == {"objective": "logit_difference"}
 
 
 @pytest.mark.parametrize(

@@ -23,4 +23,3 @@ else:
         run = {"output": folder / "vpd", "resume": begun, "progress": False}
         vpd_lens.decompose(target, tokens, config, **run)
 model = vpd_lens.load(folder / "vpd" / "decomposition", load_model(folder / "target"))
-print(made)

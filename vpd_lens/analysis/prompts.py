@@ -82,9 +82,14 @@ def prompt_tokens(
         if prompt == "":
             raise InputError("prompt is empty; there is nothing to explain.")
         keywords = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-        tokens = model.to_tokens(prompt, **keywords)
+        tokens = model.to_tokens(prompt, truncate=False, **keywords)
     else:
-        tokens = torch.as_tensor(prompt)
+        try:
+            tokens = torch.as_tensor(prompt)
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(
+                f"prompt={prompt!r} is neither text nor the token ids of one prompt."
+            ) from None
         if tokens.numel() == 0:
             raise InputError("prompt is empty; there is nothing to explain.")
     if tokens.ndim == 2 and tokens.shape[0] == 1:
@@ -100,4 +105,5 @@ def prompt_tokens(
         raise InputError(
             f"prompt has {len(tokens)} tokens, more than the model's context of {cfg.n_ctx}."
         )
-    return tokens.to(next(model.parameters()).device)
+    # A copy, because a tensor made in inference mode can take no part in a backward pass.
+    return tokens.to(next(model.parameters()).device).clone()

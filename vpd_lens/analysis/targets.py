@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -77,7 +78,7 @@ class Direction:
     layer: int | None = None
 
 
-Target = str | int | Token | LogitDifference | Direction | TopTokens
+Target = str | SupportsIndex | Token | LogitDifference | Direction | TopTokens
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class Output:
         tokens: Coefficients of logits, by token id; empty for a direction.
         layer: Block whose residual stream is meant; `None`: the unembedding's input.
         probability: The target model's, of a token.
+        weight: Share of this output when influences on several are added: its probability where
+            the likeliest tokens were asked for, otherwise 1.
     """
 
     name: str
@@ -101,6 +104,7 @@ class Output:
     tokens: dict[int, float]
     layer: int | None
     probability: float
+    weight: float = 1.0
 
     @property
     def token_id(self) -> int:
@@ -131,10 +135,24 @@ def resolve_targets(
     several: list[Any] = list(targets) if isinstance(targets, list | tuple) else [targets]
     resolver = _Resolver(model, logits, *unembed)
     outputs = [output for target in several for output in resolver.outputs(target)]
-    unique = {(output.name, output.position): output for output in outputs}
-    if not unique:
+    if not outputs:
         raise InputError("target is empty; name at least one token, or leave it out.")
+    # The same logit twice is one node; directions are told apart by their order.
+    unique = {
+        (o.position, *o.tokens.items()) if o.tokens else number: o
+        for number, o in enumerate(outputs)
+    }
     return list(unique.values())
+
+
+def plain_target(target: Any) -> Any:
+    """An id from numpy or torch as an `int`; anything else as it is."""
+    if isinstance(target, bool | str) or not hasattr(target, "__index__"):
+        return target
+    try:
+        return operator.index(target)
+    except TypeError:
+        return target
 
 
 class _Resolver:
@@ -146,6 +164,7 @@ class _Resolver:
         self.n_positions, self.n_vocab = logits.shape
 
     def outputs(self, target: Target) -> list[Output]:
+        target = plain_target(target)
         if isinstance(target, bool) or not isinstance(
             target, str | int | Token | LogitDifference | Direction | TopTokens
         ):
@@ -198,7 +217,8 @@ class _Resolver:
             wanted = (before < target.mass) & (p >= target.at_least)
             wanted[0] = True
             for token in ids[wanted][: target.at_most].tolist():
-                outputs.append(self._logit(self._text(token), position, {token: 1.0}))
+                output = self._logit(self._text(token), position, {token: 1.0})
+                outputs.append(replace(output, weight=output.probability))
         return outputs
 
     def _direction(self, target: Direction) -> Output:

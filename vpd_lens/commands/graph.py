@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from vpd_lens.commands.options import (
     readable_errors,
     say,
 )
+from vpd_lens.errors import InputError
 
 
 def graph_command(
@@ -62,7 +63,7 @@ def graph_command(
         from rich import print as rich_print
 
         import vpd_lens
-        from vpd_lens.analysis.attribution import Token
+        from vpd_lens.analysis.attribution import Token, TopTokens
         from vpd_lens.analysis.harvest import Harvest
         from vpd_lens.decomposition.saving import load
         from vpd_lens.models import load_model
@@ -70,11 +71,15 @@ def graph_command(
         folder = decomposition_folder(decomposition)
         loaded = load(folder, load_model(model, model_class, device or "auto", processing))  # type: ignore[arg-type]
         examples = None if harvest is None else Harvest.load(harvest, loaded.vpd)
-        targets = [Token(_unescaped(text), position) for text in target or []] or None
+        if keep == 0:
+            raise InputError("--keep 0 keeps nothing; give a share above 0.")
+        targets: Any = [Token(_unescaped(text), position) for text in target or []]
+        if not targets and prune is None:
+            targets = [TopTokens(position=position)]
         graph = vpd_lens.attribute(
             loaded,
             _unescaped(prompt),
-            targets,
+            targets or None,
             prune=prune,
             frozen=frozen,
             progress=not quiet,

@@ -3,24 +3,26 @@
 An attention score is bilinear in the outputs of q and k at two positions. With `M` the matrix of
 that form (the head's share, the rotation by the distance and the scale, whatever the model has),
 the pair (c, c') contributes `a_q[c] (U_q[c] M U_k[c']) a_k[c']`; summed over all pairs, with the
-deltas and biases, this is the score. A norm on q or k makes `M` a local linearisation.
+deltas and biases, this is the score. A norm on q or k, or a soft cap on scores, makes `M` a local
+linearisation, and terms that depend on neither (ALiBi) are not part of it.
 
 Source: VPD, attention (data-dependent interaction).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vpd_lens.analysis.attribution.cut_forward import Cut, CutForward
 from vpd_lens.analysis.attribution.graph import AttributionGraph
 from vpd_lens.analysis.attribution.pairs_record import AttentionPair
-from vpd_lens.analysis.prompts import decomposition_of
+from vpd_lens.analysis.prompts import decomposition_of, prompt_tokens
 from vpd_lens.errors import InputError, VPDError
 
 
@@ -29,11 +31,12 @@ class AttentionScores:
 
     Args:
         model: A decomposed model whose q and k are sites.
-        tokens: The prompt.
+        prompt: Text or token ids of one prompt.
     """
 
-    def __init__(self, model: nn.Module, tokens: Int[Tensor, " pos"]) -> None:
+    def __init__(self, model: nn.Module, prompt: str | Sequence[int] | Tensor) -> None:
         self.vpd = decomposition_of(model)
+        tokens = prompt_tokens(model, prompt)
         self.scores: dict[int, Tensor] = {}
         self.patterns: dict[int, Tensor] = {}
         hooks: list[tuple[str, Any]] = []
@@ -115,11 +118,14 @@ def attention_pairs(
 
     Raises:
         ArtefactError: If the graph is of another decomposition.
+        InputError: If no v and o matrices are decomposed.
         VPDError: If the model does not show its attention scores.
     """
     vpd = decomposition_of(model)
     importance = graph.importance(vpd) > 0
-    scores = AttentionScores(model, torch.tensor(graph.tokens, device=vpd.device))
+    if not any(name.endswith(".attn.o") for name in vpd.layout.names):
+        raise InputError("attention_pairs needs decomposed v and o matrices to find attention.")
+    scores = AttentionScores(model, list(graph.tokens))
     found = []
     for layer, query, key in _influential_attention(graph)[:n_scores]:
         names = [f"blocks.{layer}.attn.{part}" for part in "qk"]

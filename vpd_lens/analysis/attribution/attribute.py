@@ -22,8 +22,15 @@ from vpd_lens.analysis.attribution.graph import AttributionGraph
 from vpd_lens.analysis.prompts import decomposition_of, prompt_tokens, token_text
 from vpd_lens.analysis.pruning import Circuit, PruneConfig
 from vpd_lens.analysis.pruning import prune as find_circuit
+from vpd_lens.analysis.pruning.behaviour import behaviour_of
 from vpd_lens.analysis.pruning.config import Method as PruneMethod
-from vpd_lens.analysis.targets import LogitDifference, Target, Token, resolve_targets
+from vpd_lens.analysis.targets import (
+    LogitDifference,
+    Target,
+    Token,
+    plain_target,
+    resolve_targets,
+)
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.decomposition.sigmoids import lower_leaky
@@ -33,6 +40,8 @@ from vpd_lens.sites import find_sites
 DeltaPath = Literal["node", "through"]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def attribute(
     model: nn.Module,
     prompt: str | Sequence[int] | Tensor,
@@ -69,7 +78,8 @@ def attribute(
             likeliest next tokens. Logits are those before a soft cap.
         prune: Keep what the behaviour `target` needs: `"adversarial"` (the robust choice),
             `"stochastic"`, `"ci"` (for contrast), a `PruneConfig`, or a `Circuit` that
-            `vpd_lens.prune` found on this prompt. Its report is `graph.circuit`.
+            `vpd_lens.prune` found on prompts of which this is one. Its report is
+            `graph.circuit`, and its target is the graph's.
         importance: Causal importances to use instead of the importance function's,
             `[pos, C_total]`.
         threshold: Importance above which a subcomponent is a node.
@@ -96,7 +106,7 @@ def attribute(
     """
     vpd = decomposition_of(model)
     tokens = prompt_tokens(model, prompt, prepend_bos)
-    if delta not in ("node", "through"):
+    if delta not in get_args(DeltaPath):
         raise InputError(f"delta={delta!r}; expected 'node' or 'through'.")
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}; expected at least 1.")
@@ -104,8 +114,9 @@ def attribute(
         raise InputError("prune and importance both say what is important; give one of them.")
     circuit = None
     if prune is not None:
-        circuit = _circuit(model, tokens, target, prune, progress)
-        importance = circuit.of_prompt(0)
+        circuit, row = _circuit(model, tokens, target, prune, progress)
+        importance = circuit.of_prompt(row)
+        target = _goal(circuit, row, target, vpd)
     logits, inputs = vpd.target(tokens[None])
     g = importances(vpd, inputs, importance)
     unembed = find_sites(model, ["unembed"])[0]
@@ -135,13 +146,16 @@ def _circuit(
     target: Any,
     prune: str | PruneConfig | Circuit,
     progress: bool,
-) -> Circuit:
+) -> tuple[Circuit, int]:
+    """A circuit, and which of its prompts this is."""
     if isinstance(prune, Circuit):
-        if not torch.equal(prune.behaviour.tokens[0, : len(tokens)], tokens):
-            raise InputError("prune is a circuit of another prompt; its first prompt must be this.")
-        return prune
+        row = prune.behaviour.row(tokens)
+        if row is None:
+            raise InputError("prune is a circuit of another prompt; this is none of its prompts.")
+        return prune, row
     if isinstance(target, list | tuple) and len(target) == 1:
         target = target[0]
+    target = plain_target(target)
     if target is not None and not isinstance(target, str | int | Token | LogitDifference):
         raise InputError(
             f"prune={prune!r} needs one behaviour: a token or a LogitDifference as target, not "
@@ -152,7 +166,21 @@ def _circuit(
             raise InputError(f"prune={prune!r}; expected one of {get_args(PruneMethod)}.")
         objective = "logit_difference" if isinstance(target, LogitDifference) else "ce"
         prune = PruneConfig(method=prune, objective=objective)  # type: ignore[arg-type]
-    return find_circuit(model, tokens, target, prune, progress=progress)
+    return find_circuit(model, tokens, target, prune, progress=progress), 0
+
+
+def _goal(circuit: Circuit, row: int, target: Any, vpd: Decomposition) -> Target:
+    """The circuit's own target, which a given one may only repeat."""
+    goal = circuit.behaviour.goal(row)
+    if target is not None:
+        single = target[0] if isinstance(target, list | tuple) and len(target) == 1 else target
+        prompt = circuit.behaviour.tokens[row, : int(circuit.behaviour.lengths[row])]
+        named = behaviour_of(
+            vpd.model, prompt, plain_target(single), circuit.config.objective
+        ).goal(0)
+        if named != goal:
+            raise InputError(f"target={target!r}, but the circuit is of {goal}; leave target out.")
+    return goal
 
 
 def importances(
@@ -175,4 +203,4 @@ def importances(
         )
     if not bool(((given >= 0) & (given <= 1)).all()):
         raise InputError("importance has values outside [0, 1].")
-    return given.detach().to(vpd.device).float()
+    return given.detach().to(vpd.device).float().clone()

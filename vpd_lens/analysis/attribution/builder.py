@@ -72,7 +72,7 @@ class GraphBuilder:
         g = torch.where(self.importance > self.threshold, self.importance, 0)
         g[last + 1 :] = 0
         alive = dict(zip(layout.names, (part > 0 for part in layout.split(g)), strict=True))
-        self._require_small(alive)
+        self._require_small(alive, outputs)
         cut = self.forward(self.tokens, self.batch_size)
         places = (*cut.leaves, OUTPUTS)
         nodes, sources = self._sources(cut, places, g, last)
@@ -95,23 +95,32 @@ class GraphBuilder:
         edges = Edges.concatenated(parts)
         return _without_idle(nodes, edges)
 
-    def _require_small(self, alive: dict[str, Tensor]) -> None:
+    def _require_small(self, alive: dict[str, Tensor], outputs: list[Output]) -> None:
         """At most so many edges as there are pairs of nodes that a path may join."""
-        estimate, before = 0, torch.zeros(len(self.tokens))
-        for name, mask in alive.items():
-            counts = mask.sum(1).cpu().float()
-            if self.forward.mixes_positions:
-                estimate += int((counts * before.cumsum(0)).sum())
-            elif name.endswith(".attn.o"):
-                prefix = name.removesuffix("o")
-                reads = sum(alive[prefix + p].sum(1).cpu() for p in "qkv" if prefix + p in alive)
-                estimate += int((counts * torch.as_tensor(reads).float().cumsum(0)).sum())
+        before = torch.full((len(self.tokens),), 2.0)  # embedding and position
+        estimate, of_layer = 0.0, {}
+        for name in (site.name for site in self.forward.sites):
+            if name not in alive:
+                before = before + 2  # its bias, and that of a norm or of neurons
+                continue
+            targets = alive[name].sum(1).cpu().float()
+            prefix, _, part = name.rpartition(".")
+            reads = [of_layer.get(f"{prefix}.{p}") for p in "qkv"]
+            if part == "o" and None not in reads and not self.forward.mixes_positions:
+                sources = torch.stack(reads).sum(0).cumsum(0)  # type: ignore[arg-type]
+            elif part == "o" or self.forward.mixes_positions:
+                sources = before.cumsum(0)
             else:
-                estimate += int((counts * before).sum())
-            before = before + counts
+                sources = before
+            estimate += float((targets * sources).sum())
+            # Error, delta and bias of the matrix, and the bias of a norm or of neurons.
+            of_layer[name] = targets + 4
+            before = before + of_layer[name]
+        reached = before.cumsum(0) if self.forward.mixes_positions else before
+        estimate += sum(float(reached[output.position]) for output in outputs)
         if estimate > self.max_edges:
             raise InputError(
-                f"the graph may have {estimate:,} edges ({int(before.sum()):,} nodes; about "
+                f"the graph may have {estimate:,.0f} edges (about "
                 f"{estimate * BYTES_PER_EDGE / 2**30:.1f} GiB), more than max_edges="
                 f"{self.max_edges:,}. Raise threshold, prune to a behaviour (prune='adversarial'), "
                 "use a shorter prompt, or raise max_edges."

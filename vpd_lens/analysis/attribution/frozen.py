@@ -8,10 +8,12 @@ of earlier matrices, so the contributions of all of them add up to it exactly.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 
 from vpd_lens.errors import VPDError
 from vpd_lens.sites import Site
@@ -32,6 +34,20 @@ def norm_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     final = model._modules.get("ln_final")
     if final is not None and not isinstance(final, nn.Identity):
         yield "ln_final", final
+
+
+@contextmanager
+def _silent(module: nn.Module) -> Iterator[None]:
+    """Without the hooks on its hook points, permanent ones included: no input of the model's."""
+    points = [part for part in module.modules() if isinstance(part, HookPoint)]
+    saved = [dict(point._forward_hooks) for point in points]
+    for point in points:
+        point._forward_hooks.clear()
+    try:
+        yield
+    finally:
+        for point, hooks in zip(points, saved, strict=True):
+            point._forward_hooks.update(hooks)
 
 
 class LinearNorm:
@@ -58,9 +74,10 @@ class LinearNorm:
             return module(x.to(like.dtype)[None, None])[0, 0].float()
 
         # f(x) = w (x - mean) / scale + b, so b is the mean of an input's and its negative's.
-        up, down = norm(_LARGE * sign), norm(-_LARGE * sign)
-        bias = (up + down) / 2
-        constant = norm(torch.full_like(sign, _LARGE)) - bias
+        with _silent(module):
+            up, down = norm(_LARGE * sign), norm(-_LARGE * sign)
+            bias = (up + down) / 2
+            constant = norm(torch.full_like(sign, _LARGE)) - bias
         self.centred = bool(constant.abs().max() < 0.1 * (up - bias).abs().max())
         direction = sign - sign.mean() if self.centred else sign
         self.weight = (up - bias) / (direction / direction.square().mean().sqrt())

@@ -18,10 +18,11 @@ from vpd_lens.analysis.attribution.graph_numbering import Axis
 from vpd_lens.analysis.attribution.influence import Influence, influence, kept_by_influence, scores
 from vpd_lens.analysis.attribution.nodes import Nodes
 from vpd_lens.analysis.attribution.pairs_record import AttentionPair
+from vpd_lens.analysis.pruning.report import CircuitReport
 from vpd_lens.analysis.targets import Output
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.saving import fingerprint
-from vpd_lens.errors import ArtefactError
+from vpd_lens.errors import ArtefactError, InputError
 
 if TYPE_CHECKING:
     import networkx
@@ -54,7 +55,7 @@ class AttributionGraph:
     edges: Edges
     outputs: tuple[Output, ...]
     settings: dict[str, Any] = field(default_factory=dict)
-    circuit: Any = None
+    circuit: CircuitReport | None = None
 
     @property
     def n_nodes(self) -> int:
@@ -128,31 +129,41 @@ class AttributionGraph:
 
     # --------------------------------------------------------------- influence
 
-    def total_effects(self, output: str | int = -1) -> Float[Tensor, " n_nodes"]:
+    def total_effects(self, output: str | int | None = None) -> Float[Tensor, " n_nodes"]:
         """To first order, how much of an output each subcomponent accounts for on all paths.
 
+        Paths through what is not in the graph do not count, so a pruned graph has other effects.
+
         Args:
-            output: Name or number of the output node; by default the last.
+            output: Name or number of the output node; may be left out if there is one only.
 
         Returns:
             The output's drop if the subcomponent were ablated there; NaN for other nodes.
 
         Raises:
-            InputError: If there is no such node.
+            InputError: If there is no such node, or several outputs and none is named.
         """
+        if output is None:
+            if len(self.outputs) > 1:
+                names = self.nodes.names()[-len(self.outputs) :]
+                raise InputError(f"the graph has several outputs; name one of {names}.")
+            output = -1
         return total_effects(self.nodes, self.edges, self.nodes.find(output))
 
     def influence(self) -> Influence:
         """Influence of every node and edge on the outputs."""
-        return influence(self.nodes, self.edges)
+        return influence(self.nodes, self.edges, self._weights())
+
+    def _weights(self) -> Float[Tensor, " n_outputs"]:
+        return torch.tensor([output.weight for output in self.outputs], dtype=torch.float64)
 
     def replacement_score(self) -> float:
         """Share of the outputs' influence that does not begin in errors or deltas."""
-        return scores(self.nodes, self.edges)[0]
+        return scores(self.nodes, self.edges, self._weights())[0]
 
     def completeness_score(self) -> float:
         """Share of the nodes' inputs, weighted by influence, not from errors or deltas."""
-        return scores(self.nodes, self.edges)[1]
+        return scores(self.nodes, self.edges, self._weights())[1]
 
     def pruned(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> AttributionGraph:
         """The graph of the most influential nodes and edges.
@@ -164,8 +175,9 @@ class AttributionGraph:
         Raises:
             InputError: If a threshold is not in (0, 1].
         """
-        keep, edges = kept_by_influence(self.nodes, self.edges, node_threshold, edge_threshold)
-        return self._kept(keep, edges)
+        thresholds = node_threshold, edge_threshold
+        kept = kept_by_influence(self.nodes, self.edges, *thresholds, self._weights())
+        return self._kept(*kept)
 
     def filtered(self, nodes: Tensor) -> AttributionGraph:
         """The graph of some of the nodes and the edges between them.

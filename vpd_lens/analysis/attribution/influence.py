@@ -39,14 +39,18 @@ class Influence:
     cumulative: Float[Tensor, " n_nodes"]
 
 
-def influence(nodes: Nodes, edges: Edges) -> Influence:
+Weights = Float[Tensor, " n_outputs"] | None
+
+
+def influence(nodes: Nodes, edges: Edges, weights: Weights = None) -> Influence:
     """Influence of every node and edge.
 
     Args:
         nodes: The nodes of a graph.
         edges: Its edges.
+        weights: Of the outputs; by default their probabilities.
     """
-    total = _reaching(nodes, edges)
+    total = _reaching(nodes, edges, weights)
     shares = _shares(edges, len(nodes))
     onward = torch.from_numpy(total)[edges.target.long()]
     others = total.copy()
@@ -64,7 +68,11 @@ def influence(nodes: Nodes, edges: Edges) -> Influence:
 
 
 def kept_by_influence(
-    nodes: Nodes, edges: Edges, node_threshold: float, edge_threshold: float
+    nodes: Nodes,
+    edges: Edges,
+    node_threshold: float,
+    edge_threshold: float,
+    weights: Weights = None,
 ) -> tuple[Bool[Tensor, " n_nodes"], Bool[Tensor, " n_edges"]]:
     """The nodes that hold a share of all influence, and then the edges that do.
 
@@ -76,6 +84,7 @@ def kept_by_influence(
         edges: Its edges.
         node_threshold: Keep the most influential nodes that hold this share.
         edge_threshold: Of what is left, keep the most influential edges that hold this share.
+        weights: Of the outputs; by default their probabilities.
 
     Raises:
         InputError: If a threshold is not in (0, 1].
@@ -84,11 +93,12 @@ def kept_by_influence(
         if not 0 < value <= 1:
             raise InputError(f"{name}={value}; expected a share, above 0 and at most 1.")
     ends = nodes.of_kind("embedding", "output")
-    keep = _holding(influence(nodes, edges).nodes, node_threshold, ~nodes.of_kind("output")) | ends
+    first = influence(nodes, edges, weights).nodes
+    keep = _holding(first, node_threshold, ~nodes.of_kind("output")) | ends
     among = keep[edges.source.long()] & keep[edges.target.long()]
     left = Edges(edges.source[among], edges.target[among], edges.weight[among])
     scores = torch.zeros(len(edges.weight))
-    scores[among] = influence(nodes, left).edges
+    scores[among] = influence(nodes, left, weights).edges
     kept_edges = _holding(scores, edge_threshold, among) & among
     needs_input = nodes.of_kind("subcomponent")
     while True:
@@ -102,15 +112,21 @@ def kept_by_influence(
         kept_edges &= keep[edges.source.long()] & keep[edges.target.long()]
 
 
-def scores(nodes: Nodes, edges: Edges) -> tuple[float, float]:
+def scores(nodes: Nodes, edges: Edges, weights: Weights = None) -> tuple[float, float]:
     """Replacement and completeness score, both in [0, 1].
+
+    Args:
+        nodes: The nodes of a graph.
+        edges: Its edges.
+        weights: Of the outputs; by default their probabilities.
 
     Returns:
         Replacement: share of the influence at the graph's beginnings (embeddings, biases, errors,
-            deltas) that is not errors' or deltas'. Completeness: share of the edges into nodes,
-            weighted by the nodes' influence, that does not come from errors or deltas.
+            deltas) that is not errors' or deltas'. Completeness: of every node the share of its
+            input that does not come from errors or deltas (1 without inputs), weighted by the
+            nodes' influence.
     """
-    total = _reaching(nodes, edges)
+    total = _reaching(nodes, edges, weights)
     error = nodes.of_kind(*ERRORS).numpy()
     begin = nodes.of_kind("embedding", "position", "bias").numpy()
     ends = total[error].sum() + total[begin].sum()
@@ -118,10 +134,7 @@ def scores(nodes: Nodes, edges: Edges) -> tuple[float, float]:
     from_error = np.zeros(len(nodes))
     shares = _shares(edges, len(nodes))
     np.add.at(from_error, edges.target.numpy(), shares * error[edges.source.numpy()])
-    inner = nodes.of_kind("subcomponent", "output").numpy()
-    weight = total[inner].sum()
-    complete = float((total * (1 - from_error))[inner].sum() / weight) if weight > 0 else 1.0
-    return replacement, complete
+    return replacement, float((total * (1 - from_error)).sum() / total.sum())
 
 
 def _shares(edges: Edges, n_nodes: int) -> np.ndarray:
@@ -131,11 +144,12 @@ def _shares(edges: Edges, n_nodes: int) -> np.ndarray:
     return weight / np.maximum(incoming, 1e-30)[target]
 
 
-def _reaching(nodes: Nodes, edges: Edges) -> np.ndarray:
+def _reaching(nodes: Nodes, edges: Edges, weights: Weights) -> np.ndarray:
     """`w + w A + w A^2 + ...`, with `w` the outputs' weights and `A` the shares."""
     n = len(nodes)
-    is_output = nodes.of_kind("output")
-    weight = torch.where(is_output, nodes.importance, 0).double().numpy()
+    is_output = nodes.of_kind("output").numpy()
+    weight = np.zeros(n)
+    weight[is_output] = nodes.importance.numpy()[is_output] if weights is None else weights.numpy()
     weight = weight / max(float(weight.sum()), 1e-30)
     shares = csr_matrix(
         (_shares(edges, n), (edges.target.numpy(), edges.source.numpy())), shape=(n, n)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vpd_lens.analysis.attribution.edges import Edges
 from vpd_lens.analysis.attribution.nodes import Nodes
+from vpd_lens.analysis.pruning.report import CircuitReport
 from vpd_lens.analysis.targets import Output
 from vpd_lens.errors import ArtefactError, InputError
 from vpd_lens.files import (
@@ -62,7 +63,7 @@ def save(graph: AttributionGraph, path: Path) -> Path:
             "places": graph.nodes.places,
             "outputs": [_output_record(output) for output in graph.outputs],
             "settings": graph.settings,
-            "circuit": _circuit_record(graph.circuit),
+            "circuit": None if graph.circuit is None else graph.circuit.model_dump(mode="json"),
         }
         try:
             write_json(folder / _RECORD, record)
@@ -94,6 +95,7 @@ def load(path: Path) -> AttributionGraph:
         )
     tensors = read_tensors(folder / _TENSORS)
     try:
+        circuit = record["circuit"]
         return AttributionGraph(
             tokens=tuple(record["tokens"]),
             strings=tuple(record["strings"]),
@@ -104,7 +106,7 @@ def load(path: Path) -> AttributionGraph:
                 for number, output in enumerate(record["outputs"])
             ),
             settings=record["settings"],
-            circuit=_circuit(record["circuit"]),
+            circuit=None if circuit is None else CircuitReport.model_validate(circuit),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ArtefactError(
@@ -154,19 +156,3 @@ def _output_record(output: Output) -> dict[str, Any]:
 
 def _output(record: dict[str, Any], vector: Tensor) -> Output:
     return Output(**{**record, "tokens": dict(record["tokens"])}, vector=vector)
-
-
-def _circuit_record(circuit: Any) -> Any:
-    return circuit.model_dump(mode="json") if hasattr(circuit, "model_dump") else circuit
-
-
-def _circuit(record: Any) -> Any:
-    """The circuit report, or the plain values where they are no such report."""
-    if record is None:
-        return None
-    try:
-        from vpd_lens.analysis.pruning import CircuitReport
-
-        return CircuitReport.model_validate(record)
-    except (ImportError, ValueError):
-        return record

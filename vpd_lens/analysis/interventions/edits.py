@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -56,7 +56,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Patch:
-    """Give subcomponents the activations that they have on another prompt.
+    """Give subcomponents the activations that they have on another prompt, and switch them on.
 
     Attributes:
         subcomponents: As in `Ablate`.
@@ -76,7 +76,11 @@ Edit = Ablate | Scale | Patch
 
 @dataclass
 class _SiteEdit:
-    """One edit at one site: columns, positions, and what happens there."""
+    """One edit at one site: columns, positions, and what happens there.
+
+    With `acts` these become the activations; without, masks are multiplied by `factor`, or set to
+    1 if there is none.
+    """
 
     site: str
     columns: Int[Tensor, " n"]
@@ -88,21 +92,30 @@ class _SiteEdit:
 
 @dataclass
 class _Clock:
-    """The position of a forward's first token: not 0 when generation goes on from a cache."""
+    """The position of a forward's first token: not 0 when it goes on from a cache."""
 
     vpd: Decomposition
+    cached: int | None = None
     generation: object = None
     seen: int = 0
     offset: int = 0
+
+    def see_cache(self, _module: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
+        """The length of a key-value cache that a call was given."""
+        own, other = kwargs.get("past_kv_cache"), kwargs.get("past_key_values")
+        if own is not None:
+            self.cached = int(own[0].past_keys.shape[1])
+        elif other is not None and hasattr(other, "get_seq_length"):
+            self.cached = int(other.get_seq_length())
 
     def tick(self, residual: Tensor, hook: Any) -> None:
         n = residual.shape[1]
         generation = self.vpd._generation
         goes_on = generation is not None and generation is self.generation
-        # One token after others, unless it is the next uncached pass over all of them.
-        cached = goes_on and n == 1 and self.seen > 0
-        self.offset = self.seen if cached else 0
-        self.seen = self.offset + n
+        # HookedTransformer.generate calls forward past the hooks that would see its cache.
+        follows = goes_on and n == 1 and self.seen > 0
+        self.offset = self.cached if self.cached is not None else self.seen if follows else 0
+        self.seen, self.cached = self.offset + n, None
         self.generation = generation
 
 
@@ -130,7 +143,7 @@ def edited(
         ...     model.generate("def read(self", max_new_tokens=8)
     """
     vpd = decomposition_of(model)
-    several = list(edits) if isinstance(edits, list | tuple) else [edits]
+    several = [edits] if isinstance(edits, Edit) else list(edits)
     resolved = [part for edit in several for part in _resolve(vpd, edit, prepend_bos)]
     clock = _Clock(vpd)
     hooks: list[tuple[str, Any]] = []
@@ -139,8 +152,18 @@ def edited(
     for part in resolved:
         point = "hook_mask" if part.acts is None else "hook_acts"
         hooks.append((f"{part.site}.vpd.{point}", partial(_apply, part, clock)))
-    with model.hooks(fwd_hooks=hooks):  # type: ignore[operator]
-        yield model
+    entries = [model, getattr(model, "original_model", None)]
+    handles = [
+        entry.register_forward_pre_hook(clock.see_cache, with_kwargs=True)
+        for entry in entries
+        if resolved and isinstance(entry, nn.Module)
+    ]
+    try:
+        with model.hooks(fwd_hooks=hooks):  # type: ignore[operator]
+            yield model
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _apply(edit: _SiteEdit, clock: _Clock, value: Tensor, hook: Any) -> Tensor:
@@ -152,7 +175,8 @@ def _apply(edit: _SiteEdit, clock: _Clock, value: Tensor, hook: Any) -> Tensor:
     value = value.clone()
     index = chosen[:, None], edit.columns.to(value.device)[None]
     if edit.acts is None:
-        value[:, index[0], index[1]] *= edit.factor  # type: ignore[operator]
+        kept = 1.0 if edit.factor is None else edit.factor * value[:, index[0], index[1]]
+        value[:, index[0], index[1]] = kept
     else:
         source = here[chosen] + edit.shift
         if int(source.min()) < 0 or int(source.max()) >= len(edit.acts):
@@ -191,9 +215,10 @@ def _resolve(vpd: Decomposition, edit: Edit, prepend_bos: bool | None) -> list[_
     for (site, position), indices in groups.items():
         columns = torch.tensor(sorted(set(indices)))
         part = _SiteEdit(site, columns, edit.positions if position is None else position, factor)
-        if isinstance(edit, Patch):
-            part.acts, part.shift = acts[site][:, columns.to(acts[site].device)], edit.shift
         parts.append(part)
+        if isinstance(edit, Patch):
+            taken = acts[site][:, columns.to(acts[site].device)]
+            parts.append(replace(part, acts=taken, shift=edit.shift))
     return parts
 
 
@@ -230,13 +255,39 @@ def parse_name(vpd: Decomposition, name: str) -> tuple[str, int, int | None]:
     return site, index, None if match[3] is None else int(match[3])
 
 
+def require_in_prompt(vpd: Decomposition, edits: Edit | Sequence[Edit], n_positions: int) -> None:
+    """Edits of a prompt must name positions that it has.
+
+    Raises:
+        InputError: If one does not.
+    """
+    for edit in [edits] if isinstance(edits, Edit) else list(edits):
+        names = [edit.subcomponents] if isinstance(edit.subcomponents, str) else edit.subcomponents
+        named = [parse_name(vpd, name)[2] for name in names]
+        given = edit.positions
+        if isinstance(given, slice):
+            named.append(given.start)
+        else:
+            named += [given] if isinstance(given, int) else list(given or [])
+        beyond = [
+            position for position in named if position is not None and position >= n_positions
+        ]
+        if beyond:
+            raise InputError(
+                f"{type(edit).__name__}: position {beyond[0]} is not in the prompt, which has "
+                f"{n_positions} tokens (0 to {n_positions - 1})."
+            )
+
+
 def _require_positions(positions: Positions) -> None:
     if isinstance(positions, slice):
+        backwards = positions.step is not None and positions.step < 1
         values = [v for v in (positions.start, positions.stop) if v is not None]
     else:
-        values = (
-            [] if positions is None else [positions] if isinstance(positions, int) else positions
-        )
+        backwards = isinstance(positions, bool)
+        values = [positions] if isinstance(positions, int) else list(positions or [])
+    if backwards:
+        raise InputError(f"positions={positions!r}; expected numbers, or a slice going forwards.")
     if any(value < 0 for value in values):
         raise InputError(
             f"positions={positions!r}: count from the beginning, because a sequence that is being "

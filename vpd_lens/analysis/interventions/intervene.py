@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -12,13 +12,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vpd_lens.analysis.attribution.graph import AttributionGraph
-from vpd_lens.analysis.interventions.edits import Edit, edited
+from vpd_lens.analysis.interventions.edits import Edit, edited, require_in_prompt
 from vpd_lens.analysis.prompts import decomposition_of, prompt_tokens, token_id, token_text
 from vpd_lens.analysis.pruning.attack import attack
 from vpd_lens.decomposition import Decomposition, Masks
 from vpd_lens.decomposition.attachment import without_user_hooks
 from vpd_lens.decomposition.masks import AnyMasks, uniform_sources
-from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import InputError
 
 Regime = Literal["ablated", "ci", "stochastic", "adversarial"]
@@ -33,27 +32,32 @@ class InterventionResult:
         base: Logits under the regime's masks without the edits; the target's in `"ablated"`.
         edited: Logits with the edits.
         position: The position that probabilities are of.
-        tokens: Text of each token that was asked for, by id.
-        names: Makes text of other tokens.
+        tokens: Tokens that were asked for.
+        model: The model, for its tokenizer.
     """
 
     target: Float[Tensor, "pos vocab"]
     base: Float[Tensor, "pos vocab"]
     edited: Float[Tensor, "pos vocab"]
     position: int
-    tokens: dict[int, str]
-    names: Any
+    tokens: tuple[int, ...]
+    model: nn.Module = field(repr=False)
 
-    def probabilities(self, token: int) -> dict[str, float]:
-        """Probability of a token by the target model, the regime, and the edited regime."""
-        return {name: float(p[token]) for name, p in self._distributions().items()}
+    def probabilities(self, token: str | int) -> dict[str, float]:
+        """Probability of a token by the target model, the regime, and the edited regime.
+
+        Raises:
+            InputError: If the text is not one token.
+        """
+        number = token_id(self.model, token, self.target.shape[-1])
+        return {name: float(p[number]) for name, p in self._distributions().items()}
 
     def top(self, k: int = 5) -> list[tuple[str, float, float]]:
         """The likeliest tokens after the edits: text, probability, and that of the base."""
         p = self._distributions()
         best = p["edited"].topk(k)
         return [
-            (self.names(token), float(value), float(p["base"][token]))
+            (token_text(self.model, token), float(value), float(p["base"][token]))
             for value, token in zip(best.values, best.indices.tolist(), strict=True)
         ]
 
@@ -73,10 +77,13 @@ class InterventionResult:
         p = self._distributions()
         best = p["edited"].topk(5).indices.tolist()
         for token in dict.fromkeys([*self.tokens, *best]):
-            table.add_row(repr(self.names(token)), *(f"{q[token]:.3f}" for q in p.values()))
+            table.add_row(
+                repr(token_text(self.model, token)), *(f"{q[token]:.3f}" for q in p.values())
+            )
         return table
 
 
+@torch.inference_mode(False)
 def intervene(
     model: nn.Module,
     prompt: str | Sequence[int] | Tensor | AttributionGraph,
@@ -85,7 +92,7 @@ def intervene(
     regime: Regime = "ablated",
     importance: Float[Tensor, "pos C_total"] | None = None,
     target: str | int | Sequence[str | int] = (),
-    position: int = -1,
+    position: int | None = None,
     steps: int = 4,
     step_size: float = 1.0,
     seed: int = 0,
@@ -105,8 +112,9 @@ def intervene(
         importance: Importances for these regimes, `[pos, C_total]`; by default those of the
             importance function, or of the graph.
         target: Tokens to show in the table.
-        position: Whose predictions are compared.
-        steps: Sign steps of the adversary.
+        position: Whose predictions are compared; by default the last, of a graph that of its last
+            output, since nothing after it is in the graph.
+        steps: Sign steps of the adversary, who does not know the edits.
         step_size: Their size.
         seed: Seed of random masks.
         prepend_bos: Whether text gets a BOS token; `None`: the model's own default.
@@ -126,20 +134,22 @@ def intervene(
     vpd = decomposition_of(model)
     if regime not in get_args(Regime):
         raise InputError(f"regime={regime!r}; expected one of {', '.join(get_args(Regime))}.")
+    end = None
     if isinstance(prompt, AttributionGraph):
-        importance = prompt.importance(vpd) if importance is None else importance
+        if importance is None:
+            importance = prompt.importance(vpd)
+            end = max(output.position for output in prompt.outputs)
         prompt = list(prompt.tokens)
     tokens = prompt_tokens(model, prompt, prepend_bos)[None]
-    if not -tokens.shape[1] <= position < tokens.shape[1]:
-        raise InputError(f"position={position}; the prompt has {tokens.shape[1]} tokens.")
-    position %= tokens.shape[1]
+    position = _position(position, end, tokens.shape[1])
+    require_in_prompt(vpd, edits, tokens.shape[1])
     asked = [target] if isinstance(target, str | int) else list(target)
     n_vocab = int(model.cfg.d_vocab)  # type: ignore[arg-type]
     ids = [token_id(model, token, n_vocab) for token in asked]
     with torch.no_grad(), without_user_hooks(model):
         clean = vpd.run(None, tokens)
-        search = _Adversary(position, steps, step_size)
-        masks = _masks(vpd, tokens, clean, regime, importance, search, seed)
+        g = None if regime == "ablated" else _importance(vpd, tokens, importance)
+        masks = _masks(vpd, tokens, clean, regime, g, (position, steps, step_size), seed)
         base = vpd.run(masks, tokens)
         with edited(model, edits, prepend_bos=prepend_bos):
             changed = vpd.run(masks, tokens)
@@ -148,16 +158,35 @@ def intervene(
         base=base[0],
         edited=changed[0],
         position=position,
-        tokens={token: token_text(model, token) for token in ids},
-        names=lambda token: token_text(model, token),
+        tokens=tuple(ids),
+        model=model,
     )
 
 
-@dataclass
-class _Adversary:
-    position: int
-    steps: int
-    step_size: float
+def _position(position: int | None, end: int | None, n_positions: int) -> int:
+    if position is None:
+        return n_positions - 1 if end is None else end
+    if not -n_positions <= position < n_positions:
+        raise InputError(f"position={position}; the prompt has {n_positions} tokens.")
+    position %= n_positions
+    if end is not None and position > end:
+        raise InputError(
+            f"position={position}, but the graph ends at its last output, position {end}; what "
+            "comes after has no importances. Give importance=..., or a position in the graph."
+        )
+    return position
+
+
+def _importance(vpd: Decomposition, tokens: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Importances of the regime, and those of the importance function."""
+    own = vpd.causal_importance(tokens)
+    g = own if given is None else given.to(own).clone()[None]
+    if g.shape != own.shape:
+        raise InputError(
+            f"importance has shape {tuple(g.shape[1:])}; expected [pos, C_total] = "
+            f"{tuple(own.shape[1:])}."
+        )
+    return g, own
 
 
 def _masks(
@@ -165,32 +194,25 @@ def _masks(
     tokens: Tensor,
     clean: Tensor,
     regime: Regime,
-    importance: Tensor | None,
-    adversary: _Adversary,
+    importance: tuple[Tensor, Tensor] | None,
+    adversary: tuple[int, int, float],
     seed: int,
 ) -> AnyMasks | None:
-    if regime == "ablated":
+    if importance is None:
         return None
-    _, inputs = vpd.target(tokens)
-    own = lower_leaky(vpd.pre_importance(inputs))
-    g = own if importance is None else importance.to(own)[None]
-    if g.shape != own.shape:
-        raise InputError(
-            f"importance has shape {tuple(g.shape[1:])}; expected [pos, C_total] = "
-            f"{tuple(own.shape[1:])}."
-        )
+    g, own = importance
     if regime == "ci":
         return Masks(g, g.new_zeros(*g.shape[:-1], vpd.layout.n_sites))
     generator = torch.Generator(device=g.device).manual_seed(seed)
     sources = uniform_sources(g, vpd.layout, generator)
     if regime == "adversarial":
+        position, steps, step_size = adversary
 
         def divergence(masks: AnyMasks) -> Tensor:
-            logits = vpd.run(masks, tokens)
-            return _kl(logits[0], clean[0])[adversary.position]
+            return _kl(vpd.run(masks, tokens)[0], clean[0])[position]
 
         with torch.enable_grad(), vpd.frozen_subcomponents():
-            sources = attack(divergence, g, own > 0, sources, adversary.steps, adversary.step_size)
+            sources = attack(divergence, g, own > 0, sources, steps, step_size)
     return sources.over(g)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vpd_lens.analysis.prompts import prompt_tokens, token_id, token_text
 from vpd_lens.analysis.pruning.config import Objective
-from vpd_lens.analysis.targets import LogitDifference, Token
+from vpd_lens.analysis.targets import LogitDifference, Token, plain_target
 from vpd_lens.errors import InputError
 
 BehaviourTarget = str | int | Token | LogitDifference
@@ -40,6 +40,19 @@ class Behaviour:
     target: Int[Tensor, " prompt"]
     other: Int[Tensor, " prompt"]
     names: tuple[str, ...]
+
+    def row(self, tokens: Int[Tensor, " pos"]) -> int | None:
+        """Which of the prompts this is, or `None`."""
+        for index, length in enumerate(self.lengths.tolist()):
+            if torch.equal(self.tokens[index, :length], tokens):
+                return index
+        return None
+
+    def goal(self, row: int) -> Token | LogitDifference:
+        """The target of one prompt."""
+        position, token = int(self.positions[row]), int(self.target[row])
+        other = int(self.other[row])
+        return Token(token, position) if other < 0 else LogitDifference(token, other, position)
 
     @property
     def relevant(self) -> Tensor:
@@ -132,6 +145,12 @@ def _read(
 ) -> tuple[int, int, int]:
     """Position, token and the token it is compared with (-1: none)."""
     n_vocab = int(model.cfg.d_vocab)  # type: ignore[arg-type]
+    target = plain_target(target)
+    if target is not None and not isinstance(target, str | int | Token | LogitDifference):
+        raise InputError(
+            f"target={target!r}; a behaviour is of a token (text, id or Token) or a "
+            "LogitDifference."
+        )
     difference = isinstance(target, LogitDifference)
     if difference is not (objective == "logit_difference"):
         raise InputError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,7 +29,7 @@ class PruneConfig(BaseModel):
         adversary_steps: Sign steps of the adversary, anew at every step.
         adversary_step_size: Their size; the sources lie in [0, 1].
         attack_steps: Sign steps of the attacks in the report.
-        attack_step_size: Their size.
+        attack_step_size: Their size, or what lets so few steps cross [0, 1] twice if that is more.
         attack_restarts: Random starts of each; the report takes the worst.
         draws: Random masks behind the report's stochastic probability.
         seed: Seed of all random masks.
@@ -46,7 +46,7 @@ class PruneConfig(BaseModel):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     adversary_steps: int = Field(default=4, ge=1)
     adversary_step_size: float = Field(default=1.0, gt=0)
-    attack_steps: tuple[int, ...] = (4, 20, 80)
+    attack_steps: tuple[Annotated[int, Field(ge=1)], ...] = (4, 20, 80)
     attack_step_size: float = Field(default=0.1, gt=0)
     attack_restarts: int = Field(default=3, ge=1)
     draws: int = Field(default=16, ge=1)

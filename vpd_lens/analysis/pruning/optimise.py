@@ -27,6 +27,7 @@ from vpd_lens.analysis.pruning.behaviour import (
 )
 from vpd_lens.analysis.pruning.config import PruneConfig
 from vpd_lens.analysis.pruning.report import CircuitReport, circuit_report
+from vpd_lens.analysis.targets import LogitDifference
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.attachment import without_user_hooks
 from vpd_lens.decomposition.masks import AnyMasks, Masks, uniform_sources
@@ -63,6 +64,8 @@ class Circuit:
         return f"Circuit({self.report!r})"
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def prune(
     model: nn.Module,
     prompts: Prompts,
@@ -80,7 +83,7 @@ def prune(
             optimised at the same time.
         target: The token that the model is to predict, for all prompts or one for each: text,
             id, `Token`, or `LogitDifference`. `None`: the model's own likeliest.
-        config: Settings; by default adversarial pruning on cross-entropy.
+        config: Settings; by default adversarial pruning, on cross-entropy or the difference.
         prepend_bos: Whether text gets a BOS token; `None`: the model's own default.
         progress: Show a progress bar with the losses and the number of nodes.
 
@@ -95,7 +98,9 @@ def prune(
         >>> circuit = prune(model, "def f(self", target=",")  # doctest: +SKIP
         >>> vpd_lens.attribute(model, "def f(self", ",", prune=circuit)  # doctest: +SKIP
     """
-    config = config or PruneConfig()
+    if config is None:
+        differs = isinstance(target, LogitDifference)
+        config = PruneConfig(objective="logit_difference" if differs else "ce")
     vpd = decomposition_of(model)
     behaviour = behaviour_of(model, prompts, target, config.objective, prepend_bos)
     with without_user_hooks(model), vpd.frozen_subcomponents():

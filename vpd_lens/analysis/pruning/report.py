@@ -27,10 +27,10 @@ class CircuitReport(BaseModel):
         nodes_by_site: The same by site.
         probability: By kind of mask, of each prompt. `target`: the model itself. `ci`: the
             importances as masks. `stochastic`: mean over random masks; `stochastic, worst`: the
-            lowest. `adversarial-N`: after N sign steps on the sources of what the importance
-            function calls important here, the others random; `adversarial-N, all`: on all
-            sources, deltas included; the worst of several starts. `ablated`: the target model
-            without the circuit.
+            lowest. `adversarial-N`: the worst that up to N sign steps from several starts do,
+            on the sources of what the importance function calls important here, the others
+            random; `adversarial-N, all`: on all sources, deltas included. `ablated`: the target
+            model without the circuit.
         probability_before: The same with the importance function's importances.
     """
 
@@ -150,16 +150,16 @@ def probabilities(
     def loss_of(masks: AnyMasks) -> Tensor:
         return -p(masks).clamp(min=1e-30).log().sum()
 
+    # The same starts for all attacks: what an attack does not move differs from start to start.
+    starts = [uniform_sources(g, layout, generator) for _ in range(config.attack_restarts)]
     for name, attacked in (("", alive), (", all", None)):
-        for steps in config.attack_steps:
-            # A few steps have to be large ones to cross [0, 1].
+        worst = torch.stack([p(start.over(g)) for start in starts]).min(0).values
+        for steps in sorted(config.attack_steps):
             size = max(config.attack_step_size, 2 / steps)
-            after = []
-            for _ in range(config.attack_restarts):
-                start = uniform_sources(g, layout, generator)
+            for start in starts:
                 with torch.enable_grad():
                     sources = attack(loss_of, g, attacked, start, steps, size)
-                after.append(p(sources.over(g)))
-            found[f"adversarial-{steps}{name}"] = torch.stack(after).min(0).values
+                worst = torch.minimum(worst, p(sources.over(g)))
+            found[f"adversarial-{steps}{name}"] = worst
     found["ablated"] = p(Masks(1 - g, none + 1))
     return {name: tuple(values.tolist()) for name, values in found.items()}
