@@ -112,26 +112,37 @@ def compare(model: nn.Module, tokens: Tensor, repeats: int) -> dict[str, Any]:
 
 
 def ablations(model: nn.Module, tokens: Tensor, n_nodes: int = 60) -> dict[str, Any]:
-    """Total effects by the graph against the logit's drop when a node is really ablated."""
+    """Total effects against the logit's drop when a node is really ablated.
+
+    The nodes are the same for every kind of graph: those with the largest effects by gradients.
+    """
     clean = vpd_lens.intervene(model, tokens)
     token = int(clean.target[-1].argmax())
-    found: dict[str, Any] = {"tokens": len(tokens), "token": model.to_string([token])}
-    for name, settings in (
-        ("gradients", {}),
-        ("frozen", {"frozen": True}),
-        ("gradients_all_nodes", {"importance": torch.ones(len(tokens), model.vpd.layout.total)}),
-    ):
-        graph = vpd_lens.attribute(model, tokens, token, progress=False, **settings)
+    everything = torch.ones(len(tokens), model.vpd.layout.total)
+    graphs = {
+        name: vpd_lens.attribute(model, tokens, token, progress=False, **settings)
+        for name, settings in (
+            ("gradients", {}),
+            ("frozen", {"frozen": True}),
+            ("gradients_all_nodes", {"importance": everything}),
+        )
+    }
+    first = graphs["gradients"]
+    largest = first.total_effects().abs().nan_to_num().argsort(descending=True)[:n_nodes]
+    names = [first.nodes.name(node) for node in largest.tolist()]
+    drops = []
+    for name in names:
+        after = vpd_lens.intervene(model, tokens, vpd_lens.Ablate(name)).edited
+        drops.append(float(clean.target[-1, token] - after[-1, token]))
+    found: dict[str, Any] = {
+        "tokens": len(tokens),
+        "token": model.to_string([token]),
+        "nodes": len(names),
+    }
+    for name, graph in graphs.items():
         effects = graph.total_effects()
-        largest = effects.abs().nan_to_num().argsort(descending=True)[:n_nodes].tolist()
-        drops = []
-        for node in largest:
-            edit = vpd_lens.Ablate(graph.nodes.name(node))
-            after = vpd_lens.intervene(model, tokens, edit).edited
-            drops.append(float(clean.target[-1, token] - after[-1, token]))
-        predicted = effects[largest].tolist()
+        predicted = [float(effects[graph.nodes.find(node)]) for node in names]
         found[name] = {
-            "nodes": len(drops),
             "pearson": float(pearsonr(predicted, drops).statistic),
             "spearman": float(spearmanr(predicted, drops).statistic),
         }

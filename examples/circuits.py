@@ -1,6 +1,6 @@
 """Find the circuits of three behaviours, with and without an adversary, and see which hold.
 
-    python examples/circuits.py RUN      # RUN: what examples/quickstart.py wrote; about 10 minutes
+    python examples/circuits.py RUN      # RUN: what examples/quickstart.py wrote; about 15 minutes
 
 For each behaviour and each way of pruning, RUN/circuits receives a record (JSON: configuration,
 probabilities under every kind of mask, nodes by site, versions) and, for adversarial pruning, the
