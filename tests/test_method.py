@@ -196,6 +196,25 @@ def test_kl_is_target_to_masked_in_nats_with_its_gradient(monkeypatch):
     assert Divergence(target)(target).abs() < 1e-6
 
 
+def test_kl_of_narrow_logits_is_exact_and_keeps_nothing_wide(monkeypatch):
+    monkeypatch.setattr("vpd_lens.decomposition.divergence._CHUNK_ELEMENTS", 3 * 50)
+    torch.manual_seed(0)
+    target = (5 * torch.randn(4, 5, 50)).bfloat16()
+    masked = (5 * torch.randn(4, 5, 50)).bfloat16().requires_grad_()
+    divergence = Divergence(target)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        got = divergence(masked)
+    held = [*kept, *(t for t in vars(divergence._of_target).values() if torch.is_tensor(t))]
+    assert not any(t.dtype == torch.float32 and t.numel() >= target.numel() for t in held)
+    wide = masked.detach().float().requires_grad_()
+    expected = Divergence(target.float())(wide)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(got, masked)
+    (wanted,) = torch.autograd.grad(expected, wide)
+    torch.testing.assert_close(gradient, wanted.bfloat16())
+
+
 def test_adversary_first_step_is_the_learning_rate_and_ignores_the_scale_of_the_loss():
     layout = Layout(("a", "b"), (3, 2))
     config = AdversaryConfig(lr=0.01, eps=1e-2)

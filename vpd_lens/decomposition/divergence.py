@@ -5,7 +5,7 @@ The target's share is computed once per step; many masked outputs are compared w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -35,16 +35,13 @@ class Divergence:
         self.kind = kind
         self.target = target.detach()
         if kind == "kl":
-            flat = self.target.reshape(-1, target.shape[-1]).float()
-            log_p = torch.log_softmax(flat, dim=-1)
-            self.p = log_p.exp()
-            self.negative_entropy = (self.p * log_p).sum(-1)
+            self._of_target = _TargetDistribution(self.target.reshape(-1, target.shape[-1]))
 
     def __call__(self, masked: Float[Tensor, "*batch d"]) -> Float[Tensor, ""]:
         """The divergence of `masked` from the target."""
         if self.kind == "kl":
             flat = masked.reshape(-1, masked.shape[-1])
-            return _KLFromTarget.apply(flat, self.p, self.negative_entropy)  # type: ignore[no-any-return]
+            return _KLFromTarget.apply(flat, self._of_target)  # type: ignore[no-any-return]
         if self.kind == "mse":
             return (masked.float() - self.target.float()).square().mean()
         return self.kind(masked, self.target)
@@ -53,39 +50,69 @@ class Divergence:
     def per_position(self, masked: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """KL (or mean squared error) of every position."""
         if self.kind == "kl":
-            log_q = torch.log_softmax(masked.float(), -1).reshape(self.p.shape)
-            kl = self.negative_entropy - (self.p * log_q).sum(-1)
+            kl, _ = self._of_target.kl(masked.reshape(-1, masked.shape[-1]))
             return kl.view(masked.shape[:-1])
         return (masked.float() - self.target.float()).square().mean(-1)
 
 
-class _KLFromTarget(torch.autograd.Function):
-    """`mean_n [ sum_v p log p - sum_v p z + logsumexp(z) ]`; the gradient is softmax(z) - p."""
+class _TargetDistribution:
+    """The target's probabilities `[n, vocab]`, and what every comparison with them needs.
 
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, p: Tensor, negative_entropy: Tensor) -> Tensor:
+    fp32 logits are kept as probabilities. Narrower ones stay as they are, so that nothing of
+    fp32 and the size of the logits exists; probabilities are made again chunk by chunk.
+    """
+
+    def __init__(self, logits: Float[Tensor, "n vocab"]) -> None:
         n, vocab = logits.shape
-        rows = max(1, _CHUNK_ELEMENTS // vocab)
-        total = logits.new_zeros((), dtype=torch.float32)
-        log_norm = torch.empty(n, device=logits.device)
-        for start in range(0, n, rows):
-            chunk = slice(start, start + rows)
+        self.rows = max(1, _CHUNK_ELEMENTS // vocab)
+        self.kept = torch.empty_like(logits) if logits.dtype == torch.float32 else logits
+        self.log_norm = torch.empty(n, device=logits.device)
+        self.negative_entropy = torch.empty(n, device=logits.device)
+        for chunk in self.chunks():
+            z = logits[chunk].float()
+            self.log_norm[chunk] = z.logsumexp(-1)
+            p = (z - self.log_norm[chunk, None]).exp_()
+            mean_logit = torch.linalg.vecdot(p, z)
+            self.negative_entropy[chunk] = mean_logit - self.log_norm[chunk]
+            if self.kept is not logits:
+                self.kept[chunk] = p
+
+    def chunks(self) -> Iterator[slice]:
+        for start in range(0, len(self.log_norm), self.rows):
+            yield slice(start, start + self.rows)
+
+    def p(self, chunk: slice) -> Float[Tensor, "rows vocab"]:
+        if self.kept.dtype == torch.float32:
+            return self.kept[chunk]
+        return (self.kept[chunk].float() - self.log_norm[chunk, None]).exp_()
+
+    def kl(self, logits: Float[Tensor, "n vocab"]) -> tuple[Tensor, Tensor]:
+        """`sum_v p log p - sum_v p z + logsumexp(z)` per row, and `logsumexp(z)`."""
+        kl, log_norm = torch.empty_like(self.log_norm), torch.empty_like(self.log_norm)
+        for chunk in self.chunks():
             z = logits[chunk].float()
             log_norm[chunk] = z.logsumexp(-1)
-            cross = log_norm[chunk] - torch.linalg.vecdot(p[chunk], z)
-            total += (negative_entropy[chunk] + cross).sum()
-        ctx.save_for_backward(logits, p, log_norm)
-        return total / n
+            cross = log_norm[chunk] - torch.linalg.vecdot(self.p(chunk), z)
+            kl[chunk] = self.negative_entropy[chunk] + cross
+        return kl, log_norm
+
+
+class _KLFromTarget(torch.autograd.Function):
+    """Mean KL over rows; its gradient by the logits is `(softmax(z) - p) / n`."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def forward(ctx: Any, logits: Tensor, target: _TargetDistribution) -> Tensor:
+        kl, log_norm = target.kl(logits)
+        ctx.save_for_backward(logits, log_norm)
+        ctx.target = target
+        return kl.mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        logits, p, log_norm = ctx.saved_tensors
-        n, vocab = logits.shape
-        rows = max(1, _CHUNK_ELEMENTS // vocab)
+        logits, log_norm = ctx.saved_tensors
         out = torch.empty_like(logits)
-        for start in range(0, n, rows):
-            chunk = slice(start, start + rows)
+        for chunk in ctx.target.chunks():
             q = (logits[chunk].float() - log_norm[chunk, None]).exp_()
-            out[chunk] = q.sub_(p[chunk]).mul_(grad / n)
-        return out, None, None
+            out[chunk] = q.sub_(ctx.target.p(chunk)).mul_(grad / len(logits))
+        return out, None
