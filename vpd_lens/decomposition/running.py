@@ -147,6 +147,7 @@ class MaskedForwards(nn.Module):
             v, u = self._directions(index)
             x = self._input_of(index, y)
             y = masked_site(x, y, v, u, masks, self.sites[index].bias)
+        self._inputs[index] = None
         return hooks.hook_out(y)  # type: ignore[no-any-return]
 
     def _input_of(self, index: int, y: Tensor) -> Tensor:

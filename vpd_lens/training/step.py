@@ -22,6 +22,7 @@ from torch.profiler import record_function
 from vpd_lens.decomposition import Decomposition, Divergence
 from vpd_lens.decomposition.compiled import CompiledForwards
 from vpd_lens.decomposition.masks import SourceMasks, uniform_k_subset
+from vpd_lens.decomposition.recomputation import RecomputedForwards
 from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import NonFiniteLossError
 from vpd_lens.training.adversary import PersistentAdversary
@@ -73,7 +74,7 @@ class Stepper:
         self.vpd = vpd
         self.config = config
         self.device = vpd.device
-        self.run: MaskedForward = CompiledForwards(vpd).run if config.compile else vpd.run
+        self.run = _masked_forward(vpd, config)
         self.weights = [site.weight.float().contiguous() for site in vpd.sites]
         self.generator = torch.Generator(device=self.device).manual_seed(config.seed)
         self.adversary: PersistentAdversary | None = None
@@ -261,6 +262,12 @@ class Stepper:
     def _autocast(self) -> Any:
         on = self.config.autocast and self.device.type == "cuda"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+
+
+def _masked_forward(vpd: Decomposition, config: VPDConfig) -> MaskedForward:
+    if config.compile:
+        return CompiledForwards(vpd).run
+    return RecomputedForwards(vpd).run if config.recompute else vpd.run
 
 
 def require_finite(losses: Losses) -> None:
