@@ -138,3 +138,35 @@ def test_the_stored_control_is_what_the_readme_says():
     assert stored.trained_steps == 500
     assert stored.modes["unmasked"]["kl"] < 0.02
     assert stored.pgd["20"]["mean"] > stored.modes["stochastic"]["kl"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::vpd_lens.training.diagnostics.TrainingWarning")
+def test_gpu_run_on_a_cpu(tmp_path, monkeypatch):
+    """The script for a GPU, with its small model: it has to be right before there is one."""
+    arguments = ["--output", str(tmp_path), "--tiny", "--device", "cpu", "--target-steps", "20"]
+    monkeypatch.setattr("sys.argv", ["gpu_run.py", *arguments, "--steps", "10"])
+    script("gpu_run").main()
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["device"] == "cpu"
+    assert run["target"]["steps"] == 20
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [int(steps) for steps in report["pgd"]] == [20, 40, 80, 160, 320]
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_on_a_cpu(tmp_path, monkeypatch):
+    """Its comparison of devices is exact where both are the same, and its count is right."""
+    path = EXAMPLES.parent / "benchmarks" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("gpu", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    arguments = ["--device", "cpu", "--tiny", "--batch", "4", "--seq-len", "64", "--steps", "1"]
+    arguments += ["--warmup", "0", "--json", str(tmp_path / "out.json")]
+    monkeypatch.setattr("sys.argv", ["gpu.py", *arguments])
+    module.main()
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["difference_from_cpu"]["fp32"] == {"loss": 0.0, "worst_gradient": 0.0}
+    assert 0 < result["difference_from_cpu"]["bf16"]["loss"] < 0.01
+    assert 3e-3 < result["tflop_per_step"] < 5e-3
+    assert set(result["phases_ms"]) >= {"target", "importance", "adversary", "backward"}

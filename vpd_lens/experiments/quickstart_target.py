@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,8 +22,31 @@ from transformers import PreTrainedTokenizerFast
 from vpd_lens.models import load_model, save_model
 from vpd_lens.native import native_transformer
 
-VOCABULARY, CONTEXT = 512, 64
 N_CHARACTERS, N_HELD_OUT = 8_000_000, 100_000
+
+
+@dataclass(frozen=True)
+class TargetSize:
+    """Shape of a target and of the batches it is trained on; by default the quickstart's.
+
+    Attributes:
+        n_layers: Blocks.
+        d_model: Residual width; the MLP is four times as wide.
+        n_heads: Attention heads.
+        vocabulary: Tokens of its tokenizer.
+        context: Tokens per sequence.
+        batch_size: Sequences per training step.
+    """
+
+    n_layers: int = 2
+    d_model: int = 64
+    n_heads: int = 4
+    vocabulary: int = 512
+    context: int = 64
+    batch_size: int = 32
+
+
+QUICKSTART = TargetSize()
 
 
 def standard_library_text(n_characters: int, seed: int = 0) -> str:
@@ -44,13 +68,13 @@ def standard_library_text(n_characters: int, seed: int = 0) -> str:
     return "\n".join(texts)[:n_characters]
 
 
-def train_tokenizer(text: str, folder: Path) -> PreTrainedTokenizerFast:
+def train_tokenizer(text: str, folder: Path, vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, saved to and loaded from `folder`."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -64,26 +88,30 @@ def train_tokenizer(text: str, folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> torch.nn.Module:
-    """A 2-layer transformer with random weights.
+def new_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, size: TargetSize = QUICKSTART
+) -> torch.nn.Module:
+    """A transformer with random weights.
 
     Args:
         tokenizer: Its tokenizer.
         seed: Seed of the weights.
+        size: Its shape.
     """
+    d_head = size.d_model // size.n_heads
     return native_transformer(
         tokenizer,
-        n_layers=2,
-        d_model=64,
-        n_ctx=CONTEXT,
-        d_head=16,
-        n_heads=4,
-        d_mlp=256,
-        d_vocab=VOCABULARY,
+        n_layers=size.n_layers,
+        d_model=size.d_model,
+        n_ctx=size.context,
+        d_head=d_head,
+        n_heads=size.n_heads,
+        d_mlp=4 * size.d_model,
+        d_vocab=size.vocabulary,
         act_fn="gelu_new",
         normalization_type="RMS",
         positional_embedding_type="rotary",
-        rotary_dim=16,
+        rotary_dim=d_head,
         seed=seed,
         default_prepend_bos=False,
     )
@@ -95,27 +123,33 @@ def train_target(
     steps: int,
     seed: int,
     console: Console | None = None,
+    batch_size: int = QUICKSTART.batch_size,
+    lr: float = 3e-3,
 ) -> float:
     """Ordinary next-token training on random windows.
 
     Args:
         model: The model, trained in place.
         tokens: One stream of tokens.
-        steps: AdamW steps on 32 windows each.
+        steps: AdamW steps.
         seed: Seed of the windows.
         console: Where a progress bar is drawn, by default the terminal.
+        batch_size: Windows per step.
+        lr: Peak learning rate.
 
     Returns:
         Cross-entropy over the last 100 steps, in nats per token.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
-    recent = torch.zeros(100)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps)
+    device, context = next(model.parameters()).device, model.cfg.n_ctx
+    recent = torch.zeros(100, device=device)
     for step in track(range(steps), "Training the target", console=console):
-        starts = torch.randint(len(tokens) - CONTEXT, (32,), generator=generator)
-        batch = tokens[starts[:, None] + torch.arange(CONTEXT)]  # [32, 64]
-        loss = model(batch, return_type="loss")
+        starts = torch.randint(len(tokens) - context, (batch_size,), generator=generator)
+        batch = tokens[starts[:, None] + torch.arange(context)].to(device)  # [batch, pos]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(batch, return_type="loss")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -147,7 +181,9 @@ def get_target(
     console = Console(quiet=not progress)
     text = standard_library_text(n_characters)
     if not (folder / "model.json").exists():
-        tokenizer = train_tokenizer(text[:2_000_000], folder.with_name("tokenizer"))
+        tokenizer = train_tokenizer(
+            text[:2_000_000], folder.with_name("tokenizer"), QUICKSTART.vocabulary
+        )
         model = new_model(tokenizer, seed)
         tokens = tokenise(tokenizer, text)
         loss = train_target(model, tokens[:-N_HELD_OUT], steps, seed, console)
@@ -155,9 +191,20 @@ def get_target(
         save_model(model, folder)
     model = load_model(folder)
     tokens = tokenise(model.tokenizer, text)
-    held_out = tokens[-N_HELD_OUT:]
-    rows = len(held_out) // CONTEXT
-    return model, tokens[:-N_HELD_OUT], held_out[: rows * CONTEXT].view(rows, CONTEXT)
+    return model, *split(tokens, QUICKSTART.context)
+
+
+def split(
+    tokens: Int[Tensor, " n_tokens"], context: int
+) -> tuple[Int[Tensor, " n_train"], Int[Tensor, "rows context"]]:
+    """The stream to train on, and held-out rows of the context's length from its end.
+
+    Args:
+        tokens: The whole stream.
+        context: Tokens per row.
+    """
+    rows = N_HELD_OUT // context
+    return tokens[:-N_HELD_OUT], tokens[-N_HELD_OUT:][: rows * context].view(rows, context)
 
 
 def tokenise(tokenizer: PreTrainedTokenizerFast, text: str) -> Int[Tensor, " n_tokens"]:
