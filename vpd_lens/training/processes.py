@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ class Processes:
                 f"did not answer within {_timeout().seconds} s ({_first_line(error)}). The "
                 "launcher's report names the process that failed first. "
                 + _what_is_left(checkpoint)
-            ) from error
+            ) from None
 
 
 ALONE = Processes()
@@ -289,7 +290,8 @@ def _is_lost_contact(error: RuntimeError) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].partition(". This is typically")[0]
+    line = str(error).partition("\n")[0].partition(". This is typically")[0]
+    return re.sub(r"^\[[^]]*\] ", "", line)  # the place in PyTorch's source
 
 
 def _what_is_left(checkpoint: Path) -> str:

@@ -7,6 +7,7 @@ parameters of a block while it computes, and its optimisers work on the shards.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -33,6 +34,8 @@ def shard_importance(vpd: Decomposition, processes: Processes) -> Callable[[], N
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
+    # The step only reads what the function returns.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     module, device = vpd.importance, vpd.device
     blank = _without_values(module)
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
@@ -76,7 +79,5 @@ def sharded_like(tensor: Tensor, model: Tensor) -> Tensor:
 
 def _without_values(module: nn.Module) -> nn.Module:
     """A copy of a module on the meta device, which takes no memory."""
-    blanks = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in module.parameters()
-    }
+    blanks = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in module.parameters()}
     return copy.deepcopy(module, blanks)

@@ -72,9 +72,7 @@ class Stepper:
         generator: Source of all randomness of the steps.
     """
 
-    def __init__(
-        self, vpd: Decomposition, config: VPDConfig, processes: Processes = ALONE
-    ) -> None:
+    def __init__(self, vpd: Decomposition, config: VPDConfig, processes: Processes = ALONE) -> None:
         self.vpd = vpd
         self.config = config
         self.processes = processes
