@@ -4,11 +4,13 @@ A case that fails exits with an error, which ends the job; what it prints reache
 """
 
 import os
+import shutil
 import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import tiny_bridge
 from safetensors.torch import load_file
@@ -16,16 +18,17 @@ from test_training import IMPORTANCE, config, state
 
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.masks import Sources
-from vpd_lens.errors import TrainingInterrupted
+from vpd_lens.errors import NonFiniteLossError, TrainingInterrupted
 from vpd_lens.training import adversary, losses, step, train, trainer
 from vpd_lens.training.processes import ALONE, join
-from vpd_lens.training.sharding import shard_importance, whole
+from vpd_lens.training.sharding import is_sharded, shard_importance, whole
 from vpd_lens.training.step import Stepper
 
 RANK = int(os.environ.get("RANK", "0"))
 BATCH = 8
 TOKENS = torch.randint(0, 29, (64, 8), generator=torch.Generator().manual_seed(1))
-RUN = {"steps": 50, "checkpoint_every": 8, "log_every": 1, "n_subcomponents": 8}
+RUN = {"steps": 20, "checkpoint_every": 6, "log_every": 1, "n_subcomponents": 8}
+SHORT = {"steps": 6, "checkpoint_every": 2}
 
 
 class Draws:
@@ -72,7 +75,8 @@ def one_step(changes, processes):
     """Losses, gradients and sources of one step, without the update of the parameters."""
     cfg = config(batch_size=BATCH, **changes)
     model = tiny_bridge()
-    attach(model, n_subcomponents=12, importance=IMPORTANCE)
+    uneven = {r"0\.attn\.q": 7, ".": 12}  # shards of different sizes
+    attach(model, n_subcomponents=uneven, importance=IMPORTANCE)
     if cfg.shard_importance:
         shard_importance(model.vpd, processes)
     stepper = Stepper(model.vpd, cfg, processes)
@@ -172,11 +176,13 @@ KINDS = {
     "batch": {
         "adversary": {"scope": "batch", "restart": 0.2},
         "optimiser": {"kind": "muon"},
-        "steps": 12,
-        "checkpoint_every": 4,
+        **SHORT,
     },
-    "sharded": {"shard_importance": True, "steps": 12, "checkpoint_every": 4},
+    "sharded": {"shard_importance": True, **SHORT},
 }
+
+
+CRASH = {"sequence": 9, "batch": 3, "sharded": 3}
 
 
 def resume_then_die():
@@ -186,10 +192,32 @@ def resume_then_die():
         keep(f"{kind}-whole", model, result, stepper)
         assert all(type(p) is torch.nn.Parameter for p in model.vpd.parameters())
         with suppress(Crash):
-            trained(f"{kind}-broken", at=10, do=crash, **changes)
+            trained(f"{kind}-broken", at=CRASH[kind], do=crash, **changes)
+        if RANK == 0:
+            shutil.copytree(f"{kind}-broken/checkpoint", f"{kind}-checkpoint")
         again, _, _ = trained(f"{kind}-broken", **changes)
         assert all(map(torch.equal, state(model.vpd), state(again.vpd))), kind
-    trained("dying", at=33, do=only(1, die), **KINDS["sequence"])
+    unsharded()
+    trained("dying", at=15, do=only(1, die), **KINDS["sequence"])
+
+
+def unsharded():
+    """A sharded run's checkpoint goes on without shards, to the same numbers."""
+    processes = join("cpu", torch.nn.Linear(1, 1))
+    if processes.first:
+        shutil.copytree("sharded-broken", "unsharded")
+        shutil.rmtree("unsharded/checkpoint")
+        shutil.copytree("sharded-checkpoint", "unsharded/checkpoint")
+    processes.leave()
+    plain, _, stepper = trained("unsharded", **{**KINDS["sharded"], "shard_importance": False})
+    assert not any(map(is_sharded, stepper.parameters["importance"]))
+    expected, _, _ = torch.load(f"sharded-whole/process-{RANK}.pt")
+    for one, other in zip(state(plain.vpd), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def poison(stepper):
+    stepper.vpd.subcomponents.u[0].data[0, 0] = float("inf")
 
 
 def keep(folder, model, result, stepper):
@@ -203,15 +231,17 @@ def go_on():
     model, _, _ = trained("dying", **KINDS["sequence"])
     whole_run, _, _ = torch.load(f"sequence-whole/process-{RANK}.pt")
     assert all(map(torch.equal, state(model.vpd), whole_run))
-    model, result, stepper = trained("single", at=24, do=check_cut, **KINDS["sequence"])
+    model, result, stepper = trained("single", at=6, do=check_cut, **KINDS["sequence"])
     keep("single", model, result, stepper)
+    with pytest.raises(NonFiniteLossError, match="stochastic"):
+        trained("poisoned", at=3, do=only(1, poison), **KINDS["sequence"])
     trainer.CHECKPOINT_SECONDS = 0
     try:
-        trained("stopped", at=7, do=only(1, terminate), **{**KINDS["sequence"], **NO_CHECKPOINTS})
+        trained("stopped", at=3, do=only(1, terminate), **{**KINDS["sequence"], **NO_CHECKPOINTS})
     except TrainingInterrupted as error:
         Path(f"stopped/process-{RANK}.txt").write_text(str(error))
     with suppress(Crash):
-        trained("clocked", at=7, do=crash, **{**KINDS["sequence"], **NO_CHECKPOINTS})
+        trained("clocked", at=3, do=crash, **{**KINDS["sequence"], **NO_CHECKPOINTS})
 
 
 NO_CHECKPOINTS = {"checkpoint_every": 0}

@@ -7,12 +7,14 @@ number of processes. The sum of gradients over processes is then the gradient of
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -165,6 +167,8 @@ class Processes:
         self.wait()
         if self.owned:
             dist.destroy_process_group()
+        elif self.control not in (None, dist.group.WORLD):
+            dist.destroy_process_group(self.control)
 
     @contextmanager
     def contact(self, checkpoint: Path) -> Iterator[None]:
@@ -213,7 +217,13 @@ def join(device: str, model: nn.Module) -> Processes:
         if gpu:
             claim_gpu(device)
         nccl = gpu and torch.cuda.is_available()
-        dist.init_process_group("nccl" if nccl else "gloo", timeout=_timeout())
+        # Under a name of its own: where another group was before, late readers would find its keys.
+        store = dist.PrefixStore(f"vpd_lens/{next(_JOINED)}", _store())
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        backend = "nccl" if nccl else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=_timeout()
+        )
         device = "cuda" if gpu else device
     world = dist.get_world_size()
     if world == 1:
@@ -221,6 +231,16 @@ def join(device: str, model: nn.Module) -> Processes:
     same = dist.get_backend() == "gloo"
     control = dist.group.WORLD if same else dist.new_group(backend="gloo", timeout=_timeout())
     return Processes(dist.get_rank(), world, device, control, owned)
+
+
+_JOINED = itertools.count()
+
+
+@cache
+def _store() -> dist.Store:
+    """The launcher's store, through which processes find each other; kept as long as this one."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=_timeout()))
+    return store
 
 
 def launched() -> bool:
@@ -296,7 +316,7 @@ def _first_line(error: Exception) -> str:
 
 def _what_is_left(checkpoint: Path) -> str:
     if not (checkpoint / "checkpoint.json").exists():
-        return "The run has no checkpoint yet: start it again."
+        return "The run has no checkpoint yet: start it again, with another output directory."
     step = read_json(checkpoint / "checkpoint.json")["step"]
     return (
         f"The last checkpoint, after step {step}, is in {checkpoint}: start the job again with "
