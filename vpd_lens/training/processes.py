@@ -185,10 +185,15 @@ class Processes:
         except RuntimeError as error:
             if self.world == 1 or not _is_lost_contact(error):
                 raise
+            line = _first_line(error)
+            cause = (
+                f"did not answer within {_timeout().seconds} s ({line}). The one that reports "
+                "nothing is the one that hangs."
+                if "timed out" in line.lower()
+                else f"died ({line}). The launcher's report names the one that failed first."
+            )
             raise ProcessError(
-                f"process {self.rank} of {self.world} lost contact with another one, which died or "
-                f"did not answer within {_timeout().seconds} s ({_first_line(error)}). The "
-                "launcher's report names the process that failed first. "
+                f"process {self.rank} of {self.world} lost contact with another one, which {cause} "
                 + _what_is_left(checkpoint)
             ) from None
 
