@@ -99,11 +99,13 @@ def train_command(
     with readable_errors(debug):
         from vpd_lens.run_file import read_run_file
         from vpd_lens.training import train
+        from vpd_lens.training.processes import claim_gpu, is_first
 
         changes = list(overrides or [])
         changes += [f"output={quoted(output)}"] if output else []
         changes += [f"training.device={quoted(device)}"] if device else []
         run = read_run_file(run_file, changes)
+        claim_gpu(run.training.device)
         model = run.load_model()
         result = train(
             model,
@@ -115,6 +117,8 @@ def train_command(
             wandb=_wandb_arguments(wandb, wandb_mode),
             prepend_bos=run.prepend_bos,
         )
+        if not is_first():
+            return
         say(f"Decomposition: {result.folder / 'decomposition'}", quiet)
         if run.evaluation is not None:
             report = _evaluate(model, run.evaluation_plan(), quiet)

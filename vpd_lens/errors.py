@@ -37,3 +37,7 @@ class NonFiniteLossError(VPDError, ArithmeticError):
 
 class TrainingInterrupted(VPDError):
     """Training stopped on a signal after writing a checkpoint."""
+
+
+class ProcessError(VPDError):
+    """The processes of a training job disagree, or one of them died or fell silent."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,9 +40,15 @@ def readable_errors(debug: bool) -> Iterator[None]:
         if debug:
             raise
         text = re.sub(r":\n\s*", ": ", str(error))
-        typer.echo("vpd-lens: " + re.sub(r"\s*\n\s*", "; ", text), err=True)
+        typer.echo(_name() + re.sub(r"\s*\n\s*", "; ", text), err=True)
         code = INTERRUPTED if isinstance(error, TrainingInterrupted) else BAD_INPUT
         raise typer.Exit(code) from None
+
+
+def _name() -> str:
+    """The program, and which process of a job this is."""
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return f"vpd-lens, process {os.environ.get('RANK')}: " if many else "vpd-lens: "
 
 
 def quoted(value: object) -> str:

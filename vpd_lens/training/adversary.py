@@ -8,6 +8,10 @@ from torch import Tensor
 from vpd_lens.decomposition.masks import Layout, SourceMasks, Sources, uniform_sources
 from vpd_lens.errors import InputError
 from vpd_lens.training.config import AdversaryConfig
+from vpd_lens.training.processes import ALONE, Processes
+
+# Scopes in which every sequence of the batch has sources of its own.
+PER_ROW = ("position", "sequence")
 
 
 class PersistentAdversary:
@@ -19,6 +23,8 @@ class PersistentAdversary:
         batch_shape: Leading shape of a batch, `(batch, pos)` for language models.
         device: Where the sources live.
         generator: Random generator of all starts, U(0, 1).
+        processes: Those that train together; `batch_shape` is that of this one's rows. Sources
+            that the whole batch shares are the same on all of them.
 
     Attributes:
         sources: One per subcomponent and delta, `[*scope, C_total]` and `[*scope, n_sites]`.
@@ -32,13 +38,16 @@ class PersistentAdversary:
         batch_shape: tuple[int, ...],
         device: torch.device,
         generator: torch.Generator | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.config = config
         self.layout = layout
         self.generator = generator
+        self.processes = processes
         scope = _scope_shape(config.scope, batch_shape)
         start = torch.empty(*scope, layout.total, device=device)
         self.sources = uniform_sources(start, layout, generator)
+        self.sharing.first_(self.leaves())
         self.optimiser = torch.optim.Adam(
             [self.sources.components.requires_grad_(), self.sources.delta.requires_grad_()],
             lr=config.lr,
@@ -70,6 +79,16 @@ class PersistentAdversary:
                 f"{tuple(importance.shape[:-1])}; every batch must have the same shape."
             ) from error
 
+    @property
+    def sharing(self) -> Processes:
+        """The processes with which this one shares its sources: all, or no other."""
+        return ALONE if self.config.scope in PER_ROW else self.processes
+
+    @property
+    def per_row(self) -> Processes:
+        """The processes over which the sources are spread: all, or no other."""
+        return self.processes if self.config.scope in PER_ROW else ALONE
+
     def leaves(self) -> list[Tensor]:
         """The source tensors, to differentiate by."""
         return [self.sources.components, self.sources.delta]
@@ -87,6 +106,7 @@ class PersistentAdversary:
         """
         for group in self.optimiser.param_groups:
             group["eps"] = self.config.eps * scale
+        self.sharing.sum_([leaf.grad for leaf in self.leaves() if leaf.grad is not None])
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -105,6 +125,7 @@ class PersistentAdversary:
         chance = torch.empty_like(self.sources.delta[..., :1]).uniform_(generator=self.generator)
         again = chance < self.config.restart
         new = uniform_sources(self.sources.components, self.layout, self.generator)
+        self.sharing.first_([again, new.components, new.delta])
         for leaf, start in zip(self.leaves(), (new.components, new.delta), strict=True):
             leaf.copy_(torch.where(again, start, leaf))
             for moment in ("exp_avg", "exp_avg_sq"):

@@ -25,7 +25,8 @@ from vpd_lens.files import (
     read_tensors,
     write_json,
 )
-from vpd_lens.training.adversary import PersistentAdversary
+from vpd_lens.training.adversary import PER_ROW, PersistentAdversary
+from vpd_lens.training.sharding import sharded_like, whole
 from vpd_lens.training.step import Stepper
 
 
@@ -34,6 +35,9 @@ def save_checkpoint(
 ) -> None:
     """Write the state after `step` finished steps.
 
+    All processes of a job call it together; the first one writes. What is in the file does not
+    depend on their number, but for a random generator each.
+
     Args:
         path: Directory of the checkpoint; the previous one survives an interruption.
         stepper: Parameters, optimiser, sources and random generator.
@@ -41,20 +45,24 @@ def save_checkpoint(
         data_state: Position in the data.
         extra: Anything else to keep (the wandb run id).
     """
-    vpd = stepper.vpd
+    vpd, processes = stepper.vpd, stepper.processes
     tensors = {f"subcomponents/{k}": t for k, t in subcomponent_tensors(vpd).items()}
     tensors |= {f"importance/{k}": t for k, t in vpd.importance.state_dict().items()}
     for index, optimiser in enumerate(stepper.optimisers):
         tensors |= _optimiser_tensors(f"optimiser/{index}", optimiser)
-    tensors["generator"] = stepper.generator.get_state()
+    states = processes.gathered(stepper.generator.get_state()[None])
+    tensors |= {_generator_name(rank): state for rank, state in enumerate(states)}
     if stepper.adversary is not None:
-        tensors["sources/components"], tensors["sources/delta"] = stepper.adversary.leaves()
-        tensors |= _optimiser_tensors("adversary", stepper.adversary.optimiser)
+        tensors |= _source_tensors(stepper.adversary)
+    state = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor)
+        if processes.first:  # one tensor at a time, so that the others need no memory for all
+            state[name] = tensor.detach().cpu().contiguous().clone()
+    if not processes.first:
+        return
     with atomic_directory(path) as folder:
-        save_file(
-            {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()},
-            folder / "state.safetensors",
-        )
+        save_file(state, folder / "state.safetensors")
         write_json(
             folder / "checkpoint.json",
             {
@@ -110,20 +118,51 @@ def load_checkpoint(path: Path, stepper: Stepper) -> tuple[int, dict[str, Any], 
     check_weights(vpd, record["base_model"])
     tensors = read_tensors(folder / "state.safetensors")
     load_subcomponents(vpd, _under(tensors, "subcomponents/"))
+    importance = vpd.importance.state_dict()
+    for name, tensor in _under(tensors, "importance/").items():
+        tensors[f"importance/{name}"] = sharded_like(tensor, importance[name])
     vpd.importance.load_state_dict(_under(tensors, "importance/"))
     for index, optimiser in enumerate(stepper.optimisers):
         _load_optimiser(optimiser, _under(tensors, f"optimiser/{index}/"))
     if "sources/components" in tensors:
         stepper.adversary = _restored_adversary(stepper, tensors)
-    stepper.generator.set_state(tensors["generator"])
+    _load_generator(stepper, tensors, int(record["step"]))
     return int(record["step"]), record["data"], record["extra"]
 
 
 # Fields that do not change what a step computes.
-_MAY_CHANGE = ("log_every", "checkpoint_every", "device")
+_MAY_CHANGE = ("log_every", "checkpoint_every", "device", "shard_importance")
+
+
+def _generator_name(rank: int) -> str:
+    return f"generator/{rank}" if rank else "generator"
+
+
+def _load_generator(stepper: Stepper, tensors: dict[str, Tensor], step: int) -> None:
+    """This process's random generator: its own, or a new one if the job had fewer processes."""
+    name = _generator_name(stepper.processes.rank)
+    if name in tensors:
+        stepper.generator.set_state(tensors[name])
+    else:
+        stepper.generator.set_state(
+            stepper.processes.generator(stepper.config.seed, stepper.device, step).get_state()
+        )
+
+
+def _source_tensors(adversary: PersistentAdversary) -> dict[str, Tensor]:
+    """Sources and their moments, those of all processes' rows together on the first."""
+    components, delta = adversary.leaves()
+    tensors = {"sources/components": components, "sources/delta": delta}
+    tensors |= _optimiser_tensors("adversary", adversary.optimiser)
+    own = adversary.per_row.gathered
+    return {name: own(t) if t.ndim else t for name, t in tensors.items()}
 
 
 def _restored_adversary(stepper: Stepper, tensors: dict[str, Tensor]) -> PersistentAdversary:
+    names = [n for n in tensors if n.startswith(("sources/", "adversary/")) and tensors[n].ndim]
+    if stepper.config.adversary.scope in PER_ROW:
+        rows = stepper.processes.rows(tensors["sources/components"].shape[0])
+        tensors = tensors | {name: tensors[name][rows].contiguous() for name in names}
     shape = tuple(tensors["sources/components"].shape[:-1])
     adversary = PersistentAdversary(
         stepper.config.adversary.model_copy(update={"scope": "position"}),
@@ -131,6 +170,7 @@ def _restored_adversary(stepper: Stepper, tensors: dict[str, Tensor]) -> Persist
         shape,
         stepper.device,
         stepper.generator,
+        stepper.processes,
     )
     adversary.config = stepper.config.adversary
     with torch.no_grad():
@@ -154,9 +194,13 @@ def _optimiser_tensors(prefix: str, optimiser: torch.optim.Optimizer) -> dict[st
 
 
 def _load_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split("/")
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:
+            value = sharded_like(value, parameter)
         state.setdefault(int(index), {})[name] = value
     optimiser.load_state_dict(
         {"state": state, "param_groups": optimiser.state_dict()["param_groups"]}

@@ -144,7 +144,7 @@ class VPDConfig(_Frozen):
             respect.
         importance: The causal importance function.
         steps: Training steps.
-        batch_size: Sequences per step.
+        batch_size: Sequences per step, of all processes together.
         seq_len: Tokens per sequence; `None`: the model's context length.
         micro_batches: Parts into which a batch is cut to save memory. For given masks the result
             is that of the whole batch, frequency term included; the random draws differ.
@@ -162,8 +162,12 @@ class VPDConfig(_Frozen):
             the backward pass: a fraction of the memory for about a quarter more time. The same
             numbers. Not together with `compile`, which decides by itself what to keep.
         device: `"auto"` (where the model is), `"cpu"`, `"cuda"` or `"cuda:N"`.
+        shard_importance: On many processes, keep only a part of the importance function's
+            parameters, gradients and moments on each (FSDP2). The numbers are the same up to
+            rounding; a single process ignores it.
         log_every: Steps between logged metrics.
-        checkpoint_every: Steps between checkpoints; 0 writes only the last and on interruption.
+        checkpoint_every: Steps between checkpoints; 0 writes only the last and on interruption,
+            and on many processes, of which one may die, one every 15 minutes.
     """
 
     sites: str | tuple[str, ...] = "all"
@@ -184,6 +188,7 @@ class VPDConfig(_Frozen):
     compile: bool = False
     recompute: bool = False
     device: str = "auto"
+    shard_importance: bool = False
     log_every: int = Field(default=50, ge=1)
     checkpoint_every: int = Field(default=0, ge=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -113,6 +114,21 @@ class MetricsLog:
             except (ValueError, KeyError):
                 continue  # a line cut short by an interruption
         self.path.write_text("".join(line + "\n" for line in kept))
+
+
+class SilentLog(nullcontext[None]):
+    """What processes other than the first log to: nothing."""
+
+    run: Any = None
+
+    def __enter__(self) -> SilentLog:
+        return self
+
+    def advance(self, step: int) -> None:
+        """See `MetricsLog`."""
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """See `MetricsLog`."""
 
 
 def last_metrics(folder: Path) -> dict[str, float]:

@@ -35,7 +35,9 @@ from vpd_lens.training.losses import (
     stochastic_reconstruction,
 )
 from vpd_lens.training.optimiser import optimisers
+from vpd_lens.training.processes import ALONE, Processes
 from vpd_lens.training.schedules import adversary_lr, exponent, learning_rate
+from vpd_lens.training.sharding import is_sharded, whole
 
 Losses = dict[str, Tensor]
 MaskedForward = Callable[[SourceMasks, Tensor], Tensor]
@@ -62,6 +64,7 @@ class Stepper:
     Args:
         vpd: The decomposition to train.
         config: The run.
+        processes: Those that train together, each on its rows of the batch.
 
     Attributes:
         parameters: Those of U and V, `"subcomponents"`, and of the `"importance"` function.
@@ -70,13 +73,14 @@ class Stepper:
         generator: Source of all randomness of the steps.
     """
 
-    def __init__(self, vpd: Decomposition, config: VPDConfig) -> None:
+    def __init__(self, vpd: Decomposition, config: VPDConfig, processes: Processes = ALONE) -> None:
         self.vpd = vpd
         self.config = config
+        self.processes = processes
         self.device = vpd.device
         self.run = _masked_forward(vpd, config)
         self.weights = [site.weight.float().contiguous() for site in vpd.sites]
-        self.generator = torch.Generator(device=self.device).manual_seed(config.seed)
+        self.generator = processes.generator(config.seed, self.device)
         self.adversary: PersistentAdversary | None = None
         self.parameters = {
             "subcomponents": list(vpd.subcomponents.parameters()),
@@ -88,12 +92,13 @@ class Stepper:
         """Train on one batch.
 
         Args:
-            batch: Tokens `[batch, pos]` (or whatever the model takes).
+            batch: Tokens `[batch, pos]` (or whatever the model takes): this process's rows.
             step: The step, from 0; it decides learning rates and the exponent.
 
         Returns:
-            The losses by name (unweighted, plus `total` and the gradient norms) as tensors that
-            are still on the device, and the causal importances `[batch, pos, C_total]`.
+            The losses of the global batch by name (unweighted, plus `total` and the gradient
+            norms) as tensors that are still on the device, and the causal importances
+            `[batch, pos, C_total]` of these rows.
 
         Raises:
             NonFiniteLossError: On CPU, if a loss is not finite; the parameters are untouched.
@@ -135,18 +140,22 @@ class Stepper:
         lead = (batch.shape[0], *parts[0].z.shape[1:-1])
         if self.adversary is None:
             self.adversary = PersistentAdversary(
-                self.config.adversary, self.vpd.layout, lead, self.device, self.generator
+                self.config.adversary,
+                self.vpd.layout,
+                lead,
+                self.device,
+                self.generator,
+                self.processes,
             )
             self.adversary.set_lr(self._adversary_lr)
         importances = [part.z.detach().clamp(0, 1) for part in parts]
         n_positions = sum(g[..., 0].numel() for g in importances)
+        share = self.config.adversary.coefficient / (len(parts) * self.processes.world)
         for _ in range(self.config.adversary.inner_steps):
             for part, g in zip(parts, importances, strict=True):
                 with self.vpd.frozen_subcomponents():
                     loss = part.under(self.run)(self.adversary.masks(g, part.rows))
-                (loss * (self.config.adversary.coefficient / len(parts))).backward(
-                    inputs=self.adversary.leaves()
-                )
+                (loss * share).backward(inputs=self.adversary.leaves())
             self._ascend(n_positions)
 
     # -------------------------------------------------------------------- 4
@@ -156,7 +165,8 @@ class Stepper:
         minimal = self.config.minimality
         sums = [importance_power_sum(part.z, p, minimal.eps) for part in parts]
         total_sum = torch.stack(sums).sum(0).detach()
-        n_positions = sum(part.z[..., 0].numel() for part in parts)
+        self.processes.sum_([total_sum])
+        n_positions = sum(part.z[..., 0].numel() for part in parts) * self.processes.world
         total_sum.requires_grad_()
         least = minimality(total_sum, n_positions, minimal.frequency)
         # The frequency term couples all positions of the batch. Its slope at the batch's total
@@ -165,7 +175,7 @@ class Stepper:
         losses: Losses = {"minimality": least.detach()}
         for index, (part, power_sum) in enumerate(zip(parts, sums, strict=True)):
             with record_function("vpd::losses"), self._autocast():
-                own = self._reconstruction(part, len(parts))
+                own = self._reconstruction(part, len(parts) * self.processes.world)
                 if len(parts) > 1:
                     power_sum = importance_power_sum(part.z, p, minimal.eps)
                 own["minimality"] = (slope * power_sum).sum()
@@ -177,13 +187,14 @@ class Stepper:
             for name, loss in own.items():
                 if name != "minimality":
                     losses[name] = losses.get(name, 0) + loss.detach()
+        self._sum_over_processes(losses)
         weighted = [c * losses[name] for name, c in self._weights() if name in losses]
         losses["total"] = torch.stack(weighted).sum()
         return losses
 
     def _reconstruction(self, part: _Part, n_parts: int) -> Losses:
         vpd, config = self.vpd, self.config
-        if n_parts > 1:
+        if config.micro_batches > 1:
             part.z = vpd.pre_importance(part.inputs)
         g = lower_leaky(part.z)
         under = part.under(self.run)
@@ -213,7 +224,18 @@ class Stepper:
 
     def _faithfulness(self) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
-            return faithfulness(self.vpd.subcomponents.deltas(self.weights))
+            loss = faithfulness(self.vpd.subcomponents.deltas(self.weights))
+        return loss if self.processes.world == 1 else loss / self.processes.world
+
+    def _sum_over_processes(self, losses: Losses) -> None:
+        """Gradients and losses of the global batch, from those of every process's share of it."""
+        if self.processes.world == 1:
+            return
+        parameters = [p for group in self.parameters.values() for p in group]
+        gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
+        # The minimality loss is that of the global batch already, on every process.
+        shares = [loss for name, loss in losses.items() if name != "minimality"]
+        self.processes.sum_(gradients + shares)
 
     def _weights(self) -> list[tuple[str, float]]:
         config = self.config
@@ -239,13 +261,14 @@ class Stepper:
         limits = {"subcomponents": opt.clip_subcomponents, "importance": opt.clip_importance}
         for name, parameters in self.parameters.items():
             norm = torch.nn.utils.clip_grad_norm_(parameters, limits[name] or float("inf"))
-            losses[f"grad_norm/{name}"] = norm
+            losses[f"grad_norm/{name}"] = whole(norm)
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
     def _ascend(self, n_positions: int) -> None:
         assert self.adversary is not None
+        n_positions *= self.processes.world
         self.adversary.ascend(self.config.adversary.coefficient / n_positions)
 
     # ---------------------------------------------------------------- helpers

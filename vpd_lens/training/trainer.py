@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +17,22 @@ from torch import Tensor, nn
 
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.attach import attach
-from vpd_lens.decomposition.saving import save
+from vpd_lens.decomposition.saving import base_model_record, save
 from vpd_lens.errors import ConfigError, TrainingInterrupted
 from vpd_lens.training.checkpoints import load_checkpoint, save_checkpoint
 from vpd_lens.training.config import VPDConfig
 from vpd_lens.training.data import token_batches
 from vpd_lens.training.diagnostics import Diagnostics
 from vpd_lens.training.initialisation import align
-from vpd_lens.training.logging import MetricsLog, last_metrics
+from vpd_lens.training.interruption import stop_requests
+from vpd_lens.training.logging import MetricsLog, SilentLog, last_metrics
+from vpd_lens.training.processes import join
+from vpd_lens.training.sharding import shard_importance
 from vpd_lens.training.step import Losses, Stepper, require_finite, warm_up_faithfulness
+
+# Between the checkpoints of many processes where `checkpoint_every` asks for none: what is lost
+# when one of them dies.
+CHECKPOINT_SECONDS = 900.0
 
 
 @dataclass
@@ -65,6 +72,9 @@ def train(
     and data position are restored. On CUDA the same holds as far as its kernels are
     deterministic.
 
+    In a script that `torchrun` or `accelerate` has started on many processes, all of them call
+    this with the same arguments, and train together; see `docs/processes.md`.
+
     Args:
         model: A HookedTransformer, TransformerBridge or module; decomposed or not.
         data: Tokens: a tensor, an `.npy` or `.safetensors` file, a directory or glob of text
@@ -84,11 +94,14 @@ def train(
         ConfigError: If CUDA is asked for and absent, or `output` already holds another run.
         DataError: If the data cannot be read or does not fit the model.
         NonFiniteLossError: If a loss becomes NaN or infinite; the last checkpoint is kept.
+        ProcessError: If another process died, or has other arguments.
         TrainingInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     config = config or VPDConfig.small()
-    folder = Path(output) if output is not None else _default_folder()
-    _move(model, config.device)
+    processes = join(config.device, model)
+    rows = processes.rows(config.batch_size, config.micro_batches)
+    folder = processes.from_first(Path(output) if output is not None else _default_folder())
+    _move(model, processes.device)
     if "vpd" not in model.__dict__:
         sites = config.sites if isinstance(config.sites, str) else list(config.sites)
         attach(model, sites, config.n_subcomponents, config.importance, example, seed=config.seed)
@@ -101,24 +114,36 @@ def train(
         seq_len=config.seq_len,
         seed=config.seed,
         prepend_bos=prepend_bos,
+        rows=rows,
     )
-    stepper = Stepper(vpd, config)
+    if processes.world > 1:
+        processes.require_same(
+            model=json.dumps(base_model_record(vpd)["weights"]),
+            data=json.dumps(batches.state_dict(), sort_keys=True),
+            configuration=f"{config} resume={resume}",
+        )
+        processes.first_(list(vpd.parameters()))
+    unshard = shard_importance(vpd, processes) if config.shard_importance else None
+    stepper = Stepper(vpd, config, processes)
     checkpoint = folder / "checkpoint"
     start, extra = 0, {}
     if resume:
         start, position, extra = load_checkpoint(checkpoint, stepper)
         batches.load_state_dict(position)
-    elif (folder / "metrics.jsonl").exists():
+    elif processes.from_first((folder / "metrics.jsonl").exists()):
         raise ConfigError(
             f"output={str(folder)!r} already holds a run. Pass resume=True to continue it, or "
             "another directory."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    config.to_yaml(folder / "config.yaml")
+    if processes.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.to_yaml(folder / "config.yaml")
     if wandb is not None and "wandb_id" in extra:
         wandb = {"id": extra["wandb_id"], "resume": "allow", **wandb}
     with (
-        MetricsLog(folder, config.steps, start, progress, wandb, config.model_dump()) as log,
+        MetricsLog(folder, config.steps, start, progress, wandb, config.model_dump())
+        if processes.first
+        else SilentLog() as log,
         _evaluation_mode(model),
     ):
         if log.run is not None:
@@ -127,12 +152,17 @@ def train(
             if config.initialisation == "aligned" and vpd.trained_steps == 0:
                 align(vpd.subcomponents, vpd.sites)
             warm_up_faithfulness(stepper)
+            processes.first_(stepper.parameters["subcomponents"])
         run = _Run(stepper, batches, log, checkpoint, extra)
         history, seconds = run.loop(start)
     vpd.trained_steps = config.steps
     vpd.training_config = config.model_dump(mode="json")
+    if unshard is not None:
+        unshard()
     metrics = history[-1] if history else last_metrics(folder)
-    save(vpd, folder / "decomposition", metrics)
+    if processes.first:
+        save(vpd, folder / "decomposition", metrics)
+    processes.leave()
     return TrainingResult(folder, config.steps, seconds, metrics, history)
 
 
@@ -140,23 +170,30 @@ class _Run:
     """The loop of one call of `train`."""
 
     def __init__(
-        self, stepper: Stepper, batches: Any, log: MetricsLog, checkpoint: Path, extra: dict
+        self,
+        stepper: Stepper,
+        batches: Any,
+        log: MetricsLog | SilentLog,
+        checkpoint: Path,
+        extra: dict,
     ) -> None:
         self.stepper = stepper
+        self.processes = stepper.processes
         self.config = stepper.config
         self.batches = batches
         self.log = log
         self.checkpoint = checkpoint
         self.extra = extra
+        self.saved_at = time.monotonic()
 
     def loop(self, start: int) -> tuple[list[dict[str, float]], float]:
         config, stepper = self.config, self.stepper
-        window = _Window(stepper.vpd.layout.total, config.steps)
+        window = _Window(stepper.vpd.layout.total, config.steps, warn=self.processes.first)
         history: list[dict[str, float]] = []
         begun = time.perf_counter()
-        with _stop_requests() as stop:
+        with stop_requests() as requests, self.processes.contact(self.checkpoint):
             for step in range(start, config.steps):
-                batch = next(self.batches)  # [batch, pos]
+                batch = next(self.batches)  # [batch, pos], this process's rows
                 losses, importance = stepper.step(batch, step)
                 window.add(losses)
                 done = step + 1
@@ -164,28 +201,42 @@ class _Run:
                 if done % config.log_every == 0 or done == config.steps:
                     history.append(window.summary(done, importance, stepper))
                     self.log.write(done, history[-1])
-                due = config.checkpoint_every and done % config.checkpoint_every == 0
+                stop, due = self._agree(requests, done)
                 if due or done == config.steps or stop:
                     window.require_finite()
                     self._save(done)
                 if stop and done < config.steps:
                     raise TrainingInterrupted(
-                        f"stopped by {stop[0]} after step {done} of {config.steps}; a checkpoint "
+                        f"stopped by {stop} after step {done} of {config.steps}; a checkpoint "
                         f"is in {self.checkpoint}. To go on: train(..., output="
                         f"{str(self.checkpoint.parent)!r}, resume=True), or vpd-lens train with "
                         "--resume."
                     )
         return history, time.perf_counter() - begun
 
+    def _agree(self, requests: list[signal.Signals], done: int) -> tuple[str, bool]:
+        """The signal that any process has received, and whether a checkpoint is due."""
+        every = self.config.checkpoint_every
+        due = bool(every) and done % every == 0
+        if self.processes.world > 1 and not every:
+            due = self.processes.first and time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
+        number, due = self.processes.largest([requests[0] if requests else 0, due])
+        return (signal.Signals(number).name if number else ""), bool(due)
+
     def _save(self, done: int) -> None:
-        save_checkpoint(self.checkpoint, self.stepper, done, self.batches.state_dict(), self.extra)
+        data = self.batches.state_dict()
+        self.processes.require_same(data=json.dumps(data, sort_keys=True))
+        save_checkpoint(self.checkpoint, self.stepper, done, data, self.extra)
+        self.processes.wait()
+        self.saved_at = time.monotonic()
 
 
 class _Window:
     """Losses since the last log line, summed on the device: no host sync between log steps."""
 
-    def __init__(self, c_total: int, steps: int) -> None:
+    def __init__(self, c_total: int, steps: int, warn: bool = True) -> None:
         self.diagnostics = Diagnostics(c_total, steps)
+        self.warn = warn
         self._reset()
 
     def _reset(self) -> None:
@@ -206,36 +257,17 @@ class _Window:
         self.require_finite()
         active = importance > 0
         metrics = {name: float(total) / self.count for name, total in self.sums.items()}
-        metrics["l0"] = float(active.sum(-1).float().mean())
-        metrics["ci_max"] = float(importance.amax(-1).mean())
-        metrics["lr"] = stepper.optimisers[0].param_groups[0]["lr"]
-        metrics["seconds_per_step"] = (time.perf_counter() - self.since) / self.count
-        self.diagnostics.look(done, metrics)
+        own = {
+            "l0": float(active.sum(-1).float().mean()),
+            "ci_max": float(importance.amax(-1).mean()),
+            "lr": stepper.optimisers[0].param_groups[0]["lr"],
+            "seconds_per_step": (time.perf_counter() - self.since) / self.count,
+        }
+        metrics |= dict(zip(own, stepper.processes.mean(list(own.values())), strict=True))
+        if self.warn:
+            self.diagnostics.look(done, metrics)
         self._reset()
         return metrics
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[str]]:
-    """Collects Ctrl-C and SIGTERM instead of dying; a second signal acts at once."""
-    received: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # signals can only be handled in the main thread
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, _frame: Any) -> None:
-        received.append(signal.Signals(number).name)
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-    for s in before:
-        signal.signal(s, note)
-    try:
-        yield received
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
 
 
 @contextmanager

@@ -87,7 +87,8 @@ class ArrayBatches(TokenBatches):
             self._begin(self._epoch + 1)
             start = 0
         self._batch += 1
-        rows = to_tensor(self._rows[self._order[start : start + self.batch_size]])
+        chosen = self._order[start : start + self.batch_size][self._spec.rows]
+        rows = to_tensor(self._rows[chosen])
         return rows if self._bos is None else with_bos(rows, self._bos)
 
     def _position(self) -> dict[str, Any]:

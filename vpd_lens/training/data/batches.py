@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class BatchSpec:
         shuffle: Whether there are random choices at all.
         prepend_bos: The BOS policy asked for.
         limits: The model's.
+        rows: Which rows of every batch are wanted; all processes of a job count the same batches.
     """
 
     batch_size: int
@@ -68,6 +69,7 @@ class BatchSpec:
     shuffle: bool
     prepend_bos: bool | None
     limits: ModelLimits
+    rows: slice = field(default_factory=lambda: slice(None))
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -164,7 +166,10 @@ class TokenBatches(ABC):
 
     @abstractmethod
     def __next__(self) -> Shaped[Tensor, "batch *row"]:
-        """The next batch: int64 `[batch_size, seq_len]` on the CPU (floats for toy models)."""
+        """The next batch: int64 `[batch_size, seq_len]` on the CPU (floats for toy models).
+
+        Of these rows, those that the specification wants.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON-serialisable values.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from typing import Any
 
@@ -141,6 +142,7 @@ def checksum(batch: Tensor) -> int:
 
 def progress(steps: Any, title: str, hide: bool = False) -> Any:
     """A progress bar on standard error that disappears when done."""
+    hide = hide or os.environ.get("RANK", "0") != "0"  # one bar for all processes of a job
     return track(steps, title, transient=True, disable=hide, console=Console(stderr=True))
 
 

@@ -145,7 +145,7 @@ class DocumentBatches(TokenBatches):
             pieces.append(rows)
             self._row += len(rows)
             missing -= len(rows)
-        batch = torch.cat(pieces)
+        batch = torch.cat(pieces)[self._spec.rows]
         return batch if self._bos is None else with_bos(batch, self._bos)
 
     def _position(self) -> dict[str, Any]:

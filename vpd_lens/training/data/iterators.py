@@ -62,7 +62,7 @@ class IteratorBatches(TokenBatches):
             batch = self._restart()
         self._consumed += 1
         self._last = batch
-        return batch
+        return batch[self._spec.rows]
 
     def _is_short_last(self, batch: Tensor) -> bool:
         if len(batch) == self.batch_size:
@@ -159,7 +159,7 @@ class FunctionBatches(TokenBatches):
                 f"source, a function, gave {len(batch)} rows when asked for "
                 f"batch_size={self.batch_size}."
             )
-        return batch
+        return batch[self._spec.rows]
 
     def _position(self) -> dict[str, Any]:
         return {"generator": self._generator.get_state().numpy().tobytes().hex()}

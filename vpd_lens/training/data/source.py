@@ -33,6 +33,7 @@ def token_batches(
     prepend_bos: bool | None = None,
     text_column: str = "text",
     shuffle: bool = True,
+    rows: slice = slice(None),
 ) -> TokenBatches:
     """Endless batches of tokens for `model`, resumable to the bit.
 
@@ -67,15 +68,19 @@ def token_batches(
             tokens, they are used as they are. Must not be True for data that is cut already.
         text_column: The column of a dataset that holds the text.
         shuffle: False for the data's own order and no random window borders.
+        rows: Which rows of every batch to give, for one of several processes. The position
+            does not depend on it.
 
     Returns:
-        An endless iterator of int64 tensors `[batch_size, seq_len]` on the CPU.
+        An endless iterator of int64 tensors `[batch_size, seq_len]` on the CPU, or of the
+        `rows` of them.
 
     Raises:
         InputError: If `batch_size` or `seq_len` is out of range.
         DataError: If the source cannot be read or does not fit the model.
     """
-    spec = BatchSpec(batch_size, seq_len, seed, shuffle, prepend_bos, ModelLimits.of(model))
+    limits = ModelLimits.of(model)
+    spec = BatchSpec(batch_size, seq_len, seed, shuffle, prepend_bos, limits, rows)
 
     if isinstance(source, str) and source.startswith("hf:"):
         source, name = load_hf(source)

@@ -1,0 +1,329 @@
+"""Training on many processes: who they are, and all that they tell each other.
+
+Every process computes the step on its own rows of the global batch, with losses divided by the
+number of processes. The sum of gradients over processes is then the gradient of the global batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vpd_lens.errors import ConfigError, ProcessError
+from vpd_lens.files import read_json
+
+Value = TypeVar("Value")
+
+TIMEOUT_VARIABLE = "VPD_LENS_TIMEOUT"
+_TIMEOUT_SECONDS = 600.0
+
+# Numbers sent in one collective: few large ones, without doubling the memory of the gradients.
+_BUCKET = 1 << 26
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train together. Of a single one, every method costs nothing.
+
+    Attributes:
+        rank: Number of this process.
+        world: Number of processes.
+        device: Where this process trains, as in `VPDConfig.device`.
+        control: The group for small values, which lie on the CPU.
+        owned: Whether `leave` ends the process group, because `join` began it.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: str = "auto"
+    control: Any = None
+    owned: bool = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that logs and saves."""
+        return self.rank == 0
+
+    def rows(self, batch_size: int, parts: int = 1) -> slice:
+        """Which rows of a global batch are this process's.
+
+        Args:
+            batch_size: Rows of the global batch.
+            parts: Micro-batches into which every process cuts its rows.
+
+        Raises:
+            ConfigError: If they cannot be shared out evenly.
+        """
+        if self.world == 1:
+            return slice(None)
+        if batch_size % (self.world * parts):
+            raise ConfigError(
+                f"batch_size={batch_size} must be a multiple of {self.world} processes x "
+                f"{parts} micro_batches. It is the size of the global batch, which the processes "
+                "share."
+            )
+        size = batch_size // self.world
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def generator(self, seed: int, device: torch.device, step: int = 0) -> torch.Generator:
+        """The random generator of the steps, another one on every process.
+
+        Args:
+            seed: That of the run; the first process begins with it alone, as a single one does.
+            device: Where it draws.
+            step: Finished steps, for a process that joins a run under way.
+        """
+        if self.rank or step:
+            words = [seed % 2**64, self.rank, step]
+            seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+        return torch.Generator(device=device).manual_seed(seed)
+
+    # ------------------------------------------------- tensors of the step
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its sum over processes, bit for bit the same on all."""
+        if self.world > 1:
+            _in_buckets(tensors, dist.all_reduce)
+
+    def first_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by that of the first process."""
+        if self.world > 1:
+            _in_buckets(tensors, lambda flat: dist.broadcast(flat, src=0))
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in order, on the first; on the others their own."""
+        if self.world == 1:
+            return rows
+        own = rows.detach().cpu().contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.world)] if self.first else None
+        dist.gather(own, parts, dst=0, group=self.control)
+        return own if parts is None else torch.cat(parts)
+
+    # -------------------------------------------------------- small values
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """The largest of each value over processes."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
+
+    def mean(self, values: Sequence[float]) -> list[float]:
+        """The mean of each value over processes."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.control)
+        return (tensor / self.world).tolist()
+
+    def from_first(self, value: Value) -> Value:
+        """The first process's value."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def require_same(self, **values: str) -> None:
+        """Check that all processes mean the same run.
+
+        Raises:
+            ProcessError: On all of them, naming the values that differ.
+        """
+        if self.world == 1:
+            return
+        hashes = [_hash(value) for value in values.values()]
+        found = self.largest([*hashes, *(-h for h in hashes)])
+        pairs = zip(values, found[: len(hashes)], found[len(hashes) :], strict=True)
+        if different := [name for name, most, least in pairs if most != -least]:
+            raise ProcessError(
+                f"the processes do not have the same {', '.join(different)}. Every process must be "
+                "given the same model, data and configuration; anything random needs a seed (for "
+                "a DataLoader that shuffles: generator=)."
+            )
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    def leave(self) -> None:
+        """Go on alone: what a process does from now on, the others do not wait for."""
+        self.wait()
+        if self.owned:
+            dist.destroy_process_group()
+        elif self.control not in (None, dist.group.WORLD):
+            dist.destroy_process_group(self.control)
+
+    @contextmanager
+    def contact(self, checkpoint: Path) -> Iterator[None]:
+        """Explain the errors that a process sees when another one dies or falls silent.
+
+        Args:
+            checkpoint: Where the run's checkpoint is, if there is one.
+
+        Raises:
+            ProcessError: Instead of them.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or not _is_lost_contact(error):
+                raise
+            line = _first_line(error)
+            cause = (
+                f"did not answer within {_timeout().seconds} s ({line}). The one that reports "
+                "nothing is the one that hangs."
+                if "timed out" in line.lower()
+                else f"died ({line}). The launcher's report names the one that failed first."
+            )
+            raise ProcessError(
+                f"process {self.rank} of {self.world} lost contact with another one, which {cause} "
+                + _what_is_left(checkpoint)
+            ) from None
+
+
+ALONE = Processes()
+
+
+def join(device: str, model: nn.Module) -> Processes:
+    """Join the other processes of a `torchrun` or `accelerate` job; a single one stays alone.
+
+    Args:
+        device: As in `VPDConfig.device`; on GPUs every process takes its own.
+        model: Where it is decides, if `device` is `"auto"`.
+
+    Raises:
+        ConfigError: If there are fewer GPUs than processes on a machine, or `device` names one.
+    """
+    if not (dist.is_available() and (dist.is_initialized() or launched())):
+        return Processes(device=device)
+    parameter = next(model.parameters(), None)
+    gpu = device.startswith("cuda") or (
+        device == "auto" and parameter is not None and parameter.is_cuda
+    )
+    owned = not dist.is_initialized()
+    if owned:
+        if gpu:
+            claim_gpu(device)
+        nccl = gpu and torch.cuda.is_available()
+        # Under a name of its own: where another group was before, late readers would find its keys.
+        store = dist.PrefixStore(f"vpd_lens/{next(_JOINED)}", _store())
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        backend = "nccl" if nccl else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=_timeout()
+        )
+        device = "cuda" if gpu else device
+    world = dist.get_world_size()
+    if world == 1:
+        return Processes(device=device)
+    same = dist.get_backend() == "gloo"
+    control = dist.group.WORLD if same else dist.new_group(backend="gloo", timeout=_timeout())
+    return Processes(dist.get_rank(), world, device, control, owned)
+
+
+_JOINED = itertools.count()
+
+
+@cache
+def _store() -> dist.Store:
+    """The launcher's store, through which processes find each other; kept as long as this one."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=_timeout()))
+    return store
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several."""
+    named = all(name in os.environ for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    return named and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its job, or the only one."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+def claim_gpu(device: str = "auto") -> None:
+    """Make this process's own GPU the one that `"cuda"` means, if a launcher started it.
+
+    Raises:
+        ConfigError: If there are too few, or `device` names one for all processes.
+    """
+    if not launched() or device == "cpu" or not torch.cuda.is_available():
+        return
+    local, n_local = (int(os.environ.get(k, d)) for k, d in _LOCAL)
+    if ":" in device and n_local > 1:
+        raise ConfigError(
+            f"device={device!r} names one GPU for {n_local} processes on this machine. Use "
+            "device='cuda': every process takes its own."
+        )
+    if local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{n_local} processes on a machine with {torch.cuda.device_count()} GPUs. Start as "
+            "many processes as there are GPUs (--nproc-per-node)."
+        )
+    torch.cuda.set_device(local)
+
+
+_LOCAL = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+
+
+def _in_buckets(tensors: Sequence[Tensor], send: Any) -> None:
+    bucket: list[Tensor] = []
+    for index, tensor in enumerate(tensors):
+        bucket.append(tensor.detach())
+        size = sum(t.numel() for t in bucket)
+        last = index == len(tensors) - 1
+        if not last and size < _BUCKET and tensors[index + 1].dtype == tensor.dtype:
+            continue
+        flat = torch.cat([t.reshape(-1) for t in bucket])
+        send(flat)
+        for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            t.copy_(part.view_as(t))
+        bucket = []
+
+
+def _hash(value: str) -> int:
+    return int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "big")
+
+
+def _timeout() -> timedelta:
+    return timedelta(seconds=float(os.environ.get(TIMEOUT_VARIABLE, _TIMEOUT_SECONDS)))
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(
+        sign in text for sign in ("gloo", "nccl", "connection closed", "connection reset")
+    )
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).partition("\n")[0].partition(". This is typically")[0]
+    return re.sub(r"^\[[^]]*\] ", "", line)  # the place in PyTorch's source
+
+
+def _what_is_left(checkpoint: Path) -> str:
+    if not (checkpoint / "checkpoint.json").exists():
+        return "The run has no checkpoint yet: start it again, with another output directory."
+    step = read_json(checkpoint / "checkpoint.json")["step"]
+    return (
+        f"The last checkpoint, after step {step}, is in {checkpoint}: start the job again with "
+        "resume=True, or vpd-lens train with --resume."
+    )
