@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vpd_lens.decomposition.folding import Columns, fold, unfold
 from vpd_lens.decomposition.saving import (
     base_model_record,
     check_weights,
+    folded_record,
     load_subcomponents,
     subcomponent_tensors,
 )
@@ -26,6 +28,7 @@ from vpd_lens.files import (
     write_json,
 )
 from vpd_lens.training.adversary import PersistentAdversary
+from vpd_lens.training.config import VPDConfig
 from vpd_lens.training.step import Stepper
 
 
@@ -47,6 +50,7 @@ def save_checkpoint(
     for index, optimiser in enumerate(stepper.optimisers):
         tensors |= _optimiser_tensors(f"optimiser/{index}", optimiser)
     tensors["generator"] = stepper.generator.get_state()
+    tensors["window"] = stepper.window.total
     if stepper.adversary is not None:
         tensors["sources/components"], tensors["sources/delta"] = stepper.adversary.leaves()
         tensors |= _optimiser_tensors("adversary", stepper.adversary.optimiser)
@@ -63,6 +67,7 @@ def save_checkpoint(
                 "config": stepper.config.model_dump(mode="json"),
                 "sites": list(vpd.layout.names),
                 "n_subcomponents": list(vpd.layout.sizes),
+                **folded_record(vpd),
                 "base_model": base_model_record(vpd),
                 "data": data_state,
                 "extra": extra,
@@ -96,27 +101,46 @@ def load_checkpoint(path: Path, stepper: Stepper) -> tuple[int, dict[str, Any], 
     if file_hash(folder / "state.safetensors") != record["sha256"]:
         raise ArtefactError(f"{folder}: state.safetensors does not match its checksum.")
     config = stepper.config.model_dump(mode="json")
+    # Fields that are newer than the checkpoint had their defaults.
+    before = VPDConfig(**record["config"]).model_dump(mode="json")
     different = sorted(
-        key for key in config if key not in _MAY_CHANGE and config[key] != record["config"].get(key)
+        key for key in config if key not in _MAY_CHANGE and config[key] != before[key]
     )
     if different:
         raise ArtefactError(
             f"{folder}: the run was started with another configuration; these fields differ: "
             f"{different}. Resume with the same ones, or start a new output directory."
         )
-    sizes = (list(vpd.layout.names), list(vpd.layout.sizes))
-    if sizes != (record["sites"], record["n_subcomponents"]):
+    kept = _recorded_columns(record)
+    sizes = (list(vpd.layout.names), list(vpd.subcomponents.original_sizes))
+    if sizes != (record["sites"], [size for size, _ in kept]):
         raise ArtefactError(f"{folder}: its sites or their sizes differ from this decomposition's.")
     check_weights(vpd, record["base_model"])
     tensors = read_tensors(folder / "state.safetensors")
-    load_subcomponents(vpd, _under(tensors, "subcomponents/"))
+    # To the shapes of the checkpoint, in whatever state of compaction it finds the decomposition.
+    unfold(vpd)
+    fold(vpd, Columns(*zip(*kept, strict=True), vpd.device))
+    load_subcomponents(vpd, _under(tensors, "subcomponents/"), record)
     vpd.importance.load_state_dict(_under(tensors, "importance/"))
     for index, optimiser in enumerate(stepper.optimisers):
         _load_optimiser(optimiser, _under(tensors, f"optimiser/{index}/"))
     if "sources/components" in tensors:
         stepper.adversary = _restored_adversary(stepper, tensors)
     stepper.generator.set_state(tensors["generator"])
+    if "window" in tensors:
+        stepper.window.total = tensors["window"].to(stepper.device)
+    stepper.renew()
     return int(record["step"]), record["data"], record["extra"]
+
+
+def _recorded_columns(record: dict[str, Any]) -> list[tuple[int, list[int]]]:
+    """Of every site, its number of subcomponents before any was folded, and those that stayed."""
+    indices = record.get("original_indices", {})
+    columns = []
+    for name, size in zip(record["sites"], record["n_subcomponents"], strict=True):
+        kept = indices[name]["kept"] if name in indices else list(range(size))
+        columns.append((size + len(indices.get(name, {}).get("folded", [])), kept))
+    return columns
 
 
 # Fields that do not change what a step computes.

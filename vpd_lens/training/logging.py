@@ -81,6 +81,10 @@ class MetricsLog:
         """Move the bar to `step` finished steps."""
         self._bar.update(self._task, completed=step)
 
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        self.console.print(text, highlight=False)
+
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Record one line of metrics, keyed by the finished steps."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")

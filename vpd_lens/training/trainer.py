@@ -20,6 +20,7 @@ from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.saving import save
 from vpd_lens.errors import ConfigError, TrainingInterrupted
 from vpd_lens.training.checkpoints import load_checkpoint, save_checkpoint
+from vpd_lens.training.compaction import compact_when_due, sizes
 from vpd_lens.training.config import VPDConfig
 from vpd_lens.training.data import token_batches
 from vpd_lens.training.diagnostics import Diagnostics
@@ -151,7 +152,7 @@ class _Run:
 
     def loop(self, start: int) -> tuple[list[dict[str, float]], float]:
         config, stepper = self.config, self.stepper
-        window = _Window(stepper.vpd.layout.total, config.steps)
+        window = _Window(sum(stepper.vpd.subcomponents.original_sizes), config.steps)
         history: list[dict[str, float]] = []
         begun = time.perf_counter()
         with _stop_requests() as stop:
@@ -161,6 +162,11 @@ class _Run:
                 window.add(losses)
                 done = step + 1
                 self.log.advance(done)
+                if folded := compact_when_due(stepper, importance, done):
+                    self.log.say(
+                        f"step {done}: {folded} dead subcomponents folded into the deltas, "
+                        f"{stepper.vpd.layout.total} left"
+                    )
                 if done % config.log_every == 0 or done == config.steps:
                     history.append(window.summary(done, importance, stepper))
                     self.log.write(done, history[-1])
@@ -208,6 +214,7 @@ class _Window:
         metrics = {name: float(total) / self.count for name, total in self.sums.items()}
         metrics["l0"] = float(active.sum(-1).float().mean())
         metrics["ci_max"] = float(importance.amax(-1).mean())
+        metrics |= sizes(stepper)
         metrics["lr"] = stepper.optimisers[0].param_groups[0]["lr"]
         metrics["seconds_per_step"] = (time.perf_counter() - self.since) / self.count
         self.diagnostics.look(done, metrics)

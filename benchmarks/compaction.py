@@ -1,0 +1,151 @@
+"""What folding dead subcomponents saves and costs (`compaction` of `VPDConfig`).
+
+    python benchmarks/compaction.py step --weights FOLDER --json results/compaction_step.json
+    python benchmarks/compaction.py quality --target FOLDER --seed 0 --window 200 --json OUT.json
+
+`step` times configuration S of `step.py` as it is and with a quarter of its subcomponents left,
+the two taking turns in one process. `quality` trains a decomposition of the target in FOLDER
+(`config.json`, `model.safetensors`, `train_tokens.npy`, `eval_tokens.npy`; nn.Linear layout),
+with `--window 0` without compaction, and evaluates it. Where subcomponents were folded, it is
+evaluated as saved, and again with each of them back as a subcomponent of importance 0: only
+there has the adversary as many masks as without compaction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from rich import print_json
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import vpd_lens
+from vpd_lens.training import VPDConfig
+
+COUNTS = {r"attn\.[qk]$": 64, r"attn\.[vo]$": 96, r"mlp\.in$": 256, r"mlp\.out$": 288}
+IMPORTANCE = {"d_model": 128, "n_blocks": 2, "n_heads": 4, "d_ffn": 512}
+ROWS = 128  # of held-out data
+
+
+def load_target(folder: Path) -> nn.Module:
+    """A trained HookedTransformer from nn.Linear weights."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    record = json.loads((folder / "config.json").read_text())
+    heads, d_head = record["n_heads"], record["d_model"] // record["n_heads"]
+    shape = {name: record[name] for name in ("n_layers", "d_model", "n_heads", "d_mlp")}
+    model = HookedTransformer(
+        HookedTransformerConfig(
+            **shape,
+            d_head=d_head,
+            n_ctx=record["ctx"],
+            d_vocab=record["vocab"],
+            act_fn="gelu_new",
+            normalization_type="RMS",
+            eps=record["rms_eps"],
+            positional_embedding_type="rotary",
+            rotary_dim=d_head,
+            device="cpu",
+        )
+    )
+    saved = load_file(folder / "model.safetensors")
+    state = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    state["embed.W_E"] = saved["embed.weight"]
+    state["unembed.W_U"] = saved["unembed.weight"].T
+    state["ln_final.w"] = saved["norm_out.scale"]
+    for layer in range(record["n_layers"]):
+        old, new = f"layers.{layer}", f"blocks.{layer}"
+        for part in "qkv":
+            weight = rearrange(saved[f"{old}.attn.{part}.weight"], "(h e) d -> h d e", h=heads)
+            state[f"{new}.attn.W_{part.upper()}"] = weight
+        output = rearrange(saved[f"{old}.attn.o.weight"], "d (h e) -> h e d", h=heads)
+        state[f"{new}.attn.W_O"] = output
+        state[f"{new}.mlp.W_in"] = saved[f"{old}.mlp.up.weight"].T
+        state[f"{new}.mlp.W_out"] = saved[f"{old}.mlp.down.weight"].T
+        state[f"{new}.ln1.w"] = saved[f"{old}.norm_attn.scale"]
+        state[f"{new}.ln2.w"] = saved[f"{old}.norm_mlp.scale"]
+    model.load_state_dict(state, strict=False)
+    return model.eval()
+
+
+def tokens(folder: Path, split: str) -> Tensor:
+    """One of the target's token streams."""
+    return torch.from_numpy(np.load(folder / f"{split}_tokens.npy").astype(np.int64))
+
+
+def quality(folder: Path, config: VPDConfig) -> dict[str, Any]:
+    """Train, evaluate, and say what is left."""
+    model = load_target(folder)
+    length = model.cfg.n_ctx
+    stream = tokens(folder, "train")
+
+    def windows(generator: torch.Generator, batch_size: int) -> Tensor:
+        starts = torch.randint(len(stream) - length, (batch_size, 1), generator=generator)
+        return stream[starts + torch.arange(length)]
+
+    with tempfile.TemporaryDirectory() as output:
+        result = vpd_lens.train(model, windows, config, output=Path(output) / "run")
+    held_out = tokens(folder, "eval")[: ROWS * length].view(ROWS, length)
+    return {
+        "config": config.model_dump(mode="json"),
+        "seconds": result.seconds,
+        "n_subcomponents": dict(zip(model.vpd.layout.names, model.vpd.layout.sizes, strict=True)),
+        "evaluation": measured(model, held_out),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def measured(model: nn.Module, held_out: Tensor) -> dict[str, float]:
+    """The figures of the table."""
+    report = vpd_lens.evaluate(
+        model,
+        held_out,
+        batch_size=len(held_out),
+        n_batches=1,
+        pgd_steps=(20,),
+        pgd_restarts=3,
+        progress=False,
+    )
+    return {
+        "l0": report.l0["0"]["total"],
+        "alive": report.alive["total"],
+        "stochastic_kl": report.modes["stochastic"]["kl"],
+        "ci_kl": report.modes["ci"]["kl"],
+        "unmasked_kl": report.modes["unmasked"]["kl"],
+        "pgd20_mean": report.pgd["20"]["mean"],
+        "pgd20_max": report.pgd["20"]["max"],
+        "delta_relative": report.delta["total"]["relative"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("quality")
+    train.add_argument("--target", type=Path, required=True)
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--steps", type=int, default=800)
+    for command in (train,):
+        command.add_argument("--threads", type=int, default=1)
+        command.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    config = VPDConfig.small(
+        steps=options.steps, seed=options.seed, n_subcomponents=COUNTS, importance=IMPORTANCE
+    ).replaced({"minimality.coefficient": 1e-3})
+    result = quality(options.target, config)
+    print_json(data=result)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
