@@ -1,6 +1,6 @@
 """What folding dead subcomponents saves and costs (`compaction` of `VPDConfig`).
 
-    python benchmarks/compaction.py step --weights FOLDER --json results/compaction_step.json
+    python benchmarks/compaction.py step --weights FOLDER --json OUT.json
     python benchmarks/compaction.py quality --target FOLDER --seed 0 --window 200 --json OUT.json
 
 `step` times configuration S of `step.py` as it is and with a quarter of its subcomponents left,
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,15 @@ import torch
 from einops import rearrange
 from rich import print_json
 from safetensors.torch import load_file
+from step import CONFIGURATIONS, batches, build, load_weights
 from torch import Tensor, nn
 
 import vpd_lens
+from vpd_lens.decomposition.folding import Columns, unfold
+from vpd_lens.evaluation import evaluate
 from vpd_lens.training import VPDConfig
+from vpd_lens.training.compaction import compact
+from vpd_lens.training.step import Stepper
 
 COUNTS = {r"attn\.[qk]$": 64, r"attn\.[vo]$": 96, r"mlp\.in$": 256, r"mlp\.out$": 288}
 IMPORTANCE = {"d_model": 128, "n_blocks": 2, "n_heads": 4, "d_ffn": 512}
@@ -93,19 +99,22 @@ def quality(folder: Path, config: VPDConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as output:
         result = vpd_lens.train(model, windows, config, output=Path(output) / "run")
     held_out = tokens(folder, "eval")[: ROWS * length].view(ROWS, length)
-    return {
+    figures = {
         "config": config.model_dump(mode="json"),
         "seconds": result.seconds,
         "n_subcomponents": dict(zip(model.vpd.layout.names, model.vpd.layout.sizes, strict=True)),
+        "total": [line.get("n_subcomponents", model.vpd.layout.total) for line in result.history],
         "evaluation": measured(model, held_out),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
     }
+    if any(folded.indices for folded in model.vpd.subcomponents.folded):
+        unfold(model.vpd)
+        figures["unfolded"] = measured(model, held_out)
+    return figures
 
 
 def measured(model: nn.Module, held_out: Tensor) -> dict[str, float]:
     """The figures of the table."""
-    report = vpd_lens.evaluate(
+    report = evaluate(
         model,
         held_out,
         batch_size=len(held_out),
@@ -123,25 +132,81 @@ def measured(model: nn.Module, held_out: Tensor) -> dict[str, float]:
         "pgd20_mean": report.pgd["20"]["mean"],
         "pgd20_max": report.pgd["20"]["max"],
         "delta_relative": report.delta["total"]["relative"],
+        "folded_relative": report.delta["total"]["folded"],
+    }
+
+
+def step_times(weights: Path | None, rounds: int) -> dict[str, Any]:
+    """Milliseconds per step of configuration S, whole and with a quarter left, in turns."""
+    steppers, data = {}, batches("S", weights, rounds + 2)
+    for name in ("whole", "quarter"):
+        configuration = CONFIGURATIONS["S"]
+        config = VPDConfig.small(importance=configuration["importance"], steps=10_000)
+        counts = {rf"\.{part}$": count for part, count in configuration["counts"].items()}
+        model = build("S", "hooked_transformer")
+        if weights is not None:
+            load_weights(model, weights)
+        vpd_lens.decompose(model, n_subcomponents=counts, importance=config.importance)
+        steppers[name] = Stepper(model.vpd, config)
+    begun = time.perf_counter()
+    for name, stepper in steppers.items():
+        stepper.step(data[0], 0)
+        if name == "quarter":
+            sizes = stepper.vpd.layout.sizes
+            begun = time.perf_counter()
+            kept = [range(size // 4) for size in sizes]
+            compact(stepper, Columns(sizes, kept, stepper.device))
+            compaction = time.perf_counter() - begun
+        stepper.step(data[1], 1)
+    times: dict[str, list[float]] = {name: [] for name in steppers}
+    for index, batch in enumerate(data[2:], start=2):
+        for name, stepper in steppers.items():
+            begun = time.perf_counter()
+            stepper.step(batch, index)
+            times[name].append(1e3 * (time.perf_counter() - begun))
+    ratios = [b / a for a, b in zip(times["whole"], times["quarter"], strict=True)]
+    return {
+        "n_subcomponents": {name: s.vpd.layout.total for name, s in steppers.items()},
+        "ms_per_step_median": {name: statistics.median(t) for name, t in times.items()},
+        "ratio_median": statistics.median(ratios),
+        "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+        "compaction_ms": 1e3 * compaction,
+        "trained_weights": weights is not None,
+        "rounds": rounds,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("quality")
-    train.add_argument("--target", type=Path, required=True)
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--steps", type=int, default=800)
-    for command in (train,):
+    timing = commands.add_parser("step", help="time a step before and after")
+    timing.add_argument("--weights", type=Path, help="trained weights of configuration S")
+    timing.add_argument("--rounds", type=int, default=30)
+    training = commands.add_parser("quality", help="train and evaluate")
+    training.add_argument("--target", type=Path, required=True)
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--steps", type=int, default=800)
+    training.add_argument("--batch-size", type=int, default=16)
+    training.add_argument("--window", type=int, default=0)
+    training.add_argument("--threshold", type=float, default=1e-6)
+    for command in (timing, training):
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    config = VPDConfig.small(
-        steps=options.steps, seed=options.seed, n_subcomponents=COUNTS, importance=IMPORTANCE
-    ).replaced({"minimality.coefficient": 1e-3})
-    result = quality(options.target, config)
+    if options.command == "step":
+        result = step_times(options.weights, options.rounds)
+    else:
+        config = VPDConfig.small(
+            steps=options.steps,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            n_subcomponents=COUNTS,
+            importance=IMPORTANCE,
+            compaction={"window": options.window, "threshold": options.threshold},
+        ).replaced({"minimality.coefficient": 1e-3})
+        result = quality(options.target, config)
+    result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     print_json(data=result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """Compaction: outputs under masks, importances, optimiser state, faithfulness, resuming, saving."""
 
+import io
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.folding import Columns, fold, unfold
 from vpd_lens.decomposition.pgd import pgd_sources
 from vpd_lens.errors import ArtefactError, ConfigError, InputError, TrainingInterrupted
+from vpd_lens.evaluation.metrics import delta_sizes
 from vpd_lens.training import VPDConfig, losses, train
 from vpd_lens.training.compaction import compact, compact_when_due, survivors
 from vpd_lens.training.losses import faithfulness
@@ -504,3 +506,37 @@ def test_column_numbers_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ArtefactError, match=r"original_indices of blocks\.0\.attn\.q"):
         load(folder, other)
     assert "vpd" not in other.__dict__
+
+
+def test_the_description_says_which_columns_are_left(tmp_path):
+    from rich.console import Console
+
+    from vpd_lens.description import describe
+
+    vpd = decomposed().vpd
+    chosen = [[0, 1, 3], [2], *([[0]] * 10)]
+    fold(vpd, Columns(vpd.layout.sizes, chosen, vpd.device))
+    console = Console(width=200, file=io.StringIO())
+    console.print(describe(vpd.save(tmp_path / "saved")))
+    lines = console.file.getvalue().splitlines()
+    words = {name: next(x for x in lines if name in x).split("│")[2:5] for name in vpd.layout.names}
+    assert [w.strip() for w in words["blocks.0.attn.q"]] == ["3", "2", "0-1, 3"]
+    assert [w.strip() for w in words["blocks.0.attn.k"]] == ["1", "4", "2"]
+
+
+def test_the_evaluation_counts_what_was_folded_as_explained():
+    trained = stepper(faithfulness={"warmup_steps": 100, "warmup_lr": 1e-2})
+    warm_up_faithfulness(trained)
+    vpd, before = trained.vpd, delta_sizes(trained.vpd)
+    keep, name = some(vpd), "blocks.0.mlp.out"
+    index = vpd.layout.names.index(name)
+    gone = [c for c in range(vpd.layout.sizes[index]) if c not in keep.by_site[index].tolist()]
+    part = vpd.v(name)[:, gone] @ vpd.u(name)[gone]
+    expected = float(part.detach().norm() / vpd.site(name).weight.norm())
+    fold(vpd, keep)
+    after = delta_sizes(vpd)
+    for site in (name, "total"):
+        assert after[site]["mse"] == pytest.approx(before[site]["mse"], rel=1e-4)
+        assert after[site]["relative"] == pytest.approx(before[site]["relative"], rel=1e-4)
+    assert after[name]["folded"] == pytest.approx(expected, rel=1e-4)
+    assert before["total"]["folded"] == 0 < after["total"]["folded"]
