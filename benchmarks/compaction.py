@@ -2,13 +2,15 @@
 
     python benchmarks/compaction.py step --weights FOLDER --json OUT.json
     python benchmarks/compaction.py quality --target FOLDER --seed 0 --window 200 --json OUT.json
+    python benchmarks/compaction.py toy --toy tms-40-10 --seeds 3 --json OUT.json
 
 `step` times configuration S of `step.py` as it is and with a quarter of its subcomponents left,
 the two taking turns in one process. `quality` trains a decomposition of the target in FOLDER
 (`config.json`, `model.safetensors`, `train_tokens.npy`, `eval_tokens.npy`; nn.Linear layout),
 with `--window 0` without compaction, and evaluates it. Where subcomponents were folded, it is
 evaluated as saved, and again with each of them back as a subcomponent of importance 0: only
-there has the adversary as many masks as without compaction.
+there has the adversary as many masks as without compaction. `toy` decomposes a toy whose
+mechanisms are known, with and without.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,9 @@ from torch import Tensor, nn
 import vpd_lens
 from vpd_lens.decomposition.folding import Columns, unfold
 from vpd_lens.evaluation import evaluate
+from vpd_lens.toys.measure import measure
+from vpd_lens.toys.presets import preset
+from vpd_lens.toys.targets import TOYS
 from vpd_lens.training import VPDConfig
 from vpd_lens.training.compaction import compact
 from vpd_lens.training.step import Stepper
@@ -176,6 +182,48 @@ def step_times(weights: Path | None, rounds: int) -> dict[str, Any]:
     }
 
 
+def toy_runs(name: str, seeds: int, window: int, threshold: float) -> list[dict[str, Any]]:
+    """Decompose a toy whose mechanisms are known, with and without compaction, per seed."""
+    toy, runs = TOYS[name], []
+    for seed in range(seeds):
+        for length in (0, window):
+            config = preset(name, "vpd").replaced(
+                {
+                    "seed": seed,
+                    "compaction.window": length,
+                    "compaction.threshold": threshold,
+                    "log_every": 100,
+                }
+            )
+            model = toy.train_target(seed)
+            data = replace(toy.data, nonzero=True)
+            example = torch.eye(toy.data.n_features)
+            with tempfile.TemporaryDirectory() as output:
+                result = vpd_lens.train(
+                    model,
+                    data,
+                    config,
+                    output=Path(output) / "run",
+                    progress=False,
+                    example=example,
+                )
+            total = model.vpd.layout.total
+            runs.append(
+                {
+                    "seed": seed,
+                    "window": length,
+                    "seconds": result.seconds,
+                    "total": [line.get("n_subcomponents", total) for line in result.history],
+                    "sites": {
+                        site: figures.model_dump(exclude={"importance", "true", "found"})
+                        for site, figures in measure(toy, model.vpd)[1].items()
+                    },
+                }
+            )
+            print_json(data=runs[-1])
+    return runs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -189,13 +237,21 @@ def main() -> None:
     training.add_argument("--batch-size", type=int, default=16)
     training.add_argument("--window", type=int, default=0)
     training.add_argument("--threshold", type=float, default=1e-6)
-    for command in (timing, training):
+    toys = commands.add_parser("toy", help="decompose a toy with and without")
+    toys.add_argument("--toy", choices=TOYS, default="tms-40-10")
+    toys.add_argument("--seeds", type=int, default=3)
+    toys.add_argument("--window", type=int, default=250)
+    toys.add_argument("--threshold", type=float, default=1e-6)
+    for command in (timing, training, toys):
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.command == "step":
         result = step_times(options.weights, options.rounds)
+    elif options.command == "toy":
+        runs = toy_runs(options.toy, options.seeds, options.window, options.threshold)
+        result = {"toy": options.toy, "threshold": options.threshold, "runs": runs}
     else:
         config = VPDConfig.small(
             steps=options.steps,
@@ -207,7 +263,8 @@ def main() -> None:
         ).replaced({"minimality.coefficient": 1e-3})
         result = quality(options.target, config)
     result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    print_json(data=result)
+    if options.command != "toy":
+        print_json(data=result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import tiny_bridge
 from test_compiled import hooked_transformer
 
 from vpd_lens import load
-from vpd_lens.decomposition import CausalImportanceConfig, Divergence, Masks
+from vpd_lens.decomposition import CausalImportanceConfig, Divergence, Masks, compiled
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.folding import Columns, fold, unfold
 from vpd_lens.decomposition.pgd import pgd_sources
@@ -350,6 +351,7 @@ def test_nothing_is_folded_before_the_start_or_without_a_window():
 def test_a_site_without_a_living_subcomponent_keeps_one_and_training_goes_on(tokens, tmp_path):
     model = decomposed()
     dead, head = model.vpd.layout.columns("blocks.0.mlp.in"), model.vpd.importance.project_out
+    head.bias.data[:] = 2  # all others are alive
     head.weight.data[dead], head.bias.data[dead] = 0, -1
     run = config(compaction={"window": 4}, optimiser={"lr": 1e-5})
     result = train(model, tokens, run, output=tmp_path / "run", progress=False)
@@ -471,6 +473,36 @@ def test_a_checkpoint_older_than_a_field_of_the_configuration_is_resumed(tokens,
 def test_a_compaction_that_makes_no_sense_is_refused(compaction, message):
     with pytest.raises(ConfigError, match=message):
         config(compaction=compaction)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler on this machine"
+)
+def test_compiled_steps_after_a_compaction_are_the_steps(tokens):
+    steppers = [stepper(compile=fuse, optimiser={"lr": 1e-4}) for fuse in (False, True)]
+    for step in range(3):
+        batch = tokens[4 * step :][:4]
+        plain, fused = (trained.step(batch, step)[0] for trained in steppers)
+        for name, loss in plain.items():
+            torch.testing.assert_close(fused[name], loss, rtol=1e-3, atol=1e-6)
+        if step == 0:
+            for trained in steppers:
+                compact(trained, some(trained.vpd))
+    graphs = steppers[1].run.__self__._graphs
+    assert len(graphs) == 3
+    assert not any(graph == steppers[1].run.__self__._plain for graph in graphs.values())
+
+
+def test_compiled_graphs_of_before_a_compaction_are_forgotten(tokens, monkeypatch):
+    monkeypatch.setattr(compiled, "make_fx", lambda function: lambda *_: function)
+    monkeypatch.setattr(torch, "compile", lambda graph, dynamic: graph)
+    trained = stepper(compile=True)
+    for step, total in enumerate((84, 12)):
+        trained.step(tokens[4 * step :][:4], step)
+        # A key begins: frozen, autocast, (shape, dtype) of the importances.
+        assert {key[2][0][-1] for key in trained.run.__self__._graphs} == {total}
+        compact(trained, Columns(trained.vpd.layout.sizes, [[0]] * 12, trained.device))
 
 
 # -------------------------------------------------------------------------- saving
