@@ -52,9 +52,27 @@ def _sites(config: dict[str, Any]) -> Table:
     table = Table(title="Sites", title_justify="left")
     table.add_column("site")
     table.add_column("subcomponents", justify="right")
+    indices = config.get("original_indices", {})
+    if indices:
+        table.add_column("folded", justify="right")
+        table.add_column("original indices")
     for name, count in zip(config["sites"], config["n_subcomponents"], strict=True):
-        table.add_row(Text(name), f"{count:,}")
+        row = (
+            [f"{len(indices[name]['folded']):,}", _ranges(indices[name]["kept"])] if indices else []
+        )
+        table.add_row(Text(name), f"{count:,}", *row)
     return table
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers with runs joined: `0-2, 5, 7-8`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _pairs(title: str, values: dict[str, Any]) -> Table:

@@ -35,7 +35,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         "sha256",
         "format_version",
     }
-    if set(config) != expected:
+    if set(config) - {"original_indices"} != expected:
         raise ArtefactError(
             f"{folder / 'config.json'}: missing fields {sorted(expected - set(config))}, unknown "
             f"fields {sorted(set(config) - expected)}. It was changed, or written by another "

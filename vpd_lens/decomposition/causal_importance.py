@@ -18,7 +18,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from vpd_lens.decomposition.subcomponents import Subcomponents
+from vpd_lens.decomposition.subcomponents import PerSubcomponent, Subcomponents
 from vpd_lens.errors import ConfigError
 
 
@@ -102,6 +102,10 @@ class TransformerImportance(nn.Module):
         z = z.squeeze(1) if flat else z
         return self.project_out(z)  # type: ignore[no-any-return]
 
+    def per_subcomponent(self) -> list[PerSubcomponent]:
+        """The rows of the last projection."""
+        return _rows(self.project_out, None)
+
 
 def _normalise_each(inputs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     # q, k and v read the same tensor: normalise it once.
@@ -174,6 +178,14 @@ class PerSubcomponentMLP(nn.Module):
         hidden = F.gelu(torch.addcmul(self.b_in, acts.unsqueeze(-1), self.w_in))
         return torch.einsum("...ch,ch->...c", hidden, self.w_out) + self.b_out
 
+    def per_subcomponent(self) -> list[PerSubcomponent]:
+        """All parameters."""
+        last = self.b if self.affine else self.b_out
+        return [
+            PerSubcomponent(parameter, 0, None, _OFF if parameter is last else 0.0)
+            for parameter in self.parameters()
+        ]
+
 
 class SharedMLP(nn.Module):
     """One MLP per site, from the site's input to all its subcomponents' importances.
@@ -200,6 +212,21 @@ class SharedMLP(nn.Module):
         return torch.cat(
             [mlp(x.to(mlp[0].weight.dtype)) for mlp, x in zip(self.mlps, inputs, strict=True)], -1
         )
+
+    def per_subcomponent(self) -> list[PerSubcomponent]:
+        """The rows of every site's last layer."""
+        return [row for index, mlp in enumerate(self.mlps) for row in _rows(mlp[-1], index)]
+
+
+# A pre-sigmoid importance that makes the importance 0.
+_OFF = -1.0
+
+
+def _rows(layer: nn.Linear, site: int | None) -> list[PerSubcomponent]:
+    return [
+        PerSubcomponent(layer.weight, 0, site),
+        PerSubcomponent(layer.bias, 0, site, _OFF),
+    ]
 
 
 def _linear(d_in: int, d_out: int, gain: float = 1.0) -> nn.Linear:

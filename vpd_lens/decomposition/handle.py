@@ -107,6 +107,13 @@ class Decomposition(MaskedForwards):
             weight, self.subcomponents.v[index], self.subcomponents.u[index], alpha=-1
         )
 
+    def original_indices(self, name: str) -> list[int]:
+        """The column number that each subcomponent of a site had before others were folded.
+
+        0, 1, 2, ... where nothing was; `subcomponents.folded` holds the rest.
+        """
+        return list(self.subcomponents.original[self._index(name)])
+
     def save(self, path: str | Path, metrics: dict[str, Any] | None = None) -> Path:
         """Write this decomposition to a directory; see `vpd_lens.decomposition.saving.save`."""
         from vpd_lens.decomposition.saving import save

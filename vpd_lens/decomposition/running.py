@@ -48,7 +48,6 @@ class MaskedForwards(nn.Module):
         self.__dict__["model"] = model
         self.__dict__["sites"] = sites
         self.subcomponents = subcomponents
-        self.layout: Layout = subcomponents.layout
         self._contexts: list[MaskContext] = []
         self._running = False
         self._frozen = False
@@ -57,6 +56,11 @@ class MaskedForwards(nn.Module):
         self._edited = [False] * len(sites)
         self._inputs: list[Tensor | None] = [None] * len(sites)
         self._outputs: list[Tensor | None] | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """Names and sizes of the sites."""
+        return self.subcomponents.layout
 
     def run(self, masks: AnyMasks | None, *args: Any, **kwargs: Any) -> Any:
         """One forward of the model under fixed masks (`None`: the target model itself).

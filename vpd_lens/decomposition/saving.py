@@ -2,7 +2,8 @@
 
 | file | content |
 |---|---|
-| `subcomponents.safetensors` | `<site>.V` `[d_in, C]`, `<site>.U` `[C, d_out]`, fp32 |
+| `subcomponents.safetensors` | `<site>.V` `[d_in, C]`, `<site>.U` `[C, d_out]`, fp32; where \
+subcomponents were folded into the delta, theirs as `<site>.folded_V`, `<site>.folded_U` |
 | `causal_importance.safetensors` | parameters of the causal importance function |
 | `config.json` | format version, sites, sizes, how it was trained, checksums of the tensors |
 | `base_model.json` | versions, model class, dtype, BOS policy, processing, weight hashes |
@@ -72,6 +73,7 @@ def save(vpd: Decomposition, path: str | Path, metrics: dict[str, Any] | None = 
                 "trained_steps": vpd.trained_steps,
                 "training": vpd.training_config,
                 "sha256": {name: file_hash(folder / name) for name in _TENSOR_FILES},
+                **folded_record(vpd),
             },
         )
     return path
@@ -120,7 +122,7 @@ def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
     vpd: Decomposition = model.__dict__["vpd"]
     try:
         check_weights(vpd, base)
-        load_subcomponents(vpd, tensors)
+        load_subcomponents(vpd, tensors, config)
         vpd.importance.load_state_dict(importance)
     except (ArtefactError, KeyError, RuntimeError) as error:
         vpd.attachment.detach()
@@ -133,20 +135,59 @@ def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
 
 
 def subcomponent_tensors(vpd: Decomposition) -> dict[str, Tensor]:
-    """`{<site>.V, <site>.U}` of every site."""
-    tensors = {}
-    for name, v, u in zip(vpd.layout.names, vpd.subcomponents.v, vpd.subcomponents.u, strict=True):
+    """`{<site>.V, <site>.U}` of every site, and `folded_V`, `folded_U` where there are any."""
+    parts, tensors = vpd.subcomponents, {}
+    for name, v, u, folded in zip(vpd.layout.names, parts.v, parts.u, parts.folded, strict=True):
         tensors[f"{name}.V"] = v
         tensors[f"{name}.U"] = u
+        if folded.indices:
+            tensors[f"{name}.folded_V"] = folded.v
+            tensors[f"{name}.folded_U"] = folded.u
     return _contiguous(tensors)
 
 
-def load_subcomponents(vpd: Decomposition, tensors: dict[str, Tensor]) -> None:
-    """Copy `V` and `U` of every site in place."""
-    names = zip(vpd.layout.names, vpd.subcomponents.v, vpd.subcomponents.u, strict=True)
-    for name, v, u in names:
-        v.data.copy_(tensors[f"{name}.V"])
-        u.data.copy_(tensors[f"{name}.U"])
+def folded_record(vpd: Decomposition) -> dict[str, Any]:
+    """Original column numbers, by site, of what is there and what was folded; or nothing."""
+    parts = vpd.subcomponents
+    if not any(folded.indices for folded in parts.folded):
+        return {}
+    sites = zip(vpd.layout.names, parts.original, parts.folded, strict=True)
+    return {
+        "original_indices": {
+            name: {"kept": kept, "folded": folded.indices} for name, kept, folded in sites
+        }
+    }
+
+
+def load_subcomponents(
+    vpd: Decomposition, tensors: dict[str, Tensor], record: dict[str, Any]
+) -> None:
+    """Copy `V` and `U` of every site in place, and what was folded.
+
+    Args:
+        vpd: A decomposition of the same sizes.
+        tensors: As from `subcomponent_tensors`.
+        record: Holds what `folded_record` made.
+
+    Raises:
+        ArtefactError: If the column numbers do not fit the tensors.
+    """
+    parts, indices = vpd.subcomponents, record.get("original_indices", {})
+    for index, (name, folded) in enumerate(zip(vpd.layout.names, parts.folded, strict=True)):
+        parts.v[index].data.copy_(tensors[f"{name}.V"])
+        parts.u[index].data.copy_(tensors[f"{name}.U"])
+        if name not in indices:
+            continue
+        kept, gone = indices[name]["kept"], indices[name]["folded"]
+        folded.v = tensors.get(f"{name}.folded_V", folded.v[:, :0]).to(vpd.device)
+        folded.u = tensors.get(f"{name}.folded_U", folded.u[:0]).to(vpd.device)
+        numbers = list(range(vpd.layout.sizes[index] + folded.v.shape[1]))
+        if kept != sorted(kept) or sorted([*kept, *gone]) != numbers:
+            raise ArtefactError(
+                f"original_indices of {name}: {len(kept)} kept and {len(gone)} folded column "
+                f"numbers do not count its {len(numbers)} subcomponents. The record was changed."
+            )
+        parts.original[index], folded.indices = kept, gone
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

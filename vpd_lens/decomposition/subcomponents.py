@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -102,6 +103,41 @@ def _first_match(spec: Mapping[str, int], site: Site) -> int:
     return paper_count(site)
 
 
+class PerSubcomponent(NamedTuple):
+    """A parameter that has one row or column for each subcomponent.
+
+    Attributes:
+        parameter: The parameter.
+        dim: Its dimension that counts subcomponents.
+        site: Index of the site whose subcomponents; `None`: those of all sites, side by side.
+        off: What it holds for a subcomponent whose importance is 0 on every input.
+    """
+
+    parameter: nn.Parameter
+    dim: int
+    site: int | None
+    off: float = 0.0
+
+
+class Folded(nn.Module):
+    """Subcomponents of one site that were folded into its delta: kept, never trained again.
+
+    Attributes:
+        v: Their read directions `[d_in, F]`.
+        u: Their write directions `[F, d_out]`.
+        indices: Their column numbers from before anything was folded.
+    """
+
+    v: Tensor
+    u: Tensor
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.register_buffer("v", torch.zeros(d_in, 0))
+        self.register_buffer("u", torch.zeros(0, d_out))
+        self.indices: list[int] = []
+
+
 class Subcomponents(nn.Module):
     """`V` and `U` of every site, kept in fp32.
 
@@ -114,6 +150,9 @@ class Subcomponents(nn.Module):
         v: Read directions, one `[d_in, C]` per site, initialised N(0, 1/d_in).
         u: Write directions, one `[C, d_out]` per site, initialised N(0, 1/C).
         layout: Names and sizes.
+        original: Of every site, the column numbers that its subcomponents had before others were
+            folded; 0, 1, 2, ... where none is.
+        folded: Of every site, what was folded into the delta (see `folding.py`).
     """
 
     def __init__(
@@ -130,6 +169,35 @@ class Subcomponents(nn.Module):
             )
         self.v = nn.ParameterList(v)
         self.u = nn.ParameterList(u)
+        self.original = [list(range(count)) for count in counts]
+        self.folded: Sequence[Folded] = nn.ModuleList(Folded(*site.shape) for site in sites)  # type: ignore[assignment]
+
+    @property
+    def original_sizes(self) -> tuple[int, ...]:
+        """Number of subcomponents of every site, folded ones included."""
+        pairs = zip(self.layout.sizes, self.folded, strict=True)
+        return tuple(size + len(folded.indices) for size, folded in pairs)
+
+    def per_subcomponent(self) -> list[PerSubcomponent]:
+        """`V` has a column and `U` a row per subcomponent."""
+        sites = range(self.layout.n_sites)
+        return [
+            *(PerSubcomponent(self.v[i], 1, i) for i in sites),
+            *(PerSubcomponent(self.u[i], 0, i) for i in sites),
+        ]
+
+    def references(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """`W_l - F_l`, F the sum of what was folded: what `V_l U_l` should add up to, in fp32.
+
+        Args:
+            weights: The base weights `W_l`.
+        """
+        return [
+            torch.addmm(w.float(), folded.v, folded.u, alpha=-1)
+            if folded.indices
+            else w.float().contiguous()
+            for w, folded in zip(weights, self.folded, strict=True)
+        ]
 
     def deltas(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """`Delta_l = W_l - V_l U_l` of every site, `[d_in, d_out]`, in fp32.

@@ -144,24 +144,34 @@ def grouped(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
 
 @torch.no_grad()
 def delta_sizes(vpd: Decomposition) -> dict[str, dict[str, float]]:
-    """Size of every delta: `mse` (per entry) and `relative` (`||Delta||_F / ||W||_F`).
+    """What the subcomponents leave over: `mse` (per entry), `relative` (`||.||_F / ||W||_F`).
+
+    Subcomponents folded into a delta count as explained, so this is of `W - F - V U`;
+    `folded` is the relative size of their sum F, which the delta's mask switches with the rest.
 
     Args:
         vpd: The decomposition.
     """
     weights = [site.weight.float() for site in vpd.sites]
-    deltas = vpd.subcomponents.deltas(weights)
+    references = vpd.subcomponents.references(weights)
+    deltas = vpd.subcomponents.deltas(references)
+    folded = [w - reference for w, reference in zip(weights, references, strict=True)]
+    rows = zip(vpd.layout.names, deltas, folded, weights, strict=True)
     result = {
         name: {
             "mse": float(delta.square().mean()),
             "relative": float(delta.norm() / weight.norm()),
+            "folded": float(gone.norm() / weight.norm()),
         }
-        for name, delta, weight in zip(vpd.layout.names, deltas, weights, strict=True)
+        for name, delta, gone, weight in rows
     }
-    squares = sum(float(delta.square().sum()) for delta in deltas)
+    squares, gone, whole = (
+        sum(float(part.square().sum()) for part in parts) for parts in (deltas, folded, weights)
+    )
     result["total"] = {
         "mse": squares / sum(delta.numel() for delta in deltas),
-        "relative": (squares / sum(float(w.square().sum()) for w in weights)) ** 0.5,
+        "relative": (squares / whole) ** 0.5,
+        "folded": (gone / whole) ** 0.5,
     }
     return result
 

@@ -143,7 +143,8 @@ def train_target(
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps)
-    device, context = next(model.parameters()).device, model.cfg.n_ctx
+    device = next(model.parameters()).device
+    context = int(model.cfg.n_ctx)  # type: ignore[arg-type, union-attr]
     recent = torch.zeros(100, device=device)
     for step in track(range(steps), "Training the target", console=console):
         starts = torch.randint(len(tokens) - context, (batch_size,), generator=generator)

@@ -2,6 +2,7 @@
 
 from vpd_lens.training.config import (
     AdversaryConfig,
+    CompactionConfig,
     FaithfulnessConfig,
     MinimalityConfig,
     OptimiserConfig,
@@ -12,6 +13,7 @@ from vpd_lens.training.trainer import TrainingResult, train
 
 __all__ = [
     "AdversaryConfig",
+    "CompactionConfig",
     "FaithfulnessConfig",
     "MinimalityConfig",
     "OptimiserConfig",

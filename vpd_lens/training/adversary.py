@@ -8,6 +8,7 @@ from torch import Tensor
 from vpd_lens.decomposition.masks import Layout, SourceMasks, Sources, uniform_sources
 from vpd_lens.errors import InputError
 from vpd_lens.training.config import AdversaryConfig
+from vpd_lens.training.optimiser import keep_moments
 from vpd_lens.training.processes import ALONE, Processes
 
 # Scopes in which every sequence of the batch has sources of its own.
@@ -130,6 +131,19 @@ class PersistentAdversary:
             leaf.copy_(torch.where(again, start, leaf))
             for moment in ("exp_avg", "exp_avg_sq"):
                 self.optimiser.state[leaf][moment].mul_(~again)
+
+    def keep(self, columns: Tensor, layout: Layout) -> None:
+        """Keep the sources of some subcomponents, with their moments, and of every delta.
+
+        Args:
+            columns: Which of all subcomponents stay.
+            layout: The columns of each site afterwards.
+        """
+        leaf = self.sources.components
+        leaf.data = leaf.data.index_select(-1, columns)
+        leaf.grad = None
+        keep_moments(self.optimiser, leaf, -1, columns)
+        self.layout = layout
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next updates."""

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vpd_lens.decomposition.folding import Columns, fold, unfold
 from vpd_lens.decomposition.saving import (
     base_model_record,
     check_weights,
+    folded_record,
     load_subcomponents,
     subcomponent_tensors,
 )
@@ -26,6 +28,7 @@ from vpd_lens.files import (
     write_json,
 )
 from vpd_lens.training.adversary import PER_ROW, PersistentAdversary
+from vpd_lens.training.config import VPDConfig
 from vpd_lens.training.sharding import sharded_like, whole
 from vpd_lens.training.step import Stepper
 
@@ -52,6 +55,7 @@ def save_checkpoint(
         tensors |= _optimiser_tensors(f"optimiser/{index}", optimiser)
     states = processes.gathered(stepper.generator.get_state()[None])
     tensors |= {_generator_name(rank): state for rank, state in enumerate(states)}
+    tensors["window"] = processes.gathered(stepper.window.total[None])
     if stepper.adversary is not None:
         tensors |= _source_tensors(stepper.adversary)
     state = {}
@@ -71,6 +75,7 @@ def save_checkpoint(
                 "config": stepper.config.model_dump(mode="json"),
                 "sites": list(vpd.layout.names),
                 "n_subcomponents": list(vpd.layout.sizes),
+                **folded_record(vpd),
                 "base_model": base_model_record(vpd),
                 "data": data_state,
                 "extra": extra,
@@ -104,20 +109,26 @@ def load_checkpoint(path: Path, stepper: Stepper) -> tuple[int, dict[str, Any], 
     if file_hash(folder / "state.safetensors") != record["sha256"]:
         raise ArtefactError(f"{folder}: state.safetensors does not match its checksum.")
     config = stepper.config.model_dump(mode="json")
+    # Fields that are newer than the checkpoint had their defaults.
+    before = VPDConfig(**record["config"]).model_dump(mode="json")
     different = sorted(
-        key for key in config if key not in _MAY_CHANGE and config[key] != record["config"].get(key)
+        key for key in config if key not in _MAY_CHANGE and config[key] != before[key]
     )
     if different:
         raise ArtefactError(
             f"{folder}: the run was started with another configuration; these fields differ: "
             f"{different}. Resume with the same ones, or start a new output directory."
         )
-    sizes = (list(vpd.layout.names), list(vpd.layout.sizes))
-    if sizes != (record["sites"], record["n_subcomponents"]):
+    kept = _recorded_columns(record)
+    sizes = (list(vpd.layout.names), list(vpd.subcomponents.original_sizes))
+    if sizes != (record["sites"], [size for size, _ in kept]):
         raise ArtefactError(f"{folder}: its sites or their sizes differ from this decomposition's.")
     check_weights(vpd, record["base_model"])
     tensors = read_tensors(folder / "state.safetensors")
-    load_subcomponents(vpd, _under(tensors, "subcomponents/"))
+    # To the shapes of the checkpoint, in whatever state of compaction it finds the decomposition.
+    unfold(vpd)
+    fold(vpd, Columns(*zip(*kept, strict=True), vpd.device))
+    load_subcomponents(vpd, _under(tensors, "subcomponents/"), record)
     importance = vpd.importance.state_dict()
     for name, tensor in _under(tensors, "importance/").items():
         tensors[f"importance/{name}"] = sharded_like(tensor, importance[name])
@@ -127,7 +138,20 @@ def load_checkpoint(path: Path, stepper: Stepper) -> tuple[int, dict[str, Any], 
     if "sources/components" in tensors:
         stepper.adversary = _restored_adversary(stepper, tensors)
     _load_generator(stepper, tensors, int(record["step"]))
+    if "window" in tensors:
+        stepper.window.total = _window_total(stepper, tensors["window"])
+    stepper.renew()
     return int(record["step"]), record["data"], record["extra"]
+
+
+def _recorded_columns(record: dict[str, Any]) -> list[tuple[int, list[int]]]:
+    """Of every site, its number of subcomponents before any was folded, and those that stayed."""
+    indices = record.get("original_indices", {})
+    columns = []
+    for name, size in zip(record["sites"], record["n_subcomponents"], strict=True):
+        kept = indices[name]["kept"] if name in indices else list(range(size))
+        columns.append((size + len(indices.get(name, {}).get("folded", [])), kept))
+    return columns
 
 
 # Fields that do not change what a step computes.
@@ -147,6 +171,12 @@ def _load_generator(stepper: Stepper, tensors: dict[str, Tensor], step: int) -> 
         stepper.generator.set_state(
             stepper.processes.generator(stepper.config.seed, stepper.device, step).get_state()
         )
+
+
+def _window_total(stepper: Stepper, saved: Tensor) -> Tensor:
+    """This process's sum of importances: its own, or the mean of all if their number differs."""
+    rank, world = stepper.processes.rank, stepper.processes.world
+    return (saved[rank] if len(saved) == world else saved.mean(0)).to(stepper.device)
 
 
 def _source_tensors(adversary: PersistentAdversary) -> dict[str, Tensor]:

@@ -132,6 +132,22 @@ class OptimiserConfig(_Frozen):
     clip_importance: float | None = Field(default=None, gt=0)
 
 
+class CompactionConfig(_Frozen):
+    """Subcomponents that are dead for good are folded into the delta while training goes on.
+
+    Attributes:
+        window: Steps over which importances are averaged; at the end of every window the dead
+            ones are folded. 0: never.
+        threshold: Dead is a mean importance, over positions and the window's steps, of at most
+            this.
+        start: Fraction of training before which nothing is folded.
+    """
+
+    window: int = Field(default=0, ge=0)
+    threshold: float = Field(default=1e-6, ge=0, lt=1)
+    start: float = Field(default=0.0, ge=0, le=1)
+
+
 class VPDConfig(_Frozen):
     """A training run. The defaults are the paper's (see `VPDConfig.paper`).
 
@@ -154,6 +170,7 @@ class VPDConfig(_Frozen):
         minimality: Importance and frequency minimality.
         faithfulness: Delta-L2 and its warm-up.
         optimiser: Optimiser and schedule.
+        compaction: Folding dead subcomponents into the delta during training (not the paper's).
         autocast: bf16 autocast on CUDA (losses and parameters stay fp32).
         compile: Run masked forwards as compiled graphs: about 1.4 times as fast a step on a CPU,
             after one to three minutes of compilation, for the same numbers up to rounding. Needs
@@ -184,6 +201,7 @@ class VPDConfig(_Frozen):
     minimality: MinimalityConfig = MinimalityConfig()
     faithfulness: FaithfulnessConfig = FaithfulnessConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
+    compaction: CompactionConfig = CompactionConfig()
     autocast: bool = True
     compile: bool = False
     recompute: bool = False
@@ -211,6 +229,18 @@ class VPDConfig(_Frozen):
             )
         if self.compile and self.recompute:
             raise ValueError("compile and recompute cannot both be on; choose one")
+        if self.compaction.window and self.shard_importance:
+            raise ValueError(
+                "compaction cannot remove columns of a sharded importance function; set "
+                "compaction.window=0 or shard_importance=False"
+            )
+        window, start = self.compaction.window, self.compaction.start
+        if window and self.steps - self.steps % window < max(window, start * self.steps):
+            raise ValueError(
+                f"compaction.window={window} never ends between compaction.start={start:g} of "
+                f"training and its last step, steps={self.steps}, so nothing could be folded; "
+                "give a shorter window, an earlier start, or window=0 for no compaction"
+            )
         if self.micro_batches > 1 and self.adversary.scope in ("batch", "single"):
             raise ValueError(
                 f"adversary.scope={self.adversary.scope!r} shares sources across the batch, which "

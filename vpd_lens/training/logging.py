@@ -82,6 +82,10 @@ class MetricsLog:
         """Move the bar to `step` finished steps."""
         self._bar.update(self._task, completed=step)
 
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        self.console.print(text, highlight=False)
+
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Record one line of metrics, keyed by the finished steps."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -125,6 +129,9 @@ class SilentLog(nullcontext[None]):
         return self
 
     def advance(self, step: int) -> None:
+        """See `MetricsLog`."""
+
+    def say(self, text: str) -> None:
         """See `MetricsLog`."""
 
     def write(self, step: int, metrics: dict[str, float]) -> None:

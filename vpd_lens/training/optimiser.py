@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vpd_lens.training.config import OptimiserConfig
 
@@ -54,3 +54,20 @@ def optimisers(
             )
         )
     return made
+
+
+def keep_moments(
+    optimiser: torch.optim.Optimizer, parameter: Tensor, dim: int, index: Tensor
+) -> None:
+    """Keep an optimiser's state of some rows of a parameter, and forget that of the others.
+
+    Args:
+        optimiser: It may hold no state for the parameter yet.
+        parameter: The parameter.
+        dim: The dimension of the rows.
+        index: Which ones stay.
+    """
+    state = optimiser.state.get(parameter, {})
+    for name, value in state.items():
+        if value.ndim:  # all but the count of steps
+            state[name] = value.index_select(dim, index)

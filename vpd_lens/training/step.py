@@ -26,6 +26,7 @@ from vpd_lens.decomposition.recomputation import RecomputedForwards
 from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import NonFiniteLossError
 from vpd_lens.training.adversary import PersistentAdversary
+from vpd_lens.training.compaction import ImportanceWindow
 from vpd_lens.training.config import VPDConfig
 from vpd_lens.training.losses import (
     faithfulness,
@@ -71,6 +72,9 @@ class Stepper:
         optimisers: What updates them.
         adversary: The persistent sources; made at the first batch, whose shape they take.
         generator: Source of all randomness of the steps.
+        run: Masked forwards of the model, compiled if the configuration says so.
+        weights: What `V U` should add up to: the base weights, less what was folded.
+        window: Importances since compaction last looked at them.
     """
 
     def __init__(self, vpd: Decomposition, config: VPDConfig, processes: Processes = ALONE) -> None:
@@ -78,8 +82,7 @@ class Stepper:
         self.config = config
         self.processes = processes
         self.device = vpd.device
-        self.run = _masked_forward(vpd, config)
-        self.weights = [site.weight.float().contiguous() for site in vpd.sites]
+        self.renew()
         self.generator = processes.generator(config.seed, self.device)
         self.adversary: PersistentAdversary | None = None
         self.parameters = {
@@ -87,6 +90,13 @@ class Stepper:
             "importance": list(vpd.importance.parameters()),
         }
         self.optimisers = optimisers(self.parameters, config.optimiser)
+        self.window = ImportanceWindow(config.compaction, vpd.layout.total, self.device)
+
+    def renew(self) -> None:
+        """Make what depends on which subcomponents there are: again after a compaction."""
+        vpd = self.vpd
+        self.run = _masked_forward(vpd, self.config)
+        self.weights = vpd.subcomponents.references([site.weight for site in vpd.sites])
 
     def step(self, batch: Tensor, step: int) -> tuple[Losses, Tensor]:
         """Train on one batch.

@@ -20,6 +20,7 @@ from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.saving import base_model_record, save
 from vpd_lens.errors import ConfigError, TrainingInterrupted
 from vpd_lens.training.checkpoints import load_checkpoint, save_checkpoint
+from vpd_lens.training.compaction import compact_when_due, sizes
 from vpd_lens.training.config import VPDConfig
 from vpd_lens.training.data import token_batches
 from vpd_lens.training.diagnostics import Diagnostics
@@ -188,7 +189,8 @@ class _Run:
 
     def loop(self, start: int) -> tuple[list[dict[str, float]], float]:
         config, stepper = self.config, self.stepper
-        window = _Window(stepper.vpd.layout.total, config.steps, warn=self.processes.first)
+        c_total = sum(stepper.vpd.subcomponents.original_sizes)
+        window = _Window(c_total, config.steps, warn=self.processes.first)
         history: list[dict[str, float]] = []
         begun = time.perf_counter()
         with stop_requests() as requests, self.processes.contact(self.checkpoint):
@@ -198,6 +200,11 @@ class _Run:
                 window.add(losses)
                 done = step + 1
                 self.log.advance(done)
+                if folded := compact_when_due(stepper, importance, done):
+                    self.log.say(
+                        f"step {done}: {folded} dead subcomponents folded into the deltas, "
+                        f"{stepper.vpd.layout.total} left"
+                    )
                 if done % config.log_every == 0 or done == config.steps:
                     history.append(window.summary(done, importance, stepper))
                     self.log.write(done, history[-1])
@@ -264,6 +271,7 @@ class _Window:
             "seconds_per_step": (time.perf_counter() - self.since) / self.count,
         }
         metrics |= dict(zip(own, stepper.processes.mean(list(own.values())), strict=True))
+        metrics |= sizes(stepper)
         if self.warn:
             self.diagnostics.look(done, metrics)
         self._reset()
