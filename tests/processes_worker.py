@@ -18,9 +18,10 @@ from test_training import IMPORTANCE, config, state
 
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.masks import Sources
-from vpd_lens.errors import NonFiniteLossError, TrainingInterrupted
+from vpd_lens.errors import NonFiniteLossError, ProcessError, TrainingInterrupted
 from vpd_lens.training import adversary, losses, step, train, trainer
-from vpd_lens.training.processes import ALONE, join
+from vpd_lens.training.joining import join
+from vpd_lens.training.processes import ALONE
 from vpd_lens.training.sharding import is_sharded, shard_importance, whole
 from vpd_lens.training.step import Stepper
 
@@ -233,6 +234,9 @@ def go_on():
     assert all(map(torch.equal, state(model.vpd), whole_run))
     model, result, stepper = trained("single", at=6, do=check_cut, **KINDS["sequence"])
     keep("single", model, result, stepper)
+    shuffled = list(TOKENS.split(4))[:: 1 if RANK == 0 else -1]
+    with pytest.raises(ProcessError, match="same data"):
+        train(tiny_bridge(), shuffled, config(**RUN), output="unlike", progress=False)
     with pytest.raises(NonFiniteLossError, match="stochastic"):
         trained("poisoned", at=3, do=only(1, poison), **KINDS["sequence"])
     trainer.CHECKPOINT_SECONDS = 0

@@ -99,7 +99,7 @@ def train_command(
     with readable_errors(debug):
         from vpd_lens.run_file import read_run_file
         from vpd_lens.training import train
-        from vpd_lens.training.processes import claim_gpu, is_first
+        from vpd_lens.training.joining import claim_gpu, is_first
 
         changes = list(overrides or [])
         changes += [f"output={quoted(output)}"] if output else []

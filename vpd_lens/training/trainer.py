@@ -26,8 +26,8 @@ from vpd_lens.training.data import token_batches
 from vpd_lens.training.diagnostics import Diagnostics
 from vpd_lens.training.initialisation import align
 from vpd_lens.training.interruption import stop_requests
+from vpd_lens.training.joining import join
 from vpd_lens.training.logging import MetricsLog, SilentLog, last_metrics
-from vpd_lens.training.processes import join
 from vpd_lens.training.sharding import shard_importance
 from vpd_lens.training.step import Losses, Stepper, require_finite, warm_up_faithfulness
 
@@ -196,6 +196,8 @@ class _Run:
         with stop_requests() as requests, self.processes.contact(self.checkpoint):
             for step in range(start, config.steps):
                 batch = next(self.batches)  # [batch, pos], this process's rows
+                if step == start and self.processes.world > 1:
+                    self._data_state()
                 losses, importance = stepper.step(batch, step)
                 window.add(losses)
                 done = step + 1
@@ -230,10 +232,13 @@ class _Run:
         number, due = self.processes.largest([requests[0] if requests else 0, due])
         return (signal.Signals(number).name if number else ""), bool(due)
 
+    def _data_state(self) -> dict[str, Any]:
+        state = self.batches.state_dict()
+        self.processes.require_same(data=json.dumps(state, sort_keys=True))
+        return state
+
     def _save(self, done: int) -> None:
-        data = self.batches.state_dict()
-        self.processes.require_same(data=json.dumps(data, sort_keys=True))
-        save_checkpoint(self.checkpoint, self.stepper, done, data, self.extra)
+        save_checkpoint(self.checkpoint, self.stepper, done, self._data_state(), self.extra)
         self.processes.wait()
         self.saved_at = time.monotonic()
 
