@@ -21,6 +21,8 @@ from vpd_lens.decomposition.saving import save
 from vpd_lens.errors import ConfigError, TrainingInterrupted
 from vpd_lens.training.checkpoints import load_checkpoint, save_checkpoint
 from vpd_lens.training.config import VPDConfig
+from vpd_lens.training.cost.guard import explained_out_of_memory, require_memory
+from vpd_lens.training.cost.workload import Workload
 from vpd_lens.training.data import token_batches
 from vpd_lens.training.diagnostics import Diagnostics
 from vpd_lens.training.initialisation import align
@@ -84,6 +86,7 @@ def train(
         ConfigError: If CUDA is asked for and absent, or `output` already holds another run.
         DataError: If the data cannot be read or does not fit the model.
         NonFiniteLossError: If a loss becomes NaN or infinite; the last checkpoint is kept.
+        OutOfMemoryError: If the run clearly needs more memory than there is, or runs out of it.
         TrainingInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     config = config or VPDConfig.small()
@@ -102,6 +105,8 @@ def train(
         seed=config.seed,
         prepend_bos=prepend_bos,
     )
+    work = Workload.of(vpd, config, batches.seq_len)
+    estimate = require_memory(work, vpd.device)
     stepper = Stepper(vpd, config)
     checkpoint = folder / "checkpoint"
     start, extra = 0, {}
@@ -120,7 +125,9 @@ def train(
     with (
         MetricsLog(folder, config.steps, start, progress, wandb, config.model_dump()) as log,
         _evaluation_mode(model),
+        explained_out_of_memory(work, vpd.device),
     ):
+        log.console.print(estimate, highlight=False)
         if log.run is not None:
             extra["wandb_id"] = log.run.id
         if not resume:

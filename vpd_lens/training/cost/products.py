@@ -10,6 +10,11 @@ from dataclasses import dataclass
 
 from vpd_lens.training.cost.workload import Workload
 
+TARGET, FAITHFULNESS, UPDATE = "target forward", "faithfulness", "update"
+IMPORTANCE, IMPORTANCE_BACK = "importances: forward", "importances: backward"
+INNER, INNER_BACK = "inner steps: masked forward", "inner steps: backward to the sources"
+LOSSES, LOSSES_BACK = "losses: masked forward", "losses: backward"
+
 # Muon's orthogonalisation (torch.optim.Muon): iterations, each of three products.
 _NEWTON_SCHULZ_STEPS = 5
 
@@ -40,15 +45,15 @@ def products(work: Workload) -> list[Product]:
     forwards = 2 if work.config.micro_batches > 1 else 1
     own, ci = work.precision, work.importance_precision
     found = [
-        Product("target forward", _target_forward(work), own),
-        Product("importance forward", forwards * _importance_forward(work), ci, forwards),
-        Product("inner steps: masked forward", inner * masked, own, inner),
-        Product("inner steps: backward to the sources", inner * to_masks, own, inner),
-        Product("losses: masked forward", loss * masked, own, loss),
-        Product("losses: backward", loss * (to_masks + _directions_backward(work)), own, loss),
-        Product("importance backward", _importance_backward(work), ci),
-        Product("faithfulness", _faithfulness(work), "float32"),
-        Product("Muon", _newton_schulz(work), "bfloat16"),
+        Product(TARGET, _target_forward(work), own),
+        Product(IMPORTANCE, forwards * _importance_forward(work), ci, forwards),
+        Product(INNER, inner * masked, own, inner),
+        Product(INNER_BACK, inner * to_masks, own, inner),
+        Product(LOSSES, loss * masked, own, loss),
+        Product(LOSSES_BACK, loss * (to_masks + _directions_backward(work)), own, loss),
+        Product(IMPORTANCE_BACK, _importance_backward(work), ci),
+        Product(FAITHFULNESS, _faithfulness(work), "float32"),
+        Product(UPDATE, _newton_schulz(work), "bfloat16"),
     ]
     return [product for product in found if product.flops]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -141,19 +141,46 @@ class TargetShape:
         if kind == "module" or cfg is None:
             width = max(max(site.shape) for site in sites)
             return cls(0, width, 1, width, 0, sites[-1].shape[1], 1, model_class="module", **common)
-        return cls(
-            n_layers=int(cfg.n_layers),
-            d_model=int(cfg.d_model),
-            n_heads=int(cfg.n_heads),
-            d_head=int(cfg.d_head),
-            d_mlp=0 if getattr(cfg, "attn_only", False) else int(cfg.d_mlp or 4 * cfg.d_model),
-            d_vocab=max(int(cfg.d_vocab), int(getattr(cfg, "d_vocab_out", None) or 0)),
-            n_ctx=int(cfg.n_ctx),
-            n_kv_heads=getattr(cfg, "n_key_value_heads", None),
-            gated=any(site.name.endswith(".gate") for site in sites)
-            or bool(getattr(cfg, "gated_mlp", False)),
-            parallel=bool(getattr(cfg, "parallel_attn_mlp", False)),
-            activation=str(cfg.act_fn),
-            model_class="bridge" if kind == "bridge" else "hooked_transformer",
-            **common,
-        )
+        gated = any(site.name.endswith(".gate") for site in sites)
+        return replace(shape_of_cfg(cfg, kind, **common), gated=gated or _gated(cfg))
+
+
+def shape_of_cfg(
+    cfg: Any, model_class: str, dtype: str, n_parameters: int | None = None
+) -> TargetShape:
+    """The shape that a TransformerLens configuration describes.
+
+    Args:
+        cfg: Has the fields of a `HookedTransformerConfig` or `TransformerBridgeConfig`.
+        model_class: `"hooked_transformer"` or `"bridge"`.
+        dtype: Of the weights.
+        n_parameters: If they were counted.
+    """
+    positions = getattr(cfg, "positional_embedding_type", None) or "standard"
+    return TargetShape(
+        n_layers=int(cfg.n_layers),
+        d_model=int(cfg.d_model),
+        n_heads=int(cfg.n_heads),
+        d_head=int(cfg.d_head),
+        d_mlp=0 if getattr(cfg, "attn_only", False) else int(cfg.d_mlp or 4 * cfg.d_model),
+        d_vocab=max(int(cfg.d_vocab), int(getattr(cfg, "d_vocab_out", None) or 0)),
+        n_ctx=int(cfg.n_ctx),
+        n_kv_heads=getattr(cfg, "n_key_value_heads", None),
+        gated=_gated(cfg),
+        parallel=bool(getattr(cfg, "parallel_attn_mlp", False)),
+        learned_positions=positions == "standard",
+        activation=_fused(str(cfg.act_fn), cfg),
+        dtype=dtype.removeprefix("torch."),
+        model_class="bridge" if model_class == "bridge" else "hooked_transformer",
+        n_parameters=n_parameters,
+    )
+
+
+def _gated(cfg: Any) -> bool:
+    return bool(getattr(cfg, "gated_mlp", False))
+
+
+def _fused(activation: str, cfg: Any) -> str:
+    """Native bridges compute `gelu_new` as one operation."""
+    native = getattr(cfg, "architecture", None) == "TransformerLensNative"
+    return "gelu" if native and activation == "gelu_new" else activation

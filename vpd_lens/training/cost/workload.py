@@ -87,12 +87,16 @@ class Workload:
         )
 
     @classmethod
-    def of(cls, vpd: Decomposition, config: VPDConfig, n_ranks: int = 1) -> Workload:
+    def of(
+        cls, vpd: Decomposition, config: VPDConfig, seq_len: int | None, n_ranks: int = 1
+    ) -> Workload:
         """A run on a model in memory, decomposed already.
 
         Args:
             vpd: The decomposition.
             config: The run.
+            seq_len: Tokens per sequence; where the data decides (`None`) 1 is assumed, so that
+                costs are lower bounds.
             n_ranks: Processes that share the batch.
         """
         target = TargetShape.of(vpd.model, vpd.sites)
@@ -107,7 +111,7 @@ class Workload:
             vpd.layout.sizes,
             vpd.importance_config.filled(target.d_model, max(target.n_layers, 1)),
             config,
-            (config.seq_len or target.n_ctx) if target.n_layers else 1,
+            (seq_len or 1) if target.n_layers else 1,
             n_ranks,
             on_gpu=vpd.device.type == "cuda",
         )
