@@ -1,4 +1,4 @@
-"""`vpd-lens train | plan | eval | graph | harvest | sweep | reproduce | toy | info`: the command line.
+"""`vpd-lens train | plan | eval | graph | harvest | sweep | reproduce | toy | info`.
 
 Everything heavy is imported inside the commands, so that `--help` answers at once.
 """

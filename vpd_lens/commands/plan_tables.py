@@ -26,7 +26,7 @@ _AUTHORS = (
 def tables(prediction: Prediction) -> Group:
     """Phases, memory and verdict, for `rich.print`."""
     parts: list[Any] = [_heading(prediction), _phases(prediction), _memory(prediction)]
-    parts += [_verdict(prediction)]
+    parts += [_speed(prediction), _verdict(prediction)]
     if prediction.work.target == NAMED["vpd-67m"]:
         parts.append(Text(f"\n{_AUTHORS}"))
     return Group(*parts)
@@ -48,8 +48,8 @@ def _heading(prediction: Prediction) -> Text:
 def _phases(prediction: Prediction) -> Table:
     title = "One step on one GPU" if prediction.hardware.is_gpu else "One step"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
-    table.add_column("phase")
-    for column in ("times", "TFLOP", "products, ms", "GB moved", "elementwise, ms"):
+    table.add_column("phase", no_wrap=True)
+    for column in ("n", "TFLOP", "products ms", "moved GB", "passes ms"):
         table.add_column(column, justify="right")
     for phase in prediction.phases:
         table.add_row(
@@ -76,7 +76,7 @@ def _memory(prediction: Prediction) -> Table:
     memory, where = prediction.memory, "GPU" if prediction.hardware.is_gpu else "process"
     title = f"Memory of one {where} at its peak ({memory.moment})"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
-    table.add_column("item")
+    table.add_column("item", no_wrap=True)
     table.add_column("GB", justify="right")
     for name, size in sorted(memory.items.items(), key=lambda item: -item[1]):
         table.add_row(name, _figure(size / 1e9))
@@ -85,39 +85,44 @@ def _memory(prediction: Prediction) -> Table:
     return table
 
 
+def _speed(prediction: Prediction) -> Table:
+    work = prediction.work
+    title = f"{work.config.steps:,} steps on {work.n_ranks} x {prediction.hardware.name}"
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in ("ms a step", "steps/s", "% of peak", "hours", "GPU-hours"):
+        table.add_column(column, justify="right")
+    rows = {"predicted": prediction.seconds}
+    if prediction.cautious_seconds is not None:
+        rows["at the authors' utilisation"] = prediction.cautious_seconds
+    for name, seconds in rows.items():
+        hours = seconds * work.config.steps / 3600
+        table.add_row(
+            name,
+            _figure(1e3 * seconds),
+            _figure(1 / seconds),
+            f"{100 * prediction.flops / seconds / prediction.peak:.0f}",
+            _figure(hours),
+            _figure(hours * work.n_ranks),
+        )
+    return table
+
+
 def _verdict(prediction: Prediction) -> Text:
-    work, hardware = prediction.work, prediction.hardware
-    lines = [_speed("Predicted", prediction, prediction.seconds)]
+    limit, lines = prediction.hardware.memory, []
     if prediction.launch_seconds > prediction.device_seconds:
         lines.append("Starting kernels takes longer than running them: try compile=true.")
-    if prediction.cautious_seconds is not None:
+    if prediction.work.n_ranks > 1:
         lines.append(
-            _speed("At the authors' 12 % of peak", prediction, prediction.cautious_seconds)
-        )
-    if work.n_ranks > 1:
-        lines.append(
-            f"Exchanged per GPU and step: {_figure(prediction.communicated / 1e9)} GB, "
-            f"{_figure(1e3 * prediction.communication_seconds)} ms of the predicted time"
+            f"Each GPU sends {_figure(prediction.communicated / 1e9)} GB a step, in "
+            f"{_figure(1e3 * prediction.communication_seconds)} of the predicted ms."
         )
     if prediction.fits:
-        left = (hardware.memory - prediction.memory.total) / 1e9
-        lines.append(f"Fits: {_figure(left)} of {_figure(hardware.memory / 1e9)} GB stay free.")
+        left = limit - prediction.memory.total
+        lines.append(f"Fits: {_figure(left / 1e9)} of {_figure(limit / 1e9)} GB stay free.")
     else:
-        lines.append(
-            f"Does NOT fit into {_figure(hardware.memory / 1e9)} GB. {_advice(prediction)}"
-        )
+        lines.append(f"Does NOT fit into {_figure(limit / 1e9)} GB. {_advice(prediction)}")
     return Text("\n".join(lines))
-
-
-def _speed(label: str, prediction: Prediction, seconds: float) -> str:
-    work = prediction.work
-    hours = seconds * work.config.steps / 3600
-    share = prediction.flops / seconds / prediction.peak
-    return (
-        f"{label}: {_figure(1e3 * seconds)} ms per step, {_figure(1 / seconds)} steps/s, "
-        f"{100 * share:.0f} % of peak; {work.config.steps:,} steps in {_figure(hours)} h, "
-        f"{_figure(hours * work.n_ranks)} GPU-hours"
-    )
 
 
 def _advice(prediction: Prediction) -> str:
@@ -126,7 +131,7 @@ def _advice(prediction: Prediction) -> str:
         return "Any of these is enough:\n" + "\n".join(f"  {remedy}" for remedy in found)
     return (
         "Neither micro-batches, shared sources, sharding nor 64 subcomponents per site are enough: "
-        "choose fewer sites or a smaller importance function."
+        "choose fewer sites, a smaller importance function, or fewer tokens per step."
     )
 
 

@@ -250,7 +250,7 @@ def build_importance(
     if config.kind == "shared_mlp":
         return SharedMLP(d_inputs, sizes, config.hidden)
     size = config.filled(target_width, target_depth)
-    assert size.d_model and size.n_blocks and size.n_heads and size.d_ffn
+    assert None not in (size.d_model, size.n_blocks, size.n_heads, size.d_ffn)
     return TransformerImportance(
         d_inputs,
         sum(sizes),

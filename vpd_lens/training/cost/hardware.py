@@ -60,8 +60,17 @@ class Hardware:
         return self.bandwidth if self.measured else self.bandwidth * BANDWIDTH_EFFICIENCY
 
 
+_Number = int | float
+
+
 def _gpu(
-    name: str, half: float, single: float, bandwidth: float, memory: float, link: float, sheet: str
+    name: str,
+    half: _Number,
+    single: _Number,
+    bandwidth: _Number,
+    memory: _Number,
+    link: _Number,
+    sheet: str,
 ) -> Hardware:
     products = {"bfloat16": half * _TERA, "float16": half * _TERA, "float32": single * _TERA}
     return Hardware(name, products, bandwidth * _GB, memory * _GB, link * _GB, sheet)

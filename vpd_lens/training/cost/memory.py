@@ -23,12 +23,12 @@ class _Saved:
     """What a block of the target saves beyond its matrices' inputs and outputs, per position.
 
     `width` times d_model, `heads` times the width of all heads, `scores` bytes per attention
-    score; `fused` says that an activation function is one operation.
+    score.
     """
 
-    width: float
-    heads: float
-    scores: float
+    width: int
+    heads: int
+    scores: int
 
 
 # Counted on both classes with `torch.autograd.graph.saved_tensors_hooks`.

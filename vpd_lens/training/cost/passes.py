@@ -45,8 +45,8 @@ class Pass:
     name: str
     phases: tuple[str, ...]
     unit: Unit
-    fp32: float = 0
-    own: float = 0
+    fp32: int = 0
+    own: int = 0
 
 
 _FORWARDS, _BACKWARDS = (INNER, LOSSES), (INNER_BACK, LOSSES_BACK)

@@ -12,7 +12,7 @@ from vpd_lens.training.cost.workload import Workload
 
 TARGET, FAITHFULNESS, UPDATE = "target forward", "faithfulness", "update"
 IMPORTANCE, IMPORTANCE_BACK = "importances: forward", "importances: backward"
-INNER, INNER_BACK = "inner steps: masked forward", "inner steps: backward to the sources"
+INNER, INNER_BACK = "inner steps: masked forward", "inner steps: backward"
 LOSSES, LOSSES_BACK = "losses: masked forward", "losses: backward"
 
 # Muon's orthogonalisation (torch.optim.Muon): iterations, each of three products.
