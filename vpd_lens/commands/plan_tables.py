@@ -177,11 +177,11 @@ def _sizes(work: Workload) -> dict[str, int]:
     }
 
 
-def _count(number: float) -> str:
+def _count(number: int | float) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 
-def _figure(number: float) -> str:
+def _figure(number: int | float) -> str:
     """Three significant digits, without exponents."""
     if number >= 100:
         return f"{number:,.0f}"

@@ -68,6 +68,9 @@ def memory(work: Workload) -> Memory:
     gradients = {"gradients of V, U and the importance function": _FP32 * _trained(work)}
     sources = {"gradients of the sources": float(_FP32 * work.sources)}
     split = work.config.micro_batches > 1
+    # From the second part on the first one's gradients are there, and a part's gradient of the
+    # sources arrives padded to the whole batch.
+    earlier = {name: (2.0 if split else 0.0) * size for name, size in sources.items()}
     c_part = float(work.part * work.c_total)
     c_all = float(work.positions * work.c_total)
     moments: dict[str, Items] = {
@@ -78,6 +81,7 @@ def memory(work: Workload) -> Memory:
         | {"importances": 3 * _FP32 * c_part},
         "losses": graph
         | (gradients if split else {})
+        | earlier
         | {
             "importances": (3 if split else 2) * _FP32 * c_part,
             "stochastic sources": work.draws * _FP32 * c_part,
@@ -89,7 +93,7 @@ def memory(work: Workload) -> Memory:
     if work.inner_passes:
         moments["inner steps"] = (
             ({} if split else graph)
-            | sources
+            | (earlier if split else sources)
             | {
                 "importances": _FP32 * c_all,
                 "masked passes: activations": masked_pass(work),
@@ -110,7 +114,7 @@ def persistent(work: Workload) -> Items:
     moments = 1 if work.config.optimiser.kind == "muon" else 2
     return {
         "target weights": float(work.target.parameters * work.target.bytes_per_weight),
-        "target weights, as faithfulness reads them": float(_copied_weights(work)),
+        "target weights, as faithfulness reads them": _copied_weights(work),
         "V and U": float(_FP32 * work.directions),
         "importance function": _FP32 * importance,
         "optimiser moments": _FP32 * moments * (work.directions + importance),
@@ -145,12 +149,12 @@ def _block_activations(work: Workload) -> float:
     target, saved = work.target, _SAVED[work.target.model_class]
     own = BYTES[work.precision]
     hidden = _STEPS.get(target.activation, 1) + (2 if target.gated else 0)
-    numbers = saved.width * target.d_model + saved.heads * target.d_query + hidden * target.d_mlp
     # Under autocast the softmax stays in fp32, and its result is cast.
-    scores = target.n_heads * work.seq_len * saved.scores
-    if target.dtype == "float32" and own == 2:
-        scores -= target.n_heads * work.seq_len * own
-    return target.n_layers * (own * numbers + scores)
+    score = saved.scores - (own if target.dtype == "float32" and own == 2 else 0)
+    attention = own * (saved.width / 2 * target.d_model + saved.heads * target.d_query)
+    attention += score * target.n_heads * work.seq_len
+    mlp = own * (saved.width / 2 * target.d_model + hidden * target.d_mlp)
+    return float(work.tracked_attentions * attention + work.tracked_mlps * mlp)
 
 
 def _cast_weights(work: Workload) -> float:
@@ -170,8 +174,9 @@ def _copied_weights(work: Workload) -> float:
     """fp32 copies where a site's weight is not stored as `[d_in, d_out]` in fp32 already."""
     sites = work.sites
     if work.target.dtype == "float32" and work.target.model_class == "hooked_transformer":
-        sites = tuple(s for s in sites if ".attn." in s.name)
-    return _FP32 * sum(s.d_in * s.d_out for s in sites)
+        # q, k and v are kept per head; the others have the right order.
+        sites = tuple(s for s in sites if s.name[-7:] in (".attn.q", ".attn.k", ".attn.v"))
+    return float(_FP32 * sum(s.d_in * s.d_out for s in sites))
 
 
 def _prepared(work: Workload) -> Items:
@@ -193,7 +198,9 @@ def _importance_graph(work: Workload) -> float:
     if ci.kind == "mlp":
         return float(work.part * work.c_total * (own + 2 * own * ci.hidden))
     if ci.kind == "shared_mlp":
-        return float(work.part * own * (work.d_inputs + 2 * len(work.sites) * ci.hidden) + cast)
+        # In fp32 the inputs are the target's own.
+        inputs = work.d_inputs if own == 2 else 0
+        return float(work.part * own * (inputs + 2 * len(work.sites) * ci.hidden) + cast)
     d, blocks = work.d_importance, ci.n_blocks or 0
     # Per block: the inputs of four products, q, k and v rotated, the mixture, two norms' inputs.
     per_block = own * (7 * d + 2 * (ci.d_ffn or 0)) + _FP32 * 2 * d
@@ -202,7 +209,7 @@ def _importance_graph(work: Workload) -> float:
 
 def _trained(work: Workload) -> float:
     share = work.n_ranks if work.shard_importance else 1
-    return work.directions + work.importance_parameters / share
+    return float(work.directions + work.importance_parameters / share)
 
 
 def _temporaries(work: Workload) -> float:

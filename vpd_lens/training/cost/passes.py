@@ -161,4 +161,4 @@ def operations(work: Workload) -> float:
     blocks = (work.importance.n_blocks or 0) if work.importance.kind == "transformer" else 1
     per_layer = inner * work.inner_passes + loss * work.loss_passes + own
     parts = work.config.micro_batches
-    return parts * (layers * per_layer + blocks * _PER_BLOCK) + _PER_STEP
+    return float(parts * (layers * per_layer + blocks * _PER_BLOCK) + _PER_STEP)

@@ -79,9 +79,7 @@ def _target_backward(work: Workload) -> float:
     if not target.n_layers:
         return 2.0 * work.positions * sum(s.d_in * s.d_out for s in work.sites if work.tracked(s))
     matrices = sum(m.d_in * m.d_out for m in target.matrices() if work.tracked(m))
-    first = min(site.stage for site in work.sites)
-    attentions = sum(1 for layer in range(target.n_layers) if 4 * layer >= first)
-    scores = attentions * work.seq_len * target.d_query
+    scores = work.tracked_attentions * work.seq_len * target.d_query
     return work.positions * (2.0 * matrices + 8.0 * scores)
 
 

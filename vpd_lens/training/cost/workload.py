@@ -168,7 +168,8 @@ class Workload:
         """Shapes of the importance function's matrices."""
         ci = self.importance
         if ci.kind == "mlp":
-            return [(self.c_total, ci.hidden)] * 2 if ci.hidden else []
+            # Two layers and the first one's biases.
+            return [(self.c_total, ci.hidden)] * 3 if ci.hidden else []
         if ci.kind == "shared_mlp":
             pairs = list(zip(self.sites, self.counts, strict=True))
             if not ci.hidden:
@@ -228,6 +229,21 @@ class Workload:
     def tracked(self, matrix: Matrix) -> bool:
         """Whether the matrix' input carries gradients: a site lies before it."""
         return matrix.stage > min(site.stage for site in self.sites)
+
+    @cached_property
+    def tracked_attentions(self) -> int:
+        """Layers whose attention carries gradients: it or something before it is decomposed."""
+        return self._layers_from(".attn.q")
+
+    @cached_property
+    def tracked_mlps(self) -> int:
+        """Layers whose MLP carries gradients."""
+        return self._layers_from(".mlp.in")
+
+    def _layers_from(self, matrix: str) -> int:
+        first = min(site.stage for site in self.sites)
+        stages = [m.stage for m in self.target.matrices() if m.name.endswith(matrix)]
+        return sum(1 for stage in stages if stage >= first)
 
     # -------------------------------------------------------------- precision
 
