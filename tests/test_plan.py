@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,6 +191,29 @@ def test_a_masked_pass_keeps_what_is_predicted(make, sites):
     assert loss.requires_grad
     expected = masked_pass(Workload.of(one.vpd, config, LENGTH))
     assert expected == pytest.approx(saved.total, rel=0.15)
+
+
+@CLASSES
+def test_autocast_keeps_half_and_its_copies(make):
+    """bf16 activations, and casts of weights, V and U; on a CPU, whose autocast does the same."""
+    config = config_of()
+    one = stepper(make(), config)
+    one._autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    one.step(batch(), 0)
+    work = replace(Workload.of(one.vpd, config, LENGTH), on_gpu=True)
+    with one._autocast():
+        _, inputs = one.vpd.target(batch())
+        with Saved(*parameters(one.vpd.model), *inputs) as graph:
+            one.vpd.pre_importance(inputs)
+        (part,) = one._prepare(batch())
+        g = part.z.detach().clamp(0, 1)
+        masks = one.adversary.masks(g, part.rows)
+        known = [*parameters(one.vpd.model), g, *one.adversary.leaves(), part.divergence.p]
+        with one.vpd.frozen_subcomponents(), Saved(*known) as masked:
+            part.under(one.run)(masks)
+    items = memory(work).items
+    assert items["importance function: activations"] == pytest.approx(graph.total, rel=0.1)
+    assert masked_pass(work) == pytest.approx(masked.total, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["transformer", "mlp", "shared_mlp"])

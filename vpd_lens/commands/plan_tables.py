@@ -89,12 +89,12 @@ def _speed(prediction: Prediction) -> Table:
     work = prediction.work
     title = f"{work.config.steps:,} steps on {work.n_ranks} x {prediction.hardware.name}"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
-    table.add_column("", no_wrap=True)
-    for column in ("ms a step", "steps/s", "% of peak", "hours", "GPU-hours"):
+    table.add_column("")
+    for column in ("ms a step", "steps/s", "% of peak", "hours", "GPU hours"):
         table.add_column(column, justify="right")
     rows = {"predicted": prediction.seconds}
     if prediction.cautious_seconds is not None:
-        rows["at the authors' utilisation"] = prediction.cautious_seconds
+        rows["as the authors' code"] = prediction.cautious_seconds
     for name, seconds in rows.items():
         hours = seconds * work.config.steps / 3600
         table.add_row(
@@ -184,5 +184,5 @@ def _count(number: int | float) -> str:
 def _figure(number: int | float) -> str:
     """Three significant digits, without exponents."""
     if number >= 100:
-        return f"{number:,.0f}"
+        return f"{float(f'{number:.3g}'):,.0f}"
     return f"{number:.3g}" if number >= 0.001 or number == 0 else "<0.001"

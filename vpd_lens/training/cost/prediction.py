@@ -129,7 +129,8 @@ def predict(work: Workload, hardware: Hardware) -> Prediction:
         rate = hardware.product_rate(product.precision if product else "float32")
         own_bytes = moved.get(name, 0.0) * (COMPILED_TRAFFIC if compiled else 1)
         seconds = own_flops / rate, own_bytes / hardware.traffic_rate
-        phases.append(Phase(name, times[name], own_flops, own_bytes, *seconds))
+        passes = product.passes if product else times[name]
+        phases.append(Phase(name, passes, own_flops, own_bytes, *seconds))
     launches = operations(work) * (COMPILED_LAUNCHES if compiled else 1)
     bytes_sent = communicated(work)
     speed = hardware.interconnect if work.n_ranks <= GPUS_PER_NODE else NETWORK
@@ -148,9 +149,11 @@ def communicated(work: Workload) -> float:
     """Bytes that each rank sends per step.
 
     A ring sums `n` bytes over `r` ranks by sending `2 (r - 1) / r n`. Where the importance
-    function is sharded, its weights are gathered for the forward and the backward pass, and its
-    gradients scattered: `3 (r - 1) / r n`.
+    function is sharded, its weights are gathered for every forward and backward pass and its
+    gradients scattered once, `(r - 1) / r n` each.
     """
     ring = (work.n_ranks - 1) / work.n_ranks
-    importance = 3 if work.shard_importance else 2
+    parts = work.config.micro_batches
+    sharded = parts * (3 if parts > 1 else 2) + 1
+    importance = sharded if work.shard_importance else 2
     return 4 * ring * (2 * work.directions + importance * work.importance_parameters)
