@@ -165,6 +165,13 @@ def parameters(model):
     return [*model.parameters(), *model.buffers(), *model.vpd.parameters()]
 
 
+def tensors_of(divergence):
+    """What it keeps of the target's output."""
+    inner = [vars(v) for v in vars(divergence).values() if hasattr(v, "__dict__")]
+    values = [v for holder in (vars(divergence), *inner) for v in holder.values()]
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
 @pytest.mark.parametrize("sites", ["all", "attn", "mlp"])
 @pytest.mark.parametrize(
     "make",
@@ -184,8 +191,7 @@ def test_a_masked_pass_keeps_what_is_predicted(make, sites):
     (part,) = one._prepare(batch())
     g = part.z.detach().clamp(0, 1)
     masks = one.adversary.masks(g, part.rows)
-    divergence = part.divergence
-    known = [*parameters(one.vpd.model), g, *one.adversary.leaves(), divergence.p]
+    known = [*parameters(one.vpd.model), g, *one.adversary.leaves(), *tensors_of(part.divergence)]
     with one.vpd.frozen_subcomponents(), Saved(*known) as saved:
         loss = part.under(one.run)(masks)
     assert loss.requires_grad
@@ -208,7 +214,12 @@ def test_autocast_keeps_half_and_its_copies(make):
         (part,) = one._prepare(batch())
         g = part.z.detach().clamp(0, 1)
         masks = one.adversary.masks(g, part.rows)
-        known = [*parameters(one.vpd.model), g, *one.adversary.leaves(), part.divergence.p]
+        known = [
+            *parameters(one.vpd.model),
+            g,
+            *one.adversary.leaves(),
+            *tensors_of(part.divergence),
+        ]
         with one.vpd.frozen_subcomponents(), Saved(*known) as masked:
             part.under(one.run)(masks)
     items = memory(work).items

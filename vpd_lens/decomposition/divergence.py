@@ -16,7 +16,7 @@ DivergenceKind = Literal["kl", "mse"]
 CustomDivergence = Callable[[Tensor, Tensor], Tensor]
 
 # Rows of logits handled at once: bounds the temporaries to about 256 MiB in fp32.
-CHUNK_ELEMENTS = 2**26
+_CHUNK_ELEMENTS = 2**26
 
 
 class Divergence:
@@ -65,7 +65,7 @@ class _KLFromTarget(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, p: Tensor, negative_entropy: Tensor) -> Tensor:
         n, vocab = logits.shape
-        rows = max(1, CHUNK_ELEMENTS // vocab)
+        rows = max(1, _CHUNK_ELEMENTS // vocab)
         total = logits.new_zeros((), dtype=torch.float32)
         log_norm = torch.empty(n, device=logits.device)
         for start in range(0, n, rows):
@@ -82,7 +82,7 @@ class _KLFromTarget(torch.autograd.Function):
         (grad,) = grads
         logits, p, log_norm = ctx.saved_tensors
         n, vocab = logits.shape
-        rows = max(1, CHUNK_ELEMENTS // vocab)
+        rows = max(1, _CHUNK_ELEMENTS // vocab)
         out = torch.empty_like(logits)
         for start in range(0, n, rows):
             chunk = slice(start, start + rows)

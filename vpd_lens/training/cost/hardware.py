@@ -112,7 +112,7 @@ def parse_gpus(text: str) -> tuple[int, Hardware]:
 
 
 def measure(device: str | None = None) -> Hardware:
-    """This machine's GPU, or its CPU with the threads PyTorch is set to: a second of work.
+    """This machine's GPU, or its CPU with the threads PyTorch is set to: three seconds of work.
 
     Args:
         device: `"cpu"` or `"cuda"`; `None`: CUDA if there is.
@@ -139,7 +139,7 @@ def _seconds(work: Callable[[], object], gpu: bool) -> float:
     """The fastest of some runs: others may use the machine too."""
     best = float("inf")
     begun = time.perf_counter()
-    while time.perf_counter() - begun < 0.3 or best == float("inf"):
+    while time.perf_counter() - begun < 1.0 or best == float("inf"):
         start = time.perf_counter()
         work()
         if gpu:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vpd_lens.decomposition.divergence import CHUNK_ELEMENTS
+from vpd_lens.decomposition.divergence import _CHUNK_ELEMENTS
 from vpd_lens.training.cost.target import BYTES
 from vpd_lens.training.cost.workload import Workload
 
@@ -183,7 +183,8 @@ def _prepared(work: Workload) -> Items:
     """What the target left, for all micro-batches."""
     n, own = work.positions, BYTES[work.precision]
     vocabulary = work.target.d_vocab
-    kept = (own + _FP32) if work.has_logits else own
+    # fp32 logits are kept beside their probabilities, narrower ones alone.
+    kept = 2 * own if work.has_logits and own == _FP32 else own
     return {
         "target: logits and probabilities": float(n * vocabulary * kept),
         "target: inputs of the sites": float(n * own * work.d_distinct_inputs),
@@ -215,5 +216,5 @@ def _trained(work: Workload) -> float:
 def _temporaries(work: Workload) -> float:
     """The larger of a gradient of the logits and the masks of a pass."""
     logits = work.part * work.target.d_vocab if work.has_logits else 0
-    gradient = BYTES[work.precision] * logits + _FP32 * min(logits, CHUNK_ELEMENTS)
+    gradient = BYTES[work.precision] * logits + _FP32 * min(logits, _CHUNK_ELEMENTS)
     return float(max(gradient, _FP32 * work.part * work.c_total))
