@@ -486,6 +486,10 @@ def test_a_prediction_adds_up():
     # Summing n bytes in a ring of 8 sends 2 * 7/8 n.
     trained = work.directions + work.importance_parameters
     assert communicated(work) == pytest.approx(2 * 7 / 8 * 4 * trained)
+    # Sharded weights are gathered twice and gradients scattered: 3 * 7/8 n.
+    sharded = changed(work, {"shard_importance": True})
+    more = 7 / 8 * 4 * work.importance_parameters
+    assert communicated(sharded) == pytest.approx(communicated(work) + more)
     faster = predict(changed(work, {"compile": True}), TABLE["H100"])
     assert faster.seconds < one.seconds
 

@@ -150,10 +150,10 @@ def communicated(work: Workload) -> float:
 
     A ring sums `n` bytes over `r` ranks by sending `2 (r - 1) / r n`. Where the importance
     function is sharded, its weights are gathered for every forward and backward pass and its
-    gradients scattered once, `(r - 1) / r n` each.
+    gradients scattered after each of the latter, `(r - 1) / r n` each.
     """
     ring = (work.n_ranks - 1) / work.n_ranks
     parts = work.config.micro_batches
-    sharded = parts * (3 if parts > 1 else 2) + 1
+    sharded = parts * (4 if parts > 1 else 3)
     importance = sharded if work.shard_importance else 2
     return 4 * ring * (2 * work.directions + importance * work.importance_parameters)
