@@ -21,7 +21,8 @@ from vpd_lens.training.cost.products import flops, products
 from vpd_lens.training.cost.workload import Workload
 
 # Measured with benchmarks/step.py on a CPU, a compiled step took 0.7 to 0.85 of the time; its
-# products are the same, so about half of the elementwise traffic is fused away.
+# products are the same, so about half of the elementwise traffic is fused away. Of the kernels
+# started, 0.3 is a guess.
 COMPILED_TRAFFIC = 0.5
 COMPILED_LAUNCHES = 0.3
 
