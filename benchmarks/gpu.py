@@ -5,8 +5,8 @@
     python benchmarks/gpu.py --device cpu --tiny      # the same script where there is no GPU
 
 The target has random weights, which take the same time: 4 layers, d_model 768, 6 heads, d_mlp
-3072, 50 277 tokens; 9 216 subcomponents a layer; the paper's causal importance transformer.
-Arithmetic is counted on a real step by PyTorch, and compared with the GPU's peak for dense bf16
+3072, 50 277 tokens; 9 728 subcomponents a layer; the paper's causal importance transformer.
+The arithmetic of a step is compared with the GPU's peak for dense bf16
 products (`--peak`, in TFLOP/s). TF32 is off but for what `--matmul high` allows; autocast
 is bf16.
 """
@@ -27,7 +27,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import vpd_lens
 from vpd_lens.decomposition import CausalImportanceConfig, Decomposition, Divergence
@@ -35,6 +34,8 @@ from vpd_lens.decomposition.masks import Sources
 from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.training import VPDConfig
 from vpd_lens.training import step as stepping
+from vpd_lens.training.cost.products import flops
+from vpd_lens.training.cost.workload import Workload
 from vpd_lens.training.step import Stepper
 
 PAPER = {"n_layers": 4, "d_model": 768, "n_heads": 6, "d_mlp": 3072, "d_vocab": 50_277}
@@ -173,7 +174,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             stepper.step(batches[index % 4], index)
     seconds = statistics.median(times)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    flops = counted(model, config, batches[0])
+    arithmetic = flops(Workload.of(model.vpd, config, options.seq_len))
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
@@ -189,18 +190,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "seconds_per_step": seconds,
         "steps_per_second": 1 / seconds,
         "peak_memory_gib": peak,
-        "tflop_per_step": flops / 1e12,
-        "share_of_bf16_peak": flops / seconds / (options.peak * 1e12),
+        "tflop_per_step": arithmetic / 1e12,
+        "share_of_bf16_peak": arithmetic / seconds / (options.peak * 1e12),
         "phases_ms": {name: sum(values) / 3 for name, values in phases.items()},
     }
-
-
-def counted(model: nn.Module, config: VPDConfig, batch: Tensor) -> float:
-    """Floating-point operations of the products of one step, run without compilation."""
-    plain = Stepper(model.__dict__["vpd"], config.replaced({"compile": False}))
-    with FlopCounterMode(display=False) as counter:
-        plain.step(batch, 0)
-    return counter.get_total_flops()
 
 
 def show(result: dict[str, Any]) -> None:

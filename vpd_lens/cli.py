@@ -1,4 +1,4 @@
-"""`vpd-lens train | eval | graph | harvest | sweep | reproduce | toy | info`: the command line.
+"""`vpd-lens train | plan | eval | graph | harvest | sweep | reproduce | toy | info`.
 
 Everything heavy is imported inside the commands, so that `--help` answers at once.
 """
@@ -24,6 +24,7 @@ from vpd_lens.commands.options import (
     readable_errors,
     say,
 )
+from vpd_lens.commands.plan import plan_command
 from vpd_lens.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -191,6 +192,7 @@ def info_command(
         rich_print(describe(folder))
 
 
+app.command("plan")(plan_command)
 app.command("sweep")(sweep_command)
 app.command("reproduce")(reproduce_command)
 app.command("toy")(toy_command)

@@ -35,6 +35,10 @@ class NonFiniteLossError(VPDError, ArithmeticError):
     """A loss term became NaN or infinite during training."""
 
 
+class OutOfMemoryError(VPDError, MemoryError):
+    """A run needs, or has asked for, more memory than the device has."""
+
+
 class TrainingInterrupted(VPDError):
     """Training stopped on a signal after writing a checkpoint."""
 

@@ -122,7 +122,7 @@ def read_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of fields, got {type(data).__name__}.")
     for override in overrides:
-        _apply(data, override)
+        apply_override(data, override)
     training = data.get("training")
     where = f"{path}: training"
     data["training"] = VPDConfig.from_mapping({} if training is None else training, where)
@@ -132,7 +132,12 @@ def read_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
         raise ConfigError(f"{path} is not a valid run file:\n  {_explain(error)}") from None
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Replace one value of a run file read into `data`, as `--set` does.
+
+    Raises:
+        ConfigError: If `override` is not PATH=VALUE, or PATH leads through a plain value.
+    """
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):

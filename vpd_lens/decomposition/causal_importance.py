@@ -48,6 +48,23 @@ class CausalImportanceConfig(BaseModel):
     rope_base: float = Field(default=10_000.0, gt=0)
     hidden: int = Field(default=16, ge=0)
 
+    def filled(self, target_width: int, target_depth: int) -> CausalImportanceConfig:
+        """The same with the gaps of a transformer's size filled from the target's.
+
+        Args:
+            target_width: The target's residual width.
+            target_depth: The target's number of layers.
+        """
+        n_heads = self.n_heads or max(1, (self.d_model or 2 * target_width) // 32)
+        d_model = self.d_model or 2 * n_heads * math.ceil(target_width / n_heads)
+        size = {
+            "d_model": d_model,
+            "n_blocks": self.n_blocks or target_depth,
+            "n_heads": n_heads,
+            "d_ffn": self.d_ffn or 4 * d_model,
+        }
+        return self.model_copy(update=size)
+
 
 class TransformerImportance(nn.Module):
     """VPD's causal importance function: a pre-norm bidirectional transformer over all sites.
@@ -259,14 +276,14 @@ def build_importance(
         return PerSubcomponentMLP(sum(sizes), config.hidden)
     if config.kind == "shared_mlp":
         return SharedMLP(d_inputs, sizes, config.hidden)
-    n_heads = config.n_heads or max(1, (config.d_model or 2 * target_width) // 32)
-    d_model = config.d_model or 2 * n_heads * math.ceil(target_width / n_heads)
+    size = config.filled(target_width, target_depth)
+    assert None not in (size.d_model, size.n_blocks, size.n_heads, size.d_ffn)
     return TransformerImportance(
         d_inputs,
         sum(sizes),
-        d_model=d_model,
-        n_blocks=config.n_blocks or target_depth,
-        n_heads=n_heads,
-        d_ffn=config.d_ffn or 4 * d_model,
+        d_model=size.d_model,
+        n_blocks=size.n_blocks,
+        n_heads=size.n_heads,
+        d_ffn=size.d_ffn,
         rope_base=config.rope_base,
     )

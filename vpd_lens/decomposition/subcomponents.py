@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,23 @@ from vpd_lens.decomposition.masks import Layout
 from vpd_lens.errors import ConfigError
 from vpd_lens.sites import Site
 
-CountSpec = int | str | Mapping[str, int] | Callable[[Site], int]
+CountSpec = int | str | Mapping[str, int] | Callable[[Any], int]
+
+
+@runtime_checkable
+class NamedMatrix(Protocol):
+    """What the counting rules look at: a `Site`, or a matrix that exists on paper only."""
+
+    @property
+    def name(self) -> str:
+        """Name of the site."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(d_in, d_out)`."""
+        ...
+
 
 # Subcomponents per d_model (attention) or d_mlp (MLP) in the paper's 67M model: d_model 768,
 # d_mlp 3072; q, k 512; v, o 1024; up 3072; down 3584.
@@ -30,7 +46,7 @@ _PAPER_RATIO = {
 }
 
 
-def paper_count(site: Site) -> int:
+def paper_count(site: NamedMatrix) -> int:
     """Number of subcomponents after the paper's ratios, rounded up to a multiple of 8.
 
     q and k get 2/3 d_model, v and o 4/3 d_model, MLP inputs d_mlp, MLP outputs 7/6 d_mlp. Other
@@ -50,7 +66,7 @@ def paper_count(site: Site) -> int:
     return _multiple_of_8(ratio * width)
 
 
-def faithful_count(site: Site) -> int:
+def faithful_count(site: NamedMatrix) -> int:
     """Like `paper_count`, but never fewer than the matrix' rank, so that `V U = W` is possible."""
     return max(paper_count(site), _multiple_of_8(min(site.shape)))
 
@@ -59,7 +75,7 @@ def _multiple_of_8(x: int | float) -> int:
     return 8 * math.ceil(x / 8 - 1e-9)
 
 
-def resolve_counts(sites: Sequence[Site], spec: CountSpec) -> tuple[int, ...]:
+def resolve_counts(sites: Sequence[NamedMatrix], spec: CountSpec) -> tuple[int, ...]:
     """Number of subcomponents of every site.
 
     Args:
@@ -96,7 +112,7 @@ def resolve_counts(sites: Sequence[Site], spec: CountSpec) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def _first_match(spec: Mapping[str, int], site: Site) -> int:
+def _first_match(spec: Mapping[str, int], site: NamedMatrix) -> int:
     for pattern, count in spec.items():
         if re.search(pattern, site.name):
             return count

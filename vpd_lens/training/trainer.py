@@ -22,6 +22,8 @@ from vpd_lens.errors import ConfigError, TrainingInterrupted
 from vpd_lens.training.checkpoints import load_checkpoint, save_checkpoint
 from vpd_lens.training.compaction import compact_when_due, sizes
 from vpd_lens.training.config import VPDConfig
+from vpd_lens.training.cost.guard import explained_out_of_memory, require_memory
+from vpd_lens.training.cost.workload import Workload
 from vpd_lens.training.data import token_batches
 from vpd_lens.training.diagnostics import Diagnostics
 from vpd_lens.training.initialisation import align
@@ -95,6 +97,7 @@ def train(
         ConfigError: If CUDA is asked for and absent, or `output` already holds another run.
         DataError: If the data cannot be read or does not fit the model.
         NonFiniteLossError: If a loss becomes NaN or infinite; the last checkpoint is kept.
+        OutOfMemoryError: If the run clearly needs more memory than there is, or runs out of it.
         ProcessError: If another process died, or has other arguments.
         TrainingInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
@@ -117,6 +120,8 @@ def train(
         prepend_bos=prepend_bos,
         rows=rows,
     )
+    work = Workload.of(vpd, config, batches.seq_len, processes.world)
+    estimate = require_memory(work, vpd.device)
     if processes.world > 1:
         processes.require_same(
             model=json.dumps(base_model_record(vpd)["weights"]),
@@ -146,7 +151,9 @@ def train(
         if processes.first
         else SilentLog() as log,
         _evaluation_mode(model),
+        explained_out_of_memory(work, vpd.device),
     ):
+        log.say(estimate)
         if log.run is not None:
             extra["wandb_id"] = log.run.id
         if not resume:

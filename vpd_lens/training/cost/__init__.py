@@ -1,0 +1,1 @@
+"""What a training step costs: matrix products, memory traffic, memory, and the time they take."""
