@@ -4,7 +4,7 @@
     python benchmarks/compaction.py quality --target FOLDER --seed 0 --window 200 --json OUT.json
     python benchmarks/compaction.py toy --toy tms-40-10 --seeds 3 --json OUT.json
 
-`step` times configuration S of `step.py` as it is and with a quarter of its subcomponents left,
+`step` times a configuration of `step.py` as it is and with a quarter of its subcomponents left,
 the two taking turns in one process. `quality` trains a decomposition of the target in FOLDER
 (`config.json`, `model.safetensors`, `train_tokens.npy`, `eval_tokens.npy`; nn.Linear layout),
 with `--window 0` without compaction, and evaluates it. Where subcomponents were folded, it is
@@ -19,6 +19,7 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,14 +143,14 @@ def measured(model: nn.Module, held_out: Tensor) -> dict[str, float]:
     }
 
 
-def step_times(weights: Path | None, rounds: int) -> dict[str, Any]:
-    """Milliseconds per step of configuration S, whole and with a quarter left, in turns."""
-    steppers, data = {}, batches("S", weights, rounds + 2)
+def step_times(size: str, weights: Path | None, rounds: int) -> dict[str, Any]:
+    """Milliseconds per step of a configuration, whole and with a quarter left, in turns."""
+    steppers, data = {}, batches(size, weights, rounds + 2)
     for name in ("whole", "quarter"):
-        configuration = CONFIGURATIONS["S"]
+        configuration = CONFIGURATIONS[size]
         config = VPDConfig.small(importance=configuration["importance"], steps=10_000)
         counts = {rf"\.{part}$": count for part, count in configuration["counts"].items()}
-        model = build("S", "hooked_transformer")
+        model = build(size, "hooked_transformer")
         if weights is not None:
             load_weights(model, weights)
         vpd_lens.decompose(model, n_subcomponents=counts, importance=config.importance)
@@ -172,6 +173,7 @@ def step_times(weights: Path | None, rounds: int) -> dict[str, Any]:
             times[name].append(1e3 * (time.perf_counter() - begun))
     ratios = [b / a for a, b in zip(times["whole"], times["quarter"], strict=True)]
     return {
+        "configuration": size,
         "n_subcomponents": {name: s.vpd.layout.total for name, s in steppers.items()},
         "ms_per_step_median": {name: statistics.median(t) for name, t in times.items()},
         "ratio_median": statistics.median(ratios),
@@ -228,7 +230,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     timing = commands.add_parser("step", help="time a step before and after")
-    timing.add_argument("--weights", type=Path, help="trained weights of configuration S")
+    timing.add_argument("--configuration", choices=CONFIGURATIONS, default="S")
+    timing.add_argument("--weights", type=Path, help="trained weights of the configuration")
     timing.add_argument("--rounds", type=int, default=30)
     training = commands.add_parser("quality", help="train and evaluate")
     training.add_argument("--target", type=Path, required=True)
@@ -248,7 +251,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.command == "step":
-        result = step_times(options.weights, options.rounds)
+        result = step_times(options.configuration, options.weights, options.rounds)
     elif options.command == "toy":
         runs = toy_runs(options.toy, options.seeds, options.window, options.threshold)
         result = {"toy": options.toy, "threshold": options.threshold, "runs": runs}

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_bridge
-from test_compiled import hooked_transformer
 
 from vpd_lens import load
 from vpd_lens.decomposition import CausalImportanceConfig, Divergence, Masks, compiled
@@ -16,6 +15,7 @@ from vpd_lens.decomposition.folding import Columns, fold, unfold
 from vpd_lens.decomposition.pgd import pgd_sources
 from vpd_lens.errors import ArtefactError, ConfigError, InputError, TrainingInterrupted
 from vpd_lens.evaluation.metrics import delta_sizes
+from vpd_lens.native import native_transformer
 from vpd_lens.training import VPDConfig, losses, train
 from vpd_lens.training.compaction import compact, compact_when_due, survivors
 from vpd_lens.training.losses import faithfulness
@@ -29,6 +29,14 @@ IMPORTANCES = [
     CausalImportanceConfig(kind="shared_mlp", hidden=0),
 ]
 NAMES = ["transformer", "mlp", "affine mlp", "shared mlp", "affine shared mlp"]
+
+
+def transformer():
+    """A HookedTransformer where there is one."""
+    shape = {"n_layers": 1, "d_model": 16, "n_ctx": 12, "d_head": 8, "n_heads": 2, "d_mlp": 24}
+    return native_transformer(**shape, d_vocab=29, act_fn="gelu", normalization_type="RMS", seed=0)
+
+
 COUNTS = {r"\.[qk]$": 5, r"attn": 7, r"mlp": 9}
 
 
@@ -59,7 +67,7 @@ def as_delta(masks, layout, keep):
     return Masks(torch.cat(parts, -1), masks.delta, masks.routed)
 
 
-@pytest.mark.parametrize("make", [tiny_bridge, hooked_transformer], ids=["bridge", "transformer"])
+@pytest.mark.parametrize("make", [tiny_bridge, transformer], ids=["bridge", "transformer"])
 def test_outputs_are_those_with_the_delta_s_mask_on_what_was_folded(make, tokens):
     """Under random masks, routed or not, and under an adversary's against the folded one."""
     model = decomposed(make)
