@@ -21,180 +21,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from idea_steps import IDEAS, Idea
 from rich.progress import track
 from safetensors.torch import load_file
 from step import CONFIGURATIONS, build, load_weights
 from torch import Tensor, nn
 
 import vpd_lens
-from vpd_lens.decomposition.masks import SourceMasks, uniform_sources
-from vpd_lens.decomposition.sigmoids import lower_leaky, upper_leaky
 from vpd_lens.experiments.record import Machine, versions
-from vpd_lens.files import write_json
+from vpd_lens.files import file_hash, write_json
 from vpd_lens.training import VPDConfig
 from vpd_lens.training.initialisation import align
-from vpd_lens.training.losses import importance_power_sum, minimality
-from vpd_lens.training.schedules import exponent
-from vpd_lens.training.step import Losses, Stepper, warm_up_faithfulness
+from vpd_lens.training.step import warm_up_faithfulness
 
 TARGET = CONFIGURATIONS["S"]
 COUNTS = {**TARGET["counts"], "q": 64, "k": 64}
 EVALUATED_ROWS = 128
-Options = dict[str, float]
-
-# ------------------------------------------------------------------------------------- the ideas
-
-
-class Idea(Stepper):
-    """`VPDConfig.small()` as it is; `options` are what an idea has to choose."""
-
-    options: Options = {}
-    changes: dict[str, Any] = {}
-
-    def step(self, batch: Tensor, step: int) -> tuple[Losses, Tensor]:
-        self.now = step
-        return super().step(batch, step)
-
-
-class NoRestart(Idea):
-    """The fast adversary alone: lr 0.1, and sources never start over."""
-
-    changes = {"adversary.restart": 0.0}
-
-
-class Penalty(Idea):
-    """Another minimality loss, in place of the fused one and with its coefficient."""
-
-    def size(self, z: Tensor) -> Tensor:
-        """How much of each subcomponent is in use, summed over positions, `[C_total]`."""
-        minimal = self.config.minimality
-        p = exponent(minimal, self.now, self.config.steps)
-        return importance_power_sum(z, p, minimal.eps)
-
-    def price(self, size: Tensor, n_positions: int) -> Tensor:
-        """The loss, from the sizes."""
-        return minimality(size, n_positions, self.config.minimality.frequency)
-
-    def _reconstruction(self, part: Any, n_parts: int) -> Losses:
-        losses = super()._reconstruction(part, n_parts)
-        return losses | {"penalty": self.price(self.size(part.z), part.z[..., 0].numel())}
-
-    def _weights(self) -> list[tuple[str, float]]:
-        renamed = {"minimality": "penalty"}
-        return [(renamed.get(name, name), weight) for name, weight in super()._weights()]
-
-
-class SmoothL0(Penalty):
-    """`c^2 / (c^2 + gamma^2)`, 1 at `c = 1`, in place of `c^p`: its slope is bounded.
-
-    Gamma falls linearly from 1 to its end over the first 90 % of training.
-    """
-
-    options = {"gamma_end": 0.01}
-
-    def size(self, z: Tensor) -> Tensor:
-        done = min(1.0, self.now / (0.9 * self.config.steps))
-        gamma = 1 + (self.options["gamma_end"] - 1) * done
-        square = upper_leaky(z).square()
-        return ((1 + gamma**2) * square / (square + gamma**2)).flatten(0, -2).sum(0)
-
-
-class Frequency(Penalty):
-    """Importance plus `weight * sum_c f_c log2(1 + reference f_c)`, f the mean use of c.
-
-    The frequency term sees a debiased moving average of f over many batches, its gradient flows
-    through this batch's f. With `half_life` 0, weight `beta` and reference `B T` this is the
-    fused loss.
-    """
-
-    options = {"weight": 0.5, "reference": 1024.0, "half_life": 20.0}
-
-    def price(self, size: Tensor, n_positions: int) -> Tensor:
-        f = size / n_positions
-        average = self._average(f.detach()) + f - f.detach()
-        frequency = average * torch.log2(1 + self.options["reference"] * average)
-        return f.sum() + self.options["weight"] * frequency.sum()
-
-    def _average(self, f: Tensor) -> Tensor:
-        half_life = self.options["half_life"]
-        decay = 0.5 ** (1 / half_life) if half_life else 0.0
-        self.sum = decay * getattr(self, "sum", 0.0) + (1 - decay) * f
-        return self.sum / (1 - decay ** (self.now + 1))
-
-
-class SmoothL0Frequency(SmoothL0, Frequency):
-    """Both, as in the authors' newest code."""
-
-    options = {**SmoothL0.options, **Frequency.options}
-
-
-class RelativeFaithfulness(Idea):
-    """`mean_l ||Delta_l||^2 / ||W_l||^2`: small sites count as much as large ones."""
-
-    changes = {"faithfulness.coefficient": 1e3}
-
-    def _faithfulness(self) -> Tensor:
-        deltas = self.vpd.subcomponents.deltas(self.weights)
-        pairs = zip(deltas, self.weights, strict=True)
-        return torch.stack([d.square().sum() / w.square().sum() for d, w in pairs]).mean()
-
-
-class Merged(Idea):
-    """One masked forward for the stochastic and the adversarial loss together.
-
-    Each sequence takes the adversary's sources with the probability that makes the expected loss
-    that of the two apart, random ones otherwise.
-    """
-
-    def shape(self, masks: SourceMasks) -> tuple[int, ...]:
-        """What chooses independently: a sequence."""
-        return (masks.importance.shape[0], 1, 1)
-
-    def _reconstruction(self, part: Any, n_parts: int) -> Losses:
-        g = lower_leaky(part.z)
-        adversarial = self.adversary.masks(g, part.rows)
-        masks = uniform_sources(g, self.vpd.layout, self.generator).over(g)
-        fraction = self.config.adversary.coefficient / self._merged_coefficient()
-        chance = torch.rand(self.shape(masks), generator=self.generator, device=g.device)
-        chosen = chance < fraction
-        masks.components = torch.where(chosen, adversarial.components, masks.components)
-        masks.delta = torch.where(chosen[..., :1], adversarial.delta, masks.delta)
-        return {"merged": part.under(self.run)(masks)}
-
-    def _merged_coefficient(self) -> float:
-        return self.config.stochastic.coefficient + self.config.adversary.coefficient
-
-    def _weights(self) -> list[tuple[str, float]]:
-        return [("merged", self._merged_coefficient()), *super()._weights()]
-
-
-class MergedPositions(Merged):
-    """The same, chosen position by position."""
-
-    def shape(self, masks: SourceMasks) -> tuple[int, ...]:
-        return (*masks.importance.shape[:-1], 1)
-
-
-class MergedSubcomponents(Merged):
-    """The same, chosen subcomponent by subcomponent in each sequence."""
-
-    def shape(self, masks: SourceMasks) -> tuple[int, ...]:
-        return (masks.importance.shape[0], 1, masks.importance.shape[-1])
-
-
-IDEAS: dict[str, type[Idea]] = {
-    "base": Idea,
-    "no-restart": NoRestart,
-    "smooth-l0": SmoothL0,
-    "frequency": Frequency,
-    "smooth-l0-frequency": SmoothL0Frequency,
-    "relative-faithfulness": RelativeFaithfulness,
-    "merged": Merged,
-    "merged-positions": MergedPositions,
-    "merged-subcomponents": MergedSubcomponents,
-}
-
-# --------------------------------------------------------------------------------------- one run
 
 
 def load_target(folder: Path) -> nn.Module:
@@ -260,8 +102,7 @@ def perform(options: argparse.Namespace) -> dict[str, Any]:
     vpd_lens.decompose(
         model, n_subcomponents=counts, importance=config.importance, seed=config.seed
     )
-    stepper = idea(model.vpd, config)
-    stepper.options = {**idea.options, **options.option}
+    stepper = idea(model.vpd, config, options.option)
     seconds = train(model, stepper, tokens(options.weights, "train"))
     length = TARGET["n_ctx"]
     held_out = tokens(options.weights, "eval")[: EVALUATED_ROWS * length].view(-1, length)
@@ -269,6 +110,7 @@ def perform(options: argparse.Namespace) -> dict[str, Any]:
         "idea": options.idea,
         "options": stepper.options,
         "seed": config.seed,
+        "weights": file_hash(options.weights / "model.safetensors"),
         "config": config.model_dump(mode="json"),
         "seconds": seconds,
         "figures": figures(model, held_out, options.attack),
