@@ -1,7 +1,12 @@
 """Transformers whose mechanisms are known: does their decomposition consist of them?
 
-Each fixture trains a target and decomposes it, in about a minute and a half on one core.
+Each fixture trains a target and decomposes it, in about a minute and a half on an idle core.
 `docs/tutorials` has the same on larger targets, trained for longer.
+
+Subcomponents start along neurons and head dimensions, so that a subcomponent of one frequency or
+of one head is nothing that training has to find: neurons of such a target have one frequency from
+the start. What it has to find is which few of them are needed, and it must not mix them up. So
+every claim about what is live comes with its opposite: all the others can go, together.
 """
 
 import pytest
@@ -63,17 +68,31 @@ def test_addition_is_understood_and_decomposed(addition):
     assert report.l0["0"]["total"] < 0.1 * sum(report.n_subcomponents.values())
 
 
-def test_every_live_subcomponent_computes_with_a_key_frequency(addition):
-    """With chance, 12 of 15 frequencies would be wrong."""
+def test_what_is_not_live_can_go(addition):
+    """All of it at once, most of every MLP matrix; as many drawn at random may not go."""
+    model, logits, keys, live = addition
+    generator = torch.Generator().manual_seed(0)
+    others, at_random = {}, {}
+    for name in MATRICES:
+        site = f"blocks.0.{name}"
+        count = model.vpd.u(site).shape[0]
+        others[site] = torch.tensor(sorted(set(range(count)) - set(live[name].index.tolist())))
+        at_random[site] = torch.randperm(count, generator=generator)[: len(others[site])]
+        if name.startswith("mlp"):
+            assert len(others[site]) > 0.5 * count
+    after, accuracy = amplitudes_without(model, ADDITION, others)
+    left = after / logit_waves(logits)
+    assert accuracy > 0.98
+    assert min(left[k - 1] for k in keys) > 0.6
+    after, accuracy = amplitudes_without(model, ADDITION, at_random)
+    assert accuracy < 0.3
+
+
+def test_live_subcomponents_compute_with_key_frequencies(addition):
+    """With chance, 12 of 15 frequencies would be wrong, and the largest share far below a half."""
     _, _, keys, live = addition
     for name in MATRICES:
-        assert len(live[name].index) >= len(keys), name
         assert set(live[name].frequency.tolist()) <= set(keys), name
-
-
-def test_neurons_are_served_by_one_frequency_each(addition):
-    """Fourier concentration, far above the share of 1/15 of a function without any."""
-    _, _, keys, live = addition
     on_keys = [k - 1 for k in keys]
     for name, least in (("mlp.in", 0.75), ("mlp.out", 0.65)):
         assert set(live[name].frequency.tolist()) == set(keys)
@@ -83,20 +102,31 @@ def test_neurons_are_served_by_one_frequency_each(addition):
     assert written.amax(1).mean() > 0.8
     # What a subcomponent reads is what it writes.
     agree = written.argmax(1) + 1 == live["mlp.out"].frequency
-    assert agree.float().mean() > 0.9
+    assert agree.float().mean() > 0.85
+
+
+def left_without(addition, labels, key):
+    """Shares of the key frequencies that are left without what `labels` calls of one's."""
+    model, logits, keys, live = addition
+    ablated = {f"blocks.0.{n}": live[n].index[label == key] for n, label in labels.items()}
+    after, _ = amplitudes_without(model, ADDITION, ablated)
+    share = after / logit_waves(logits)
+    return {k: float(share[k - 1]) for k in keys}
 
 
 @pytest.mark.parametrize("names", [("mlp.in",), ("mlp.out",), ("mlp.in", "mlp.out")])
 def test_ablating_a_frequency_removes_it_and_no_other(addition, names):
-    model, logits, keys, live = addition
-    before = logit_waves(logits)
+    _, _, keys, live = addition
+    generator = torch.Generator().manual_seed(0)
     for key in keys:
-        ablated = {f"blocks.0.{n}": live[n].index[live[n].frequency == key] for n in names}
-        after, accuracy = amplitudes_without(model, ADDITION, ablated)
-        left = {k: float(after[k - 1] / before[k - 1]) for k in keys}
-        assert left.pop(key) < 0.4, (key, names)
-        assert min(left.values()) > 0.9, (key, names)
-        assert accuracy < ADDITION.accuracy(model)
+        left = left_without(addition, {n: live[n].frequency for n in names}, key)
+        assert left.pop(key) < 0.4, (key, left)
+        assert min(left.values()) > 0.9, (key, left)
+        # The same labels, dealt out anew: no frequency is spared.
+        dealt = {n: live[n].frequency for n in names}
+        dealt = {n: f[torch.randperm(len(f), generator=generator)] for n, f in dealt.items()}
+        left = left_without(addition, dealt, key)
+        assert min(share for k, share in left.items() if k != key) < 0.9, (key, left)
 
 
 # -------------------------------------------------------------------------------- induction
