@@ -97,6 +97,7 @@ def perform(options: argparse.Namespace) -> dict[str, Any]:
             **options.set,
         }
     )
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     model = load_target(options.weights)
     counts = config.n_subcomponents
     vpd_lens.decompose(
@@ -118,7 +119,7 @@ def perform(options: argparse.Namespace) -> dict[str, Any]:
         "machine": Machine.this().model_dump(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command.replace(str(options.weights), "FOLDER"),
     }
 
 
