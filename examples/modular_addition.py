@@ -33,6 +33,7 @@ from vpd_lens.toys.frequencies import (
 )
 from vpd_lens.toys.modular_addition import ModularAddition, last_position_kl
 from vpd_lens.training import VPDConfig
+from vpd_lens.training.initialisation import align
 
 IN, OUT = "blocks.0.mlp.in", "blocks.0.mlp.out"
 console = Console()
@@ -90,14 +91,24 @@ def main() -> None:
     sites = {site.name: site_frequencies(model, task, site.name) for site in model.vpd.sites}
     console.print(site_table(sites, keys))
     left = ablations(model, task, sites, waves, keys)
+    left |= others(model, task, sites, waves, keys)
+    start = untrained(load_model(folder))
+    neurons = {name: site_frequencies(start, task, name, often=-1.0) for name in (IN, OUT)}
+    console.print(site_table(neurons, keys, "Before any training: neurons by their frequency"))
+    by_neuron = ablations(start, task, neurons, waves, keys)
+    left |= {(f"neurons of {label}", k): found for (label, k), found in by_neuron.items()}
     console.print(ablation_table(left, keys))
     save_figures(arguments.output, sites, left, waves, keys)
     console.print(f"Figures: {arguments.output}")
 
 
-def site_table(sites: dict[str, SiteFrequencies], keys: list[int]) -> Table:
+def site_table(
+    sites: dict[str, SiteFrequencies],
+    keys: list[int],
+    title: str = "Live subcomponents by the frequency of their activation",
+) -> Table:
     """Live subcomponents by site and frequency."""
-    table = Table(title="Live subcomponents by the frequency of their activation")
+    table = Table(title=title)
     for heading in ("site", "live", *map(str, keys), "others", "mean share", "written share"):
         table.add_column(heading, justify="left" if heading == "site" else "right")
     for name, found in sites.items():
@@ -126,6 +137,40 @@ def ablations(
             amplitudes, accuracy = amplitudes_without(model, task, ablated)
             found[label, k] = [float(amplitudes[j - 1] / waves[j - 1]) for j in keys], accuracy
     return found
+
+
+def others(
+    model: torch.nn.Module,
+    task: ModularAddition,
+    sites: dict[str, SiteFrequencies],
+    waves: torch.Tensor,
+    keys: list[int],
+) -> dict[tuple[str, str], tuple[list[float], float]]:
+    """The same without all that is not live, and without as many at random, at the same sites."""
+    found = {}
+    generator = torch.Generator().manual_seed(0)
+    for label, names in (("MLP", [IN, OUT]), ("all but q", [n for n in sites if n[-1] != "q"])):
+        unneeded, at_random = {}, {}
+        for n in names:
+            order = torch.randperm(model.vpd.u(n).shape[0], generator=generator)
+            unneeded[n] = order[~torch.isin(order, sites[n].index)]
+            at_random[n] = order[: len(unneeded[n])]
+        for what, ablated in (("not live", unneeded), ("random", at_random)):
+            amplitudes, accuracy = amplitudes_without(model, task, ablated)
+            found[label, what] = [float(amplitudes[j - 1] / waves[j - 1]) for j in keys], accuracy
+    return found
+
+
+def untrained(model: torch.nn.Module) -> torch.nn.Module:
+    """The start of a decomposition: one subcomponent for every neuron and head dimension."""
+    vpd_lens.decompose(
+        model,
+        n_subcomponents={"attn": model.cfg.d_model, "mlp": model.cfg.d_mlp},
+        importance=configuration(steps=1, seed=0).importance,
+        divergence=last_position_kl,
+    )
+    align(model.vpd.subcomponents, model.vpd.sites)
+    return model
 
 
 def ablation_table(left: dict, keys: list[int]) -> Table:
