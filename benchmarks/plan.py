@@ -76,7 +76,7 @@ def measured(name: str, kind: str, changes: dict[str, Any], rounds: int) -> dict
         stepper.step(batch, index)
         times.append(time.perf_counter() - begun)
     grown = _resident() - before
-    live = _live_tensors() + _peak_of_step(stepper, data[-2], rounds + 2)
+    live = live_tensors() + peak_of_step(stepper, data[-2], rounds + 2)
     with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         stepper.step(data[-1], rounds + 3)
     hardware = measure("cpu")
@@ -111,7 +111,7 @@ def _resident() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _live_tensors() -> int:
+def live_tensors() -> int:
     """Bytes of all storages that Python can reach."""
     found: dict[int, int] = {}
     for one in gc.get_objects():
@@ -121,7 +121,7 @@ def _live_tensors() -> int:
     return sum(found.values())
 
 
-def _peak_of_step(stepper: Stepper, batch: torch.Tensor, index: int) -> int:
+def peak_of_step(stepper: Stepper, batch: torch.Tensor, index: int) -> int:
     """Most bytes by which allocations exceed releases during a step."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         stepper.step(batch, index)
