@@ -180,10 +180,12 @@ KINDS = {
         **SHORT,
     },
     "sharded": {"shard_importance": True, **SHORT},
+    "compacted": {"compaction": {"window": 3, "threshold": 0.5}, **SHORT},
 }
 
 
-CRASH = {"sequence": 9, "batch": 3, "sharded": 3}
+# The last one resumes within a window of importances, after a first compaction.
+CRASH = {"sequence": 9, "batch": 3, "sharded": 3, "compacted": 5}
 
 
 def resume_then_die():
@@ -198,6 +200,8 @@ def resume_then_die():
             shutil.copytree(f"{kind}-broken/checkpoint", f"{kind}-checkpoint")
         again, _, _ = trained(f"{kind}-broken", **changes)
         assert all(map(torch.equal, state(model.vpd), state(again.vpd))), kind
+        folded = sum(model.vpd.subcomponents.original_sizes) - model.vpd.layout.total
+        assert (folded > 0) == (kind == "compacted"), folded
     unsharded()
     trained("dying", at=15, do=only(1, die), **KINDS["sequence"])
 

@@ -126,8 +126,9 @@ def load_checkpoint(path: Path, stepper: Stepper) -> tuple[int, dict[str, Any], 
     check_weights(vpd, record["base_model"])
     tensors = read_tensors(folder / "state.safetensors")
     # To the shapes of the checkpoint, in whatever state of compaction it finds the decomposition.
-    unfold(vpd)
-    fold(vpd, Columns(*zip(*kept, strict=True), vpd.device))
+    if [columns for _, columns in kept] != vpd.subcomponents.original:
+        unfold(vpd)
+        fold(vpd, Columns(*zip(*kept, strict=True), vpd.device))
     load_subcomponents(vpd, _under(tensors, "subcomponents/"), record)
     importance = vpd.importance.state_dict()
     for name, tensor in _under(tensors, "importance/").items():
