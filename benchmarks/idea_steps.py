@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vpd_lens.decomposition import Decomposition
-from vpd_lens.decomposition.masks import SourceMasks, uniform_sources
+from vpd_lens.decomposition.masks import uniform_sources
 from vpd_lens.decomposition.sigmoids import lower_leaky, upper_leaky
 from vpd_lens.training import VPDConfig
 from vpd_lens.training.losses import importance_power_sum, minimality
@@ -114,12 +114,6 @@ class Frequency(Penalty):
         return self.sum / (1 - decay ** (self.now + 1))
 
 
-class SmoothL0Frequency(SmoothL0, Frequency):
-    """Both, as in the authors' newest code."""
-
-    defaults: ClassVar = {**SmoothL0.defaults, **Frequency.defaults}
-
-
 class RelativeFaithfulness(Idea):
     """`mean_l ||Delta_l||^2 / ||W_l||^2`: small sites count as much as large ones.
 
@@ -141,20 +135,16 @@ class Merged(Idea):
     that of the two apart, random ones otherwise.
     """
 
-    def choices(self, masks: SourceMasks) -> tuple[int, ...]:
-        """Shape of what chooses independently: sequences."""
-        return (masks.importance.shape[0], 1, 1)
-
     def _reconstruction(self, part: Any, n_parts: int) -> Losses:
         assert self.adversary is not None
         g = lower_leaky(part.z)
         adversarial = self.adversary.masks(g, part.rows)
         masks = uniform_sources(g, self.vpd.layout, self.generator).over(g)
         fraction = self.config.adversary.coefficient / self._merged_weight()
-        chance = torch.rand(self.choices(masks), generator=self.generator, device=g.device)
+        chance = torch.rand(len(g), 1, 1, generator=self.generator, device=g.device)
         chosen = chance < fraction
         masks.components = torch.where(chosen, adversarial.components, masks.components)
-        masks.delta = torch.where(chosen[..., :1], adversarial.delta, masks.delta)
+        masks.delta = torch.where(chosen, adversarial.delta, masks.delta)
         return {"merged": part.under(self.run)(masks)}
 
     def _merged_weight(self) -> float:
@@ -164,21 +154,11 @@ class Merged(Idea):
         return [("merged", self._merged_weight()), *super()._weights()]
 
 
-class MergedSubcomponents(Merged):
-    """The same, but every subcomponent of a sequence chooses for itself."""
-
-    def choices(self, masks: SourceMasks) -> tuple[int, ...]:
-        """Shape of what chooses independently: subcomponents of sequences."""
-        return (masks.importance.shape[0], 1, masks.importance.shape[-1])
-
-
 IDEAS: dict[str, type[Idea]] = {
     "base": Idea,
     "no-restart": NoRestart,
     "smooth-l0": SmoothL0,
     "frequency": Frequency,
-    "smooth-l0-frequency": SmoothL0Frequency,
     "relative-faithfulness": RelativeFaithfulness,
     "merged": Merged,
-    "merged-subcomponents": MergedSubcomponents,
 }
