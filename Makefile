@@ -13,7 +13,7 @@ quickstart: .venv/ready
 
 # One thread per worker: many small tensors, and threads that wait for each other are slower.
 test: .venv/test .venv/browser
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup tests
 
 compat: .venv-tl4/test
 	OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest -n 2 -m compat tests
