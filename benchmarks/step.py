@@ -3,8 +3,9 @@
     python benchmarks/step.py --configuration S --model hooked_transformer
     python benchmarks/step.py --configuration M --model bridge --weights FOLDER --json out.json
 
-Three steps take turns: this library's, the same with `compile=True` (unless `--no-compile`), and
-the literal one of `literal.py`, whose time is the yardstick: quote ratios to it. Without
+Three steps with the losses and the optimiser of `VPDConfig.paper()` take turns: this library's, the
+same with `compile=True` (unless `--no-compile`), and the literal one of `literal.py`, whose time is
+the yardstick: quote ratios to it. Without
 `--weights` the target has random weights, which take the same time. `FOLDER` holds
 `model.safetensors` and `train_tokens.npy` of a trained target (nn.Linear layout, as named in
 `load_weights`). Timings of a busy machine are worthless.
@@ -117,7 +118,7 @@ def batches(name: str, folder: Path | None, count: int) -> list[Tensor]:
 def steppers(name: str, kind: str, folder: Path | None, compiled: bool) -> dict[str, Step]:
     """The steps to compare, by name; each takes a batch and the number of the step."""
     configuration = CONFIGURATIONS[name]
-    config = VPDConfig.small(importance=configuration["importance"], steps=10_000)
+    config = VPDConfig.paper(importance=configuration["importance"], steps=10_000)
     counts = {rf"\.{part}$": count for part, count in configuration["counts"].items()}
     steps: dict[str, Step] = {}
     for label in ("vpd_lens", "compiled")[: 1 + compiled]:
