@@ -80,3 +80,27 @@ def test_a_graph_that_differs_from_the_model_is_not_used(monkeypatch, tokens):
     monkeypatch.setattr(torch, "compile", lambda graph, dynamic: graph)
     with pytest.warns(RuntimeWarning, match="differ from the model's"):
         stepper(tiny_bridge(), compile=True).step(tokens[:4], 0)
+
+
+def with_slopes(to_sources, to_delta):
+    """A forward whose output never changes, but whose gradients are what is asked for."""
+
+    def forward(importance, components, delta, routed, batch):
+        for leaf, slope in ((components, to_sources), (delta, to_delta)):
+            importance = importance + slope * (leaf - leaf.detach()).sum()
+        return importance + batch
+
+    return forward
+
+
+def test_gradients_are_compared_on_the_scale_of_the_largest(monkeypatch):
+    """Where `V U = W` the deltas' gradients are all rounding, and a graph rounds differently."""
+    sources = (torch.rand(2, 3, requires_grad=True), torch.rand(2, 1, requires_grad=True))
+    arguments = (torch.rand(2, 3), *sources, None, torch.ones(2, 3))
+    forwards = compiled.CompiledForwards(stepper(tiny_bridge()).vpd)
+    monkeypatch.setattr(forwards, "_plain", with_slopes(1.0, 1e-8))
+    forwards._check(with_slopes(1.0, -1e-8), arguments)
+    with pytest.raises(ValueError, match="differ from the model's"):
+        forwards._check(with_slopes(1.01, 1e-8), arguments)
+    with pytest.raises(ValueError, match="differ from the model's"):
+        forwards._check(with_slopes(1.0, 0.01), arguments)
