@@ -258,8 +258,12 @@ def test_the_same_seed_gives_the_same_run(tokens, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"optimiser": {"kind": "muon"}, "adversary": {"scope": "sequence", "restart": 0.5}}],
-    ids=["paper", "muon and restarts"],
+    [
+        {},
+        {"optimiser": {"kind": "muon"}, "adversary": {"scope": "sequence", "restart": 0.5}},
+        {"mask_dtype": "bfloat16"},
+    ],
+    ids=["paper", "muon and restarts", "bf16 masks"],
 )
 def test_resuming_after_a_crash_is_bit_identical(tokens, tmp_path, changes):
     """2N steps equal N steps, a crash some steps after the checkpoint, and the rest."""
@@ -521,6 +525,44 @@ def test_bf16_autocast_losses_are_close_to_fp32(tokens, monkeypatch):
         assert float(results[1][name]) == pytest.approx(float(results[0][name]), rel=0.08)
         assert float(results[1][name]) != float(results[0][name])
     assert float(results[1]["faithfulness"]) == float(results[0]["faithfulness"])
+
+
+def test_bf16_masks_follow_the_fp32_step(tokens):
+    """The same draws, rounded: the same losses to bf16's precision."""
+    results = []
+    for dtype in ("float32", "bfloat16"):
+        stepper = fresh_stepper({"mask_dtype": dtype})
+        losses, importance = stepper.step(tokens[:4], 0)
+        results.append(losses)
+        assert importance.dtype == torch.float32
+        assert all(p.dtype == torch.float32 for p in stepper.vpd.parameters())
+        for leaf in stepper.adversary.leaves():
+            moment = stepper.adversary.optimiser.state[leaf]["exp_avg_sq"]
+            assert leaf.dtype == moment.dtype == getattr(torch, dtype)
+    full, narrow = results
+    for name in ("stochastic", "adversarial"):
+        assert float(narrow[name]) == pytest.approx(float(full[name]), rel=0.02)
+        assert float(narrow[name]) != float(full[name])
+    for name in ("minimality", "faithfulness"):
+        assert float(narrow[name]) == float(full[name])
+
+
+def test_bf16_sources_attack_as_well(tokens):
+    gains = []
+    for dtype in ("float32", "bfloat16"):
+        stepper = fresh_stepper({"mask_dtype": dtype, "adversary": {"inner_steps": 1}})
+        stepper._schedule(0)
+        (part,) = parts = stepper._prepare(tokens[:4])
+        g = part.z.detach().clamp(0, 1).to(stepper.mask_dtype)
+        reached = []
+        for _ in range(40):
+            stepper._refine_adversary(parts, tokens[:4])
+            stepper.adversary.set_lr(0.05)
+            reached.append(float(part.under(stepper.run)(stepper.adversary.masks(g)).detach()))
+        assert all(leaf.min() >= 0 and leaf.max() <= 1 for leaf in stepper.adversary.leaves())
+        assert reached[-1] > 2 * reached[0]
+        gains.append(reached[-1] - reached[0])
+    assert gains[1] == pytest.approx(gains[0], rel=0.05)
 
 
 def test_decompose_with_data_trains_and_remove_restores(tokens, tmp_path):

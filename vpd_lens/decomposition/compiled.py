@@ -81,6 +81,7 @@ class CompiledForwards:
         """Output and gradients on another input than the recorded one, against the model's."""
         *masks, batch = arguments
         assert batch is not None
+        assert arguments[0] is not None
         other = (*masks, batch.roll((1,) * batch.ndim, tuple(range(batch.ndim))))
         leaves = [t for t in masks if t is not None and t.requires_grad]
         results = []
@@ -92,7 +93,9 @@ class CompiledForwards:
                 gradients = torch.autograd.grad(output.float().square().mean(), leaves)
                 result.append(torch.cat([gradient.flatten() for gradient in gradients]))
             results.append(result)
+        dtypes = results[1][0].dtype, arguments[0].dtype
+        tolerance = max(_TOLERANCE.get(dtype, 1e-3) for dtype in dtypes)
         for got, expected in zip(*results, strict=True):
             error = relative_error(got.float(), expected.float())
-            if not error <= _TOLERANCE.get(results[0][0].dtype, 1e-3):
+            if not error <= tolerance:
                 raise ValueError(f"its results differ from the model's by {error:.1e}")

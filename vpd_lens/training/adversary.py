@@ -26,6 +26,7 @@ class PersistentAdversary:
         generator: Random generator of all starts, U(0, 1).
         processes: Those that train together; `batch_shape` is that of this one's rows. Sources
             that the whole batch shares are the same on all of them.
+        dtype: Of the sources, their moments and the masks made of them.
 
     Attributes:
         sources: One per subcomponent and delta, `[*scope, C_total]` and `[*scope, n_sites]`.
@@ -40,13 +41,14 @@ class PersistentAdversary:
         device: torch.device,
         generator: torch.Generator | None = None,
         processes: Processes = ALONE,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = config
         self.layout = layout
         self.generator = generator
         self.processes = processes
         scope = _scope_shape(config.scope, batch_shape)
-        start = torch.empty(*scope, layout.total, device=device)
+        start = torch.empty(*scope, layout.total, device=device, dtype=dtype)
         self.sources = uniform_sources(start, layout, generator)
         self.sharing.first_(self.leaves())
         self.optimiser = torch.optim.Adam(
@@ -62,7 +64,7 @@ class PersistentAdversary:
         """The masks that the sources now make of these importances.
 
         Args:
-            importance: Causal importances `[*batch, C_total]`.
+            importance: Causal importances `[*batch, C_total]`, in the sources' dtype.
             rows: Which sequences of the batch they belong to, for micro-batches.
 
         Raises:

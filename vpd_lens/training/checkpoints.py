@@ -202,6 +202,7 @@ def _restored_adversary(stepper: Stepper, tensors: dict[str, Tensor]) -> Persist
         stepper.device,
         stepper.generator,
         stepper.processes,
+        stepper.mask_dtype,
     )
     adversary.config = stepper.config.adversary
     with torch.no_grad():

@@ -178,6 +178,9 @@ class VPDConfig(_Frozen):
         recompute: Keep only each block's input of a masked forward and compute the rest again in
             the backward pass: a fraction of the memory for about a quarter more time. The same
             numbers. Not together with `compile`, which decides by itself what to keep.
+        mask_dtype: Of sources, their moments, masks and their gradients. `"bfloat16"` halves what
+            they take, which is most where the adversary has sources per position; importances,
+            losses and parameters stay fp32.
         device: `"auto"` (where the model is), `"cpu"`, `"cuda"` or `"cuda:N"`.
         shard_importance: On many processes, keep only a part of the importance function's
             parameters, gradients and moments on each (FSDP2). The numbers are the same up to
@@ -205,6 +208,7 @@ class VPDConfig(_Frozen):
     autocast: bool = True
     compile: bool = False
     recompute: bool = False
+    mask_dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     shard_importance: bool = False
     log_every: int = Field(default=50, ge=1)

@@ -68,6 +68,7 @@ class Stepper:
         processes: Those that train together, each on its rows of the batch.
 
     Attributes:
+        mask_dtype: Of sources and masks.
         parameters: Those of U and V, `"subcomponents"`, and of the `"importance"` function.
         optimisers: What updates them.
         adversary: The persistent sources; made at the first batch, whose shape they take.
@@ -82,6 +83,7 @@ class Stepper:
         self.config = config
         self.processes = processes
         self.device = vpd.device
+        self.mask_dtype = getattr(torch, config.mask_dtype)
         self.renew()
         self.generator = processes.generator(config.seed, self.device)
         self.adversary: PersistentAdversary | None = None
@@ -156,9 +158,10 @@ class Stepper:
                 self.device,
                 self.generator,
                 self.processes,
+                self.mask_dtype,
             )
             self.adversary.set_lr(self._adversary_lr)
-        importances = [part.z.detach().clamp(0, 1) for part in parts]
+        importances = [part.z.detach().clamp(0, 1).to(self.mask_dtype) for part in parts]
         n_positions = sum(g[..., 0].numel() for g in importances)
         share = self.config.adversary.coefficient / (len(parts) * self.processes.world)
         for _ in range(self.config.adversary.inner_steps):
@@ -206,7 +209,7 @@ class Stepper:
         vpd, config = self.vpd, self.config
         if config.micro_batches > 1:
             part.z = vpd.pre_importance(part.inputs)
-        g = lower_leaky(part.z)
+        g = lower_leaky(part.z).to(self.mask_dtype)
         under = part.under(self.run)
         losses: Losses = {}
         if config.stochastic.coefficient > 0:

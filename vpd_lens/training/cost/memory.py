@@ -66,7 +66,7 @@ def memory(work: Workload) -> Memory:
     always = persistent(work) | _prepared(work)
     graph = {"importance function: activations": _importance_graph(work)}
     gradients = {"gradients of V, U and the importance function": _FP32 * _trained(work)}
-    sources = {"gradients of the sources": float(_FP32 * work.sources)}
+    sources = {"gradients of the sources": float(_mask_bytes(work) * work.sources)}
     split = work.config.micro_batches > 1
     # From the second part on the first one's gradients are there, and a part's gradient of the
     # sources arrives padded to the whole batch.
@@ -83,8 +83,8 @@ def memory(work: Workload) -> Memory:
         | (gradients if split else {})
         | earlier
         | {
-            "importances": (3 if split else 2) * _FP32 * c_part,
-            "stochastic sources": work.draws * _FP32 * c_part,
+            "importances": (3 if split else 2) * _FP32 * c_part + _cast_importances(work),
+            "stochastic sources": work.draws * _mask_bytes(work) * c_part,
             "masked passes: activations": work.loss_passes * masked_pass(work),
             "deltas": float(_FP32 * work.decomposed),
             "temporaries": _temporaries(work),
@@ -95,7 +95,7 @@ def memory(work: Workload) -> Memory:
             ({} if split else graph)
             | (earlier if split else sources)
             | {
-                "importances": _FP32 * c_all,
+                "importances": _mask_bytes(work) * c_all,
                 "masked passes: activations": masked_pass(work),
                 "temporaries": _temporaries(work),
             }
@@ -117,8 +117,8 @@ def persistent(work: Workload) -> Items:
         "V and U": float(_FP32 * work.directions),
         "importance function": _FP32 * importance,
         "optimiser moments": _FP32 * moments * (work.directions + importance),
-        "sources": float(_FP32 * work.sources),
-        "moments of the sources": 2.0 * _FP32 * work.sources,
+        "sources": float(_mask_bytes(work) * work.sources),
+        "moments of the sources": 2.0 * _mask_bytes(work) * work.sources,
     }
 
 
@@ -139,9 +139,19 @@ def masked_pass(work: Workload) -> float:
     in_blocks = work.part * (own * at_sites + _block_activations(work)) + _cast_weights(work)
     if work.config.recompute:
         layers = work.target.n_layers
-        kept = own * layers * work.target.d_model + _FP32 * work.c_total
+        kept = own * layers * work.target.d_model + _mask_bytes(work) * work.c_total
         in_blocks = work.part * kept + in_blocks / layers
     return float(work.part * own * logits + in_blocks)
+
+
+def _mask_bytes(work: Workload) -> int:
+    return BYTES[work.config.mask_dtype]
+
+
+def _cast_importances(work: Workload) -> float:
+    """The copy of the importances that masks are made of, where it is narrower."""
+    own = _mask_bytes(work)
+    return float(own * work.part * work.c_total) if own != _FP32 else 0.0
 
 
 def _kept_inputs(work: Workload) -> int:
