@@ -1,5 +1,8 @@
 """Toy models: data, targets, and ground-truth figures on cases worked out by hand."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -7,8 +10,10 @@ from typer.testing import CliRunner
 from vpd_lens.cli import app
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.errors import ConfigError
+from vpd_lens.files import json_in_rows
 from vpd_lens.toys import METHODS, TOYS, measure, preset, run_seed
 from vpd_lens.toys.data import SparseFeatures, add_relu
+from vpd_lens.toys.experiment import ToyRecord
 from vpd_lens.toys.ground_truth import (
     alive,
     cosine_to_features,
@@ -247,6 +252,26 @@ def test_measure_leaves_a_dropped_feature_out():
 
 # ---------------------------------------------------------------------- experiments
 
+RECORDS = Path(__file__).resolve().parents[1] / "docs" / "results" / "toys"
+
+
+def test_a_matrix_takes_one_line_per_row():
+    data = {"a": {"b": [[1.5, 0.0], [-2e-05, 3.0]], "c": [], "d": {}}, "e": ["x, [y]", None]}
+    text = json_in_rows(data)
+    assert json.loads(text) == data
+    assert "\n   [1.5,0.0],\n   [-2e-05,3.0]\n" in text
+    assert len(text.splitlines()) == 11
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("*/*.json")), ids=str)
+def test_stored_records_are_read_and_compact(path):
+    text = path.read_text(encoding="utf-8")
+    record = ToyRecord.model_validate_json(text)
+    assert (record.toy, record.method) == tuple(path.parent.name.rsplit("-", 1))
+    stored = json.loads(text)
+    assert record.model_dump(mode="json")["sites"] == stored["sites"]
+    assert json_in_rows(stored) + "\n" == text
+
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", TOYS)
@@ -283,6 +308,7 @@ def test_the_command_writes_and_reuses_records(tmp_path, short):
     assert first.exit_code == 0, first.output
     assert "linear2" in first.output
     before = (tmp_path / "seed-1.json").read_text()
+    assert len(before.splitlines()) < 160  # and not one per number
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 4
     assert "http" not in page.replace("http://www.w3.org", "")
