@@ -10,7 +10,6 @@ two plots to the output directory. Run again, it goes on where it was.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,7 +25,7 @@ from rich.table import Table
 import vpd_lens
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.experiments.record import versions
-from vpd_lens.files import write_text_atomically
+from vpd_lens.files import json_in_rows, write_text_atomically
 from vpd_lens.models import load_model, save_model
 from vpd_lens.toys.fourier import logit_waves, wave_share
 from vpd_lens.toys.frequencies import (
@@ -102,20 +101,8 @@ def main() -> None:
     by_neuron = ablations(start, task, neurons, waves, keys)
     left |= {(f"neurons of {label}", k): found for (label, k), found in by_neuron.items()}
     console.print(ablation_table(left, keys))
-    about = {
-        "modulus": task.p,
-        "accuracy": round(task.accuracy(model), 4),
-        "wave_share": round(wave_share(logits), 4),
-        "config": config.model_dump(mode="json"),
-        "decomposition": fingerprint(model.vpd),
-        "kl": {mode: round(figures["kl"], 5) for mode, figures in report.modes.items()},
-        "adversary": report.pgd,
-        "l0": round(report.l0["0"]["total"], 2),
-        "versions": versions(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    data = about | frequencies(sites, left, waves, keys)
-    write_text_atomically(arguments.output / "figures.json", json.dumps(data, indent=1) + "\n")
+    data = about(model, task, config, report) | frequencies(sites, left, waves, keys)
+    write_text_atomically(arguments.output / "figures.json", json_in_rows(data) + "\n")
     save_plots(arguments.output, sites, left, keys)
     console.print(f"Figures: {arguments.output}")
 
@@ -199,6 +186,24 @@ def ablation_table(left: dict, keys: list[int]) -> Table:
     for (label, k), (shares, accuracy) in left.items():
         table.add_row(label, str(k), *(f"{share:.0%}" for share in shares), f"{accuracy:.1%}")
     return table
+
+
+def about(
+    model: torch.nn.Module, task: ModularAddition, config: VPDConfig, report: vpd_lens.EvalReport
+) -> dict[str, object]:
+    """What was decomposed, how and how well, for `figures.json`."""
+    return {
+        "modulus": task.p,
+        "accuracy": round(task.accuracy(model), 4),
+        "wave_share": round(wave_share(task.logits(model)), 4),
+        "config": config.model_dump(mode="json"),
+        "decomposition": fingerprint(model.vpd),
+        "kl": {mode: round(figures["kl"], 5) for mode, figures in report.modes.items()},
+        "adversary": report.pgd,
+        "l0": round(report.l0["0"]["total"], 2),
+        "versions": versions(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def frequencies(

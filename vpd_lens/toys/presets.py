@@ -69,7 +69,7 @@ _MINIMALITY = {
 # method: the divergence is a mean over features, so it falls with their number.
 _SIZES: dict[str, tuple[int, int, int, float, float]] = {
     "tms-5-2": (100, 0, 2000, 6e-3, 2e-3),
-    "tms-5-2-id": (100, 1, 2000, 6e-3, 2e-3),
+    "tms-5-2-id": (100, 1, 2000, 6e-3, 1e-3),
     "tms-40-10": (400, 0, 3000, 7.5e-4, 2.5e-4),
     "tms-40-10-id": (400, 1, 3000, 7.5e-4, 2.5e-4),
     "resid-mlp-1": (200, 4, 2000, 1e-4, 2e-5),
