@@ -385,3 +385,21 @@ def test_tms_5_2_is_recovered(tmp_path, method):
         assert site.alive == 5
         assert site.error_02 == 0
         assert site.mmcs >= 0.999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_the_dense_block_of_tms_5_2_id_is_found(tmp_path, method):
+    """Two subcomponents for the identity, which every feature shares, and one per feature else."""
+    record = run_seed("tms-5-2-id", method, 0, tmp_path)
+    assert len(record.represented) == 5
+    assert {name: site.alive for name, site in record.sites.items()} == {
+        "linear1": 5,
+        "hidden": 2,
+        "linear2": 5,
+    }
+    for site in record.sites.values():
+        assert site.error_02 == 0
+    for feature in record.sites["hidden"].importance:
+        assert min(feature[:2]) > 0.4
+        assert max(feature[2:]) < 0.1
