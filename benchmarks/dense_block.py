@@ -33,7 +33,8 @@ from vpd_lens.training import VPDConfig, train
 from vpd_lens.training.step import Stepper
 
 SITE = "hidden"
-SETTLING, MEASURED = 200, 300  # steps: the adversary finds its sources, then losses are averaged
+SETTLING, MEASURED = 200, 100  # steps: the adversary finds its sources, then losses are averaged
+STARTS = 5  # of the adversary: it can get stuck
 
 
 @torch.no_grad()
@@ -61,7 +62,29 @@ def trained(model: nn.Module, toy: Toy, config: VPDConfig) -> None:
 
 
 def losses(vpd: Decomposition, toy: Toy, config: VPDConfig) -> dict[str, float]:
-    """Weighted training losses and their total, at the last `p`; only the adversary goes on."""
+    """Weighted training losses and their total, at the last `p`; only the adversary goes on.
+
+    Means over starts of the adversary, and its loss from the worst of them.
+    """
+    starts = [losses_from(vpd, toy, config.replaced({"seed": start})) for start in range(STARTS)]
+    mean = {name: sum(start[name] for start in starts) / STARTS for name in starts[0]}
+    weights = {
+        "stochastic": config.stochastic.coefficient,
+        "layerwise": config.stochastic.layerwise_coefficient,
+        "adversarial": config.adversary.coefficient,
+        "minimality": config.minimality.coefficient,
+        "faithfulness": config.faithfulness.coefficient,
+    }
+    weighted = {name: round(w * mean[name], 6) for name, w in weights.items() if name in mean}
+    weighted["total"] = round(mean["total"], 6)
+    if "adversarial" in mean:
+        worst = max(start["adversarial"] for start in starts)
+        weighted["adversarial, worst start"] = round(weights["adversarial"] * worst, 6)
+    return weighted
+
+
+def losses_from(vpd: Decomposition, toy: Toy, config: VPDConfig) -> dict[str, float]:
+    """Training losses, not weighted, from one start of the adversary."""
     p = config.minimality.p_end
     changes = {"steps": SETTLING + MEASURED, "minimality.p_start": p, "adversary.lr_warmup": 0.0}
     # A rate of 0 is not allowed; this one moves nothing by more than 1e-25.
@@ -73,15 +96,7 @@ def losses(vpd: Decomposition, toy: Toy, config: VPDConfig) -> dict[str, float]:
         found, _ = stepper.step(data(generator, config.batch_size), step)
         if step >= SETTLING:
             mean = {name: mean.get(name, 0) + float(x) / MEASURED for name, x in found.items()}
-    weights = {
-        "stochastic": config.stochastic.coefficient,
-        "layerwise": config.stochastic.layerwise_coefficient,
-        "adversarial": config.adversary.coefficient,
-        "minimality": config.minimality.coefficient,
-        "faithfulness": config.faithfulness.coefficient,
-    }
-    weighted = {name: round(w * mean[name], 6) for name, w in weights.items() if name in mean}
-    return weighted | {"total": round(mean["total"], 6)}
+    return mean
 
 
 def state(model: nn.Module, toy: Toy, config: VPDConfig) -> dict[str, Any]:

@@ -295,12 +295,14 @@ def test_losses_of_the_dense_block(identity_toy, monkeypatch):
     before = [parameter.clone() for parameter in vpd.parameters()]
     monkeypatch.setattr(dense_block, "SETTLING", 2)
     monkeypatch.setattr(dense_block, "MEASURED", 3)
+    monkeypatch.setattr(dense_block, "STARTS", 2)
     found = dense_block.losses(vpd, TOYS["tms-5-2-id"], config)
     minimal = config.minimality
     per_subcomponent = 1 + minimal.frequency * math.log2(1 + 16)
     expected = minimal.coefficient * D * per_subcomponent
     assert found["minimality"] == pytest.approx(expected, abs=2e-6)
-    total = found.pop("total")
+    total, worst = found.pop("total"), found.pop("adversarial, worst start")
+    assert worst >= found["adversarial"]
     assert total == pytest.approx(sum(found.values()), abs=5e-6)
     for parameter, value in zip(vpd.parameters(), before, strict=True):
         torch.testing.assert_close(parameter, value, rtol=0, atol=1e-25)
