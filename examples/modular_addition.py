@@ -3,14 +3,15 @@
     python examples/modular_addition.py            # trains a target mod 59, then decomposes it
     python examples/modular_addition.py --help
 
-Writes the target, the decomposition, `figures.json` and two plots to the output directory.
+Writes the target, the decomposition, `figures.json` (with configuration, versions and date) and
+two plots to the output directory. Run again, it goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+from datetime import datetime, timezone
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 import vpd_lens
-from vpd_lens.files import write_text_atomically
+from vpd_lens.decomposition.saving import fingerprint
+from vpd_lens.experiments.record import versions
+from vpd_lens.files import json_in_rows, write_text_atomically
 from vpd_lens.models import load_model, save_model
 from vpd_lens.toys.fourier import logit_waves, wave_share
 from vpd_lens.toys.frequencies import (
@@ -74,11 +77,11 @@ def main() -> None:
         + ", ".join(f"{k} ({waves[k - 1]:.1f} nats)" for k in keys)
     )
 
-    run = arguments.output / "vpd"
+    run, config = arguments.output / "vpd", configuration(arguments.steps, arguments.seed)
     vpd_lens.decompose(
         model,
         task,
-        configuration(arguments.steps, arguments.seed),
+        config,
         divergence=last_position_kl,
         output=run,
         resume=(run / "checkpoint").exists(),
@@ -98,7 +101,9 @@ def main() -> None:
     by_neuron = ablations(start, task, neurons, waves, keys)
     left |= {(f"neurons of {label}", k): found for (label, k), found in by_neuron.items()}
     console.print(ablation_table(left, keys))
-    save_figures(arguments.output, sites, left, waves, keys)
+    data = about(model, task, config, report) | frequencies(sites, left, waves, keys)
+    write_text_atomically(arguments.output / "figures.json", json_in_rows(data) + "\n")
+    save_plots(arguments.output, sites, left, keys)
     console.print(f"Figures: {arguments.output}")
 
 
@@ -183,20 +188,34 @@ def ablation_table(left: dict, keys: list[int]) -> Table:
     return table
 
 
-def save_figures(
-    folder: Path,
-    sites: dict[str, SiteFrequencies],
-    left: dict,
-    waves: torch.Tensor,
-    keys: list[int],
-) -> None:
-    """`figures.json`, and the plots `frequencies.svg` and `ablation.svg`."""
-    data = {
-        "keys": {k: round(float(waves[k - 1]), 3) for k in keys},
+def about(
+    model: torch.nn.Module, task: ModularAddition, config: VPDConfig, report: vpd_lens.EvalReport
+) -> dict[str, object]:
+    """What was decomposed, how and how well, for `figures.json`."""
+    return {
+        "modulus": task.p,
+        "accuracy": round(task.accuracy(model), 4),
+        "wave_share": round(wave_share(task.logits(model)), 4),
+        "config": config.model_dump(mode="json"),
+        "decomposition": fingerprint(model.vpd),
+        "kl": {mode: round(figures["kl"], 5) for mode, figures in report.modes.items()},
+        "adversary": report.pgd,
+        "l0": round(report.l0["0"]["total"], 2),
+        "versions": versions(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def frequencies(
+    sites: dict[str, SiteFrequencies], left: dict, waves: torch.Tensor, keys: list[int]
+) -> dict[str, dict]:
+    """The tables and the amplitudes of the target, for `figures.json`."""
+    return {
+        "keys": {str(k): round(float(waves[k - 1]), 3) for k in keys},
         "sites": {
             name: {
                 "live": len(found.index),
-                "by_frequency": {k: int((found.frequency == k).sum()) for k in keys},
+                "by_frequency": {str(k): int((found.frequency == k).sum()) for k in keys},
                 "mean_share": round(float(found.share.mean()), 4),
             }
             for name, found in sites.items()
@@ -204,14 +223,18 @@ def save_figures(
         },
         "left": {
             f"{label} {k}": {
-                **{j: round(share, 4) for j, share in zip(keys, shares, strict=True)},
+                **{str(j): round(share, 4) for j, share in zip(keys, shares, strict=True)},
                 "accuracy": round(accuracy, 4),
             }
             for (label, k), (shares, accuracy) in left.items()
         },
     }
-    write_text_atomically(folder / "figures.json", json.dumps(data, indent=1))
 
+
+def save_plots(
+    folder: Path, sites: dict[str, SiteFrequencies], left: dict, keys: list[int]
+) -> None:
+    """The plots `frequencies.svg` and `ablation.svg`."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), (IN, OUT), strict=True):
         found = sites[name]

@@ -107,6 +107,8 @@ def test_modular_addition_in_small(tmp_path, monkeypatch, capsys):
     example.main()
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert set(figures["sites"]) >= {"blocks.0.mlp.in", "blocks.0.mlp.out"}
+    assert VPDConfig(**figures["config"]) == example.configuration(1, 0)
+    assert figures["versions"]["torch"] == torch.__version__
     # By frequency, before and after training, and the four controls.
     assert len(figures["left"]) == 2 * 3 * len(figures["keys"]) + 4
     assert (tmp_path / "ablation.svg").exists()

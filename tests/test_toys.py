@@ -1,5 +1,10 @@
 """Toy models: data, targets, and ground-truth figures on cases worked out by hand."""
 
+import importlib.util
+import json
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -7,8 +12,10 @@ from typer.testing import CliRunner
 from vpd_lens.cli import app
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.errors import ConfigError
+from vpd_lens.files import json_in_rows
 from vpd_lens.toys import METHODS, TOYS, measure, preset, run_seed
 from vpd_lens.toys.data import SparseFeatures, add_relu
+from vpd_lens.toys.experiment import ToyRecord
 from vpd_lens.toys.ground_truth import (
     alive,
     cosine_to_features,
@@ -245,7 +252,83 @@ def test_measure_leaves_a_dropped_feature_out():
     assert second.mmcs == pytest.approx(1.0)
 
 
+# ------------------------------------------------------------- benchmarks/dense_block.py
+
+PATH = Path(__file__).resolve().parents[1] / "benchmarks" / "dense_block.py"
+SPEC = importlib.util.spec_from_file_location("dense_block", PATH)
+dense_block = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(dense_block)
+
+
+@pytest.fixture
+def identity_toy():
+    """A decomposition, not trained, of TMS with an identity layer, and its configuration."""
+    config = preset("tms-5-2-id", "vpd").replaced({"n_subcomponents": C, "batch_size": 16})
+    model = TMS(N, D, identity=True)
+    attach(model, "all", C, config.importance, torch.eye(N))
+    return model.vpd, config
+
+
+def test_the_dense_block_placed_by_hand_is_the_truth(identity_toy):
+    """All of the identity, important on every input; the other sites stay as they are."""
+    vpd, _ = identity_toy
+    x = torch.rand(9, N, generator=generator())
+    before = vpd.layout.split(vpd.causal_importance(x))
+    dense_block.place_dense_block(vpd)
+    after = vpd.layout.split(vpd.causal_importance(x))
+    torch.testing.assert_close(vpd.v("hidden") @ vpd.u("hidden"), torch.eye(D))
+    assert torch.equal(after[1], torch.eye(1, C).repeat(9, 1) + torch.eye(2, C)[1])
+    assert dense_ci_error(after[1], D, 0.1) == 0
+    assert torch.equal(after[0], before[0])
+    assert torch.equal(after[2], before[2])
+
+
+def test_losses_of_the_dense_block(identity_toy, monkeypatch):
+    """Nothing is trained, and minimality is what an importance of 1 on every input costs."""
+    vpd, config = identity_toy
+    dense_block.place_dense_block(vpd)
+    gates = vpd.importance
+    with torch.no_grad():
+        for name in ("linear1", "linear2"):
+            gates.w_out[vpd.layout.columns(name)] = 0
+            gates.b_out[vpd.layout.columns(name)] = -1
+    before = [parameter.clone() for parameter in vpd.parameters()]
+    monkeypatch.setattr(dense_block, "SETTLING", 2)
+    monkeypatch.setattr(dense_block, "MEASURED", 3)
+    monkeypatch.setattr(dense_block, "STARTS", 2)
+    found = dense_block.losses(vpd, TOYS["tms-5-2-id"], config)
+    minimal = config.minimality
+    per_subcomponent = 1 + minimal.frequency * math.log2(1 + 16)
+    expected = minimal.coefficient * D * per_subcomponent
+    assert found["minimality"] == pytest.approx(expected, abs=2e-6)
+    total, worst = found.pop("total"), found.pop("adversarial, worst start")
+    assert worst >= found["adversarial"]
+    assert total == pytest.approx(sum(found.values()), abs=5e-6)
+    for parameter, value in zip(vpd.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter, value, rtol=0, atol=1e-25)
+
+
 # ---------------------------------------------------------------------- experiments
+
+RECORDS = Path(__file__).resolve().parents[1] / "docs" / "results" / "toys"
+
+
+def test_a_matrix_takes_one_line_per_row():
+    data = {"a": {"b": [[1.5, 0.0], [-2e-05, 3.0]], "c": [], "d": {}}, "e": ["x, [y]", None]}
+    text = json_in_rows(data)
+    assert json.loads(text) == data
+    assert "\n   [1.5,0.0],\n   [-2e-05,3.0]\n" in text
+    assert len(text.splitlines()) == 11
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("*/*.json")), ids=str)
+def test_stored_records_are_read_and_compact(path):
+    text = path.read_text(encoding="utf-8")
+    record = ToyRecord.model_validate_json(text)
+    assert (record.toy, record.method) == tuple(path.parent.name.rsplit("-", 1))
+    stored = json.loads(text)
+    assert record.model_dump(mode="json")["sites"] == stored["sites"]
+    assert json_in_rows(stored) + "\n" == text
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -283,6 +366,7 @@ def test_the_command_writes_and_reuses_records(tmp_path, short):
     assert first.exit_code == 0, first.output
     assert "linear2" in first.output
     before = (tmp_path / "seed-1.json").read_text()
+    assert len(before.splitlines()) < 160  # and not one per number
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 4
     assert "http" not in page.replace("http://www.w3.org", "")
@@ -303,3 +387,21 @@ def test_tms_5_2_is_recovered(tmp_path, method):
         assert site.alive == 5
         assert site.error_02 == 0
         assert site.mmcs >= 0.999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_the_dense_block_of_tms_5_2_id_is_found(tmp_path, method):
+    """Two subcomponents for the identity, which every feature shares, and one per feature else."""
+    record = run_seed("tms-5-2-id", method, 0, tmp_path)
+    assert len(record.represented) == 5
+    assert {name: site.alive for name, site in record.sites.items()} == {
+        "linear1": 5,
+        "hidden": 2,
+        "linear2": 5,
+    }
+    for site in record.sites.values():
+        assert site.error_02 == 0
+    for feature in record.sites["hidden"].importance:
+        assert min(feature[:2]) > 0.4
+        assert max(feature[2:]) < 0.1

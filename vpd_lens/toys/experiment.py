@@ -15,7 +15,7 @@ from rich.table import Table
 
 from vpd_lens.errors import ArtefactError, ConfigError
 from vpd_lens.experiments.record import versions
-from vpd_lens.files import write_text_atomically
+from vpd_lens.files import json_in_rows, write_text_atomically
 from vpd_lens.toys.measure import SiteFigures, measure
 from vpd_lens.toys.presets import METHODS, preset
 from vpd_lens.toys.targets import TOYS
@@ -97,7 +97,7 @@ def run_seed(name: str, method: str, seed: int, folder: str | Path) -> ToyRecord
         represented=represented,
         sites=sites,
     )
-    write_text_atomically(record, result.model_dump_json(indent=1))
+    write_text_atomically(record, json_in_rows(result.model_dump(mode="json")) + "\n")
     return result
 
 
