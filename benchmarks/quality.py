@@ -133,7 +133,8 @@ def summary(runs: dict[str, Run], goals: list[tuple[float, float]]) -> dict[str,
     return {
         name: {
             "curve": run.curve,
-            "goals": [arrival(run, base, goal) for goal in goals],
+            "goals": [arrival(run.curve, base.curve, goal) for goal in goals],
+            "training": relative(run.curve[-1], base.curve[-1]),
             "block_seconds": run.blocks,
             "block_ratio": ratio(run.blocks, base.blocks) if len(run.blocks) > 1 else None,
         }
@@ -141,36 +142,47 @@ def summary(runs: dict[str, Run], goals: list[tuple[float, float]]) -> dict[str,
     }
 
 
-def arrival(run: Run, base: Run, goal: tuple[float, float]) -> dict[str, Any]:
+def arrival(own: list[Point], base: list[Point], goal: tuple[float, float]) -> dict[str, Any]:
     """Steps and seconds to a goal, and their ratio to the base's; `None` where not reached."""
-    own, other = first_reached(run.curve, goal), first_reached(base.curve, goal)
+    found, other = first_reached(own, goal), first_reached(base, goal)
     return {
         "pgd20": goal[0],
         "l0": goal[1],
-        **{name: own and own[name] for name in ("step", "seconds", "cpu_seconds")},
-        "ratio": own["seconds"] / other["seconds"] if own and other else None,
+        **{name: found and found[name] for name in ("step", "seconds", "cpu_seconds")},
+        "ratio": relative(found, other) if found and other else None,
     }
 
 
+def relative(own: Point, base: Point) -> dict[str, float]:
+    """The training time until a point, relative to that until another."""
+    return {name: own[name] / base[name] for name in ("seconds", "cpu_seconds")}
+
+
 def show(settings: dict[str, Any]) -> None:
-    table = Table("setting", "time per step", title="settings, in turns; ratios to the first")
-    first = next(iter(settings.values()))
-    for goal in first["goals"]:
-        table.add_column(f"PGD-20 <= {goal['pgd20']:g}, L0 <= {goal['l0']:g}")
-    table.add_column("at the end: L0, stochastic, PGD-20 (worst)")
-    for name, found in settings.items():
-        pace, end = found["block_ratio"], found["curve"][-1]
-        last = f"{end['l0']:.0f}, {end['stochastic']:.2f}"
-        last += f", {end['pgd20_mean']:.2f} ({end['pgd20_max']:.2f})"
-        reached = [
-            "never"
-            if goal["step"] is None
-            else f"step {goal['step']}, {goal['seconds']:.0f} s"
-            + (f" ({goal['ratio']:.2f})" if goal["ratio"] else "")
-            for goal in found["goals"]
-        ]
-        table.add_row(name, f"{pace['median']:.2f}" if pace else "", *reached, last)
+    title = "in turns; in brackets time, and CPU time, relative to the first"
+    table = Table("", *settings, title=title)
+    found = list(settings.values())
+    for goals in zip(*(one["goals"] for one in found), strict=True):
+        label = f"PGD-20 <= {goals[0]['pgd20']:g} at L0 <= {goals[0]['l0']:g}"
+        table.add_row(label, *map(_reached, goals))
+    ends = [one["curve"][-1] for one in found]
+    times = [{**end, "ratio": one["training"]} for end, one in zip(ends, found, strict=True)]
+    table.add_row("all of training", *map(_reached, times))
+    table.add_section()
+    table.add_row("L0 at the end", *(f"{end['l0']:.0f}" for end in ends))
+    table.add_row("stochastic KL", *(f"{end['stochastic']:.2f}" for end in ends))
+    attacks = (f"{end['pgd20_mean']:.2f} ({end['pgd20_max']:.2f})" for end in ends)
+    table.add_row("PGD-20 KL (worst)", *attacks)
     Console().print(table)
+
+
+def _reached(found: dict[str, Any]) -> str:
+    if found["step"] is None:
+        return "never"
+    text = f"step {found['step']}, {found['seconds']:.0f} s"
+    if found["ratio"] is None:
+        return text
+    return f"{text} ({found['ratio']['seconds']:.2f}, {found['ratio']['cpu_seconds']:.2f})"
 
 
 def prepared(options: argparse.Namespace) -> dict[str, Run]:
