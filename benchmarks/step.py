@@ -142,14 +142,15 @@ def stepper_for(name: str, model: nn.Module, config: VPDConfig) -> Stepper:
 def steppers(name: str, kind: str, folder: Path | None, compiled: bool) -> dict[str, Step]:
     """The steps to compare, by name; each takes a batch and the number of the step."""
     configuration = CONFIGURATIONS[name]
-    config = preset(name)
+    config = VPDConfig.small(importance=configuration["importance"], steps=10_000)
+    counts = {rf"\.{part}$": count for part, count in configuration["counts"].items()}
     steps: dict[str, Step] = {}
     for label in ("vpd_lens", "compiled")[: 1 + compiled]:
         model = build(name, kind)
         if folder is not None:
             load_weights(model, folder)
-        own = config.replaced({"compile": label == "compiled"})
-        steps[label] = stepper_for(name, model, own).step
+        vpd_lens.decompose(model, n_subcomponents=counts, importance=config.importance)
+        steps[label] = Stepper(model.vpd, config.replaced({"compile": label == "compiled"})).step
     literal = LiteralStep(
         configuration["target"],
         configuration["counts"],
