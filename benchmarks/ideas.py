@@ -15,6 +15,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -59,18 +60,37 @@ def tokens(folder: Path, split: str) -> Tensor:
     return torch.from_numpy(np.load(folder / f"{split}_tokens.npy").astype(np.int64))
 
 
+def windows(stream: Tensor, config: VPDConfig, length: int) -> Iterator[Tensor]:
+    """Batches of random windows of a token stream, for ever."""
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    positions = torch.arange(length)
+    while True:
+        shape = (config.batch_size, 1)
+        starts = torch.randint(len(stream) - length, shape, generator=generator)
+        yield stream[starts + positions]
+
+
+def configured(steps: int, seed: int, changes: dict[str, Any]) -> VPDConfig:
+    """The preset with the shapes of the target, and changes to it."""
+    return VPDConfig.small(steps=steps, seed=seed).replaced(
+        {
+            "n_subcomponents": {rf"\.{part}$": count for part, count in COUNTS.items()},
+            **{f"importance.{name}": value for name, value in TARGET["importance"].items()},
+            "minimality.coefficient": 1.2e-3,
+            **changes,
+        }
+    )
+
+
 def train(model: nn.Module, stepper: Idea, stream: Tensor) -> dict[str, float]:
     """Train as `vpd_lens.train` does; seconds, without the first step, which compiles."""
     config = stepper.config
     align(model.vpd.subcomponents, model.vpd.sites)
     warm_up_faithfulness(stepper)
-    generator = torch.Generator().manual_seed(config.seed + 1)
-    positions = torch.arange(TARGET["n_ctx"])
+    data = windows(stream, config, TARGET["n_ctx"])
     wall = cpu = 0.0
     for index in track(range(config.steps), "Training"):
-        shape = (config.batch_size, 1)
-        starts = torch.randint(len(stream) - len(positions), shape, generator=generator)
-        stepper.step(stream[starts + positions], index)
+        stepper.step(next(data), index)
         if index == 0:
             wall, cpu = time.perf_counter(), time.process_time()
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
@@ -90,15 +110,8 @@ def figures(model: nn.Module, held_out: Tensor, attack: list[int]) -> dict[str, 
 def perform(options: argparse.Namespace) -> dict[str, Any]:
     """One run, as a record."""
     idea = IDEAS[options.idea]
-    config = VPDConfig.small(steps=options.steps, seed=options.seed, compile=True).replaced(
-        {
-            "n_subcomponents": {rf"\.{part}$": count for part, count in COUNTS.items()},
-            **{f"importance.{name}": value for name, value in TARGET["importance"].items()},
-            "minimality.coefficient": 1.2e-3,
-            **idea.changes,
-            **options.set,
-        }
-    )
+    changes = {"compile": True, **idea.changes, **options.set}
+    config = configured(options.steps, options.seed, changes)
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     model = load_target(options.weights)
     counts = config.n_subcomponents

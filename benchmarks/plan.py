@@ -11,7 +11,6 @@ are loaded on first use and what the C allocator keeps. Timings of a busy machin
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import resource
 import statistics
@@ -22,22 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import live_tensors, peak_of_step
 from rich.console import Console
 from rich.table import Table
-from step import BATCH, CONFIGURATIONS, batches, build
-from torch.profiler import ProfilerActivity, profile
+from step import CONFIGURATIONS, batches, build, preset, stepper_for
 from torch.utils.flop_counter import (
     FlopCounterMode,
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
 
-import vpd_lens
-from vpd_lens.training import VPDConfig
 from vpd_lens.training.cost.hardware import measure
 from vpd_lens.training.cost.prediction import predict
 from vpd_lens.training.cost.workload import Workload
-from vpd_lens.training.step import Stepper
 
 aten = torch.ops.aten
 # Operations that PyTorch's counter leaves out.
@@ -57,18 +53,10 @@ def measured(name: str, kind: str, changes: dict[str, Any], rounds: int) -> dict
 
     The machine's speed is measured after the peak of the resident memory, to which it would add.
     """
-    configuration = CONFIGURATIONS[name]
-    config = VPDConfig.small(
-        importance=configuration["importance"],
-        batch_size=BATCH,
-        seq_len=configuration["n_ctx"],
-        steps=10_000,
-    ).replaced(changes)
+    config = preset(name).replaced(changes)
     before = _resident()
     model = build(name, kind)
-    counts = {rf"\.{part}$": count for part, count in configuration["counts"].items()}
-    vpd_lens.decompose(model, n_subcomponents=counts, importance=config.importance)
-    stepper = Stepper(model.vpd, config)
+    stepper = stepper_for(name, model, config)
     data = batches(name, None, rounds + 4)
     times = []
     for index, batch in enumerate(data[:-2]):
@@ -80,7 +68,7 @@ def measured(name: str, kind: str, changes: dict[str, Any], rounds: int) -> dict
     with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         stepper.step(data[-1], rounds + 3)
     hardware = measure("cpu")
-    prediction = predict(Workload.of(model.vpd, config, configuration["n_ctx"]), hardware)
+    prediction = predict(Workload.of(model.vpd, config, CONFIGURATIONS[name]["n_ctx"]), hardware)
     return {
         "configuration": name,
         "model": kind,
@@ -109,29 +97,6 @@ def measured(name: str, kind: str, changes: dict[str, Any], rounds: int) -> dict
 
 def _resident() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def live_tensors() -> int:
-    """Bytes of all storages that Python can reach."""
-    found: dict[int, int] = {}
-    for one in gc.get_objects():
-        if issubclass(type(one), torch.Tensor):
-            storage = one.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
-
-
-def peak_of_step(stepper: Stepper, batch: torch.Tensor, index: int) -> int:
-    """Most bytes by which allocations exceed releases during a step."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        stepper.step(batch, index)
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    level = peak = 0
-    for _, change in sorted(changes):
-        level += change
-        peak = max(peak, level)
-    return peak
 
 
 CASES = [

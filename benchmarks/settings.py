@@ -20,15 +20,13 @@ from typing import Any
 
 import torch
 import yaml
-from plan import live_tensors, peak_of_step
+from memory import live_tensors, peak_of_step
 from rich.console import Console
 from rich.table import Table
-from step import BATCH, CONFIGURATIONS, batches, build
+from step import CONFIGURATIONS, batches, build, preset, stepper_for
 from torch import nn
 
-import vpd_lens
 from vpd_lens.run_file import Loader
-from vpd_lens.training import VPDConfig
 from vpd_lens.training.step import Stepper
 
 
@@ -40,20 +38,10 @@ def variant(text: str) -> dict[str, Any]:
 
 def steppers(name: str, model: nn.Module, variants: list[str]) -> dict[str, Stepper]:
     """A stepper of the preset and of each variant, on copies of one model."""
-    configuration = CONFIGURATIONS[name]
-    preset = VPDConfig.small(
-        importance=configuration["importance"],
-        batch_size=BATCH,
-        seq_len=configuration["n_ctx"],
-        steps=10_000,
-    )
-    counts = {rf"\.{part}$": count for part, count in configuration["counts"].items()}
-    made = {}
+    base, made = preset(name), {}
     for text in ("preset", *variants):
-        config = preset if text == "preset" else preset.replaced(variant(text))
-        own = copy.deepcopy(model)
-        vpd_lens.decompose(own, n_subcomponents=counts, importance=config.importance)
-        made[text] = Stepper(own.vpd, config)
+        config = base if text == "preset" else base.replaced(variant(text))
+        made[text] = stepper_for(name, copy.deepcopy(model), config)
     return made
 
 

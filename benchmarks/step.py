@@ -50,6 +50,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "counts": {"q": 64, "k": 64, "v": 128, "o": 128, "in": 512, "out": 576},
         "importance": {"d_model": 256, "n_blocks": 4, "n_heads": 8, "d_ffn": 1024},
     },
+    # To try a script out, and for tests; its times say nothing.
+    "XS": {
+        "target": {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_mlp": 32, "d_vocab": 64},
+        "n_ctx": 16,
+        "counts": {"q": 8, "k": 8, "v": 16, "o": 16, "in": 32, "out": 32},
+        "importance": {"d_model": 16, "n_blocks": 1, "n_heads": 2, "d_ffn": 32},
+    },
 }
 BATCH = 16
 Step = Callable[[Tensor, int], Any]
@@ -115,6 +122,24 @@ def batches(name: str, folder: Path | None, count: int) -> list[Tensor]:
     return list(stream[starts + torch.arange(length)])
 
 
+def preset(name: str) -> VPDConfig:
+    """`VPDConfig.small()` with the shapes of a configuration."""
+    configuration = CONFIGURATIONS[name]
+    return VPDConfig.small(
+        importance=configuration["importance"],
+        batch_size=BATCH,
+        seq_len=configuration["n_ctx"],
+        steps=10_000,
+    )
+
+
+def stepper_for(name: str, model: nn.Module, config: VPDConfig) -> Stepper:
+    """Decompose the target of a configuration, ready to train."""
+    counts = {rf"\.{part}$": count for part, count in CONFIGURATIONS[name]["counts"].items()}
+    vpd_lens.decompose(model, n_subcomponents=counts, importance=config.importance)
+    return Stepper(model.vpd, config)
+
+
 def steppers(name: str, kind: str, folder: Path | None, compiled: bool) -> dict[str, Step]:
     """The steps to compare, by name; each takes a batch and the number of the step."""
     configuration = CONFIGURATIONS[name]
@@ -176,12 +201,12 @@ def measure(
     }
 
 
-def phases(step: Step, batch: Tensor) -> dict[str, float]:
+def phases(step: Step, batch: Tensor, repeats: int = 3) -> dict[str, float]:
     """Milliseconds in each phase of a step, by the profiler, which slows everything a little."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(3):
+        for _ in range(repeats):
             step(batch, 1)
-    spans = {e.key: e.cpu_time_total / 3e3 for e in profiler.key_averages()}
+    spans = {e.key: e.cpu_time_total / (1e3 * repeats) for e in profiler.key_averages()}
     return {phase: spans.get(f"vpd::{phase}", 0.0) for phase in PHASES}
 
 
