@@ -85,7 +85,8 @@ def configured(steps: int, seed: int, changes: dict[str, Any]) -> VPDConfig:
 def train(model: nn.Module, stepper: Idea, stream: Tensor) -> dict[str, float]:
     """Train as `vpd_lens.train` does; seconds, without the first step, which compiles."""
     config = stepper.config
-    align(model.vpd.subcomponents, model.vpd.sites)
+    if config.initialisation == "aligned":
+        align(model.vpd.subcomponents, model.vpd.sites)
     warm_up_faithfulness(stepper)
     data = windows(stream, config, TARGET["n_ctx"])
     wall = cpu = 0.0

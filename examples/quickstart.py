@@ -2,7 +2,7 @@
 
 Everything happens offline: the text is the source of Python's own standard library.
 
-    python examples/quickstart.py            # about 10 minutes on two CPU cores
+    python examples/quickstart.py            # 8 to 13 minutes on two CPU cores
     python examples/quickstart.py --help
 
 The steps are those of any project: a target model, `vpd_lens.decompose(model, data, config)`,
