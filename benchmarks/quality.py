@@ -88,8 +88,8 @@ class Run:
 
 def race(
     runs: dict[str, Run], block: int, every: int, evaluate: Callable[[nn.Module], Point]
-) -> Iterator[tuple[str, Point]]:
-    """Train all in turns, and yield what each evaluation found.
+) -> Iterator[dict[str, Point]]:
+    """Train all in turns, and yield what each round of evaluations found, by name.
 
     Args:
         runs: By name; equally many steps.
@@ -105,8 +105,7 @@ def race(
         order.reverse()
         done = min(start + block, steps)
         if done % every == 0 or done == steps:
-            for name, run in runs.items():
-                yield name, run.look(evaluate)
+            yield {name: run.look(evaluate) for name, run in runs.items()}
 
 
 def evaluated(held_out: Tensor) -> Callable[[nn.Module], Point]:
@@ -231,8 +230,10 @@ def main() -> None:
         "versions": versions(),
         "machine": Machine.this().model_dump(),
     }
-    for name, point in race(runs, options.block, options.every, evaluate):
-        print(name, json.dumps({key: round(value, 3) for key, value in point.items()}), flush=True)
+    for points in race(runs, options.block, options.every, evaluate):
+        for name, point in points.items():
+            rounded = {key: round(value, 3) for key, value in point.items()}
+            print(name, json.dumps(rounded), flush=True)
         record["settings"] = summary(runs, goals)
         if options.json:
             write_text_atomically(options.json, json.dumps(record, indent=2) + "\n")

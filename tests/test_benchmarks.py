@@ -16,8 +16,8 @@ from vpd_lens.training.config import VPDConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-commits, evaluation, pairs, quality, step = map(
-    importlib.import_module, ("commits", "evaluation", "pairs", "quality", "step")
+commits, evaluation, pairs, presets, quality, step = map(
+    importlib.import_module, ("commits", "evaluation", "pairs", "presets", "quality", "step")
 )
 
 
@@ -25,6 +25,21 @@ def test_ratios_are_of_pairs():
     """A machine that is ten times slower in one round says nothing about the ratio."""
     found = pairs.ratio([2.0, 40.0, 6.0], [1.0, 20.0, 3.0])
     assert found == {"median": 2.0, "low": 2.0, "high": 2.0}
+
+
+def test_the_papers_losses_are_those_of_its_preset():
+    """All that differs from `paper()` is common to both recipes."""
+    found = presets.configurations(steps=10, seed=3)
+    ours, paper = found["paper-losses"], VPDConfig.paper()
+    assert ours.stochastic == paper.stochastic
+    assert ours.adversary == paper.adversary
+    assert ours.optimiser.kind == paper.optimiser.kind
+    assert ours.initialisation == paper.initialisation
+    assert found["small"] == VPDConfig.small(
+        steps=10, seed=3, compile=True, log_every=50, checkpoint_every=250
+    )
+    assert ours.minimality == found["small"].minimality
+    assert ours.optimiser.lr == found["small"].optimiser.lr
 
 
 # ------------------------------------------------------------------ commits
@@ -207,9 +222,10 @@ def curves(made: dict, block: int, every: int) -> dict:
         return {"l0": found.l0["0"]["total"], "kl": found.modes["ci"]["kl"], "pgd": found.pgd["2"]}
 
     found: dict = {name: [] for name in made}
-    for name, point in quality.race(made, block, every, evaluate):
-        figures = {key: value for key, value in point.items() if "seconds" not in key}
-        found[name].append(figures)
+    for points in quality.race(made, block, every, evaluate):
+        for name, point in points.items():
+            figures = {key: value for key, value in point.items() if "seconds" not in key}
+            found[name].append(figures)
     return found
 
 
@@ -226,8 +242,14 @@ def test_turns_and_evaluations_change_nothing_about_training():
 
 def test_a_block_is_counted_and_an_evaluation_is_not():
     made = runs(preset=small(), same=small())
-    evaluations = list(quality.race(made, 2, 2, lambda _: {"waited": torch.rand(2_000_000).sum()}))
-    assert [name for name, _ in evaluations] == ["preset", "same"] * 2
+
+    def evaluate(_):
+        return {"waited": torch.rand(2_000_000).sum(), "pgd20_mean": 1.0, "l0": 1.0}
+
+    for points in quality.race(made, 2, 2, evaluate):
+        assert list(points) == ["preset", "same"]
+        summary = quality.summary(made, [(1.0, 1.0)])
+        assert [one["goals"][0]["step"] for one in summary.values()] == [2, 2]
     for run in made.values():
         assert run.seconds == sum(run.blocks)
         assert [point["seconds"] for point in run.curve] == [run.blocks[0], run.seconds]
