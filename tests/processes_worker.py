@@ -179,13 +179,14 @@ KINDS = {
         "optimiser": {"kind": "muon"},
         **SHORT,
     },
+    "bf16 masks": {"mask_dtype": "bfloat16", "adversary": {"scope": "batch"}, **SHORT},
     "sharded": {"shard_importance": True, **SHORT},
     "compacted": {"compaction": {"window": 3, "threshold": 0.5}, **SHORT},
 }
 
 
 # The last one resumes within a window of importances, after a first compaction.
-CRASH = {"sequence": 9, "batch": 3, "sharded": 3, "compacted": 5}
+CRASH = {"sequence": 9, "batch": 3, "bf16 masks": 3, "sharded": 3, "compacted": 5}
 
 
 def resume_then_die():
