@@ -111,7 +111,8 @@ def figures(model: nn.Module, held_out: Tensor, attack: list[int]) -> dict[str, 
 def perform(options: argparse.Namespace) -> dict[str, Any]:
     """One run, as a record."""
     idea = IDEAS[options.idea]
-    changes = {"compile": True, **idea.changes, **options.set}
+    # The preset shared sources within a sequence when the stored records were made.
+    changes = {"compile": True, "adversary.scope": "sequence", **idea.changes, **options.set}
     config = configured(options.steps, options.seed, changes)
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     model = load_target(options.weights)

@@ -290,7 +290,7 @@ class VPDConfig(_Frozen):
             "seq_len": None,
             "initialisation": "aligned",
             "stochastic": StochasticConfig(coefficient=1.0, routing="all"),
-            "adversary": AdversaryConfig(scope="sequence", lr=0.1, restart=0.05),
+            "adversary": AdversaryConfig(lr=0.1, restart=0.05),
             "minimality": MinimalityConfig(coefficient=5e-4),
             "faithfulness": FaithfulnessConfig(coefficient=1e5),
             "optimiser": OptimiserConfig(kind="muon", lr=3e-3, clip_importance=1.0),
