@@ -52,9 +52,9 @@ def test_a_compiled_step_is_the_step(make, tokens):
     for a, b in zip(plain.adversary.leaves(), fused.adversary.leaves(), strict=True):
         # Adam's sign-like steps turn rounding of near-zero gradients into whole steps.
         assert (a - b).abs().gt(1e-4).float().mean() < 0.01
-    # Two graphs for the adversary (U and V frozen or not), one for the routed pass.
+    # One with U and V frozen, for the adversary's inner passes, and one for both losses.
     graphs = fused.run.__self__._graphs
-    assert len(graphs) == 3
+    assert len(graphs) == 2
     assert not any(graph == fused.run.__self__._plain for graph in graphs.values())
 
 
