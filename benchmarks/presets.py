@@ -2,9 +2,10 @@
 
     python benchmarks/presets.py --seeds 0 1 --output runs/presets
 
-Trains the quickstart's target if it is not there, decomposes it with either recipe at the same
-learning rate, importance coefficient and number of steps, and writes a record of every run to
-`OUTPUT/records`. Interrupted runs go on, finished ones are not repeated.
+Trains the quickstart's target if it is not there, decomposes it with each recipe (the preset, also
+with one set of sources per sequence, and the paper's losses) at the same learning rate, importance
+coefficient and number of steps, and writes a record of every run to `OUTPUT/records`. Interrupted
+runs go on, finished ones are not repeated.
 """
 
 from __future__ import annotations
@@ -33,11 +34,15 @@ EVALUATION = {"batch_size": 16, "n_batches": 4, "pgd_steps": [20, 80], "pgd_rest
 
 
 def configurations(steps: int, seed: int) -> dict[str, VPDConfig]:
-    """Both recipes, by name."""
+    """All recipes, by name."""
     small = VPDConfig.small(
         steps=steps, seed=seed, compile=True, log_every=50, checkpoint_every=250
     )
-    return {"paper-losses": small.replaced(PAPER_LOSSES), "small": small}
+    return {
+        "paper-losses": small.replaced(PAPER_LOSSES),
+        "per-sequence": small.replaced({"adversary.scope": "sequence"}),
+        "small": small,
+    }
 
 
 def show(records: list[RunRecord]) -> None:
