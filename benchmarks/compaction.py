@@ -263,7 +263,10 @@ def main() -> None:
             n_subcomponents=COUNTS,
             importance=IMPORTANCE,
             compaction={"window": options.window, "threshold": options.threshold},
-        ).replaced({"minimality.coefficient": 1e-3})
+        ).replaced(
+            # The preset shared sources within a sequence when the stored records were made.
+            {"minimality.coefficient": 1e-3, "adversary.scope": "sequence"}
+        )
         result = quality(options.target, config)
     result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     if options.command != "toy":

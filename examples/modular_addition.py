@@ -51,7 +51,13 @@ def configuration(steps: int, seed: int) -> VPDConfig:
         n_subcomponents={"attn": 64, "mlp": 256},
         importance={"d_model": 64, "n_blocks": 1, "n_heads": 4},
         log_every=max(1, steps // 20),
-    ).replaced({"minimality.coefficient": 3e-3, "adversary.inner_steps": 1})
+    ).replaced(
+        {
+            "minimality.coefficient": 3e-3,
+            "adversary.inner_steps": 1,
+            "adversary.scope": "sequence",  # one sum, one set of sources
+        }
+    )
 
 
 def main() -> None:
