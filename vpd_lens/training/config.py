@@ -278,7 +278,7 @@ class VPDConfig(_Frozen):
 
         Not the paper's recipe with smaller numbers: the adversary starts over now and then and
         moves faster, Muon trains the matrices, subcomponents start along neurons and head
-        dimensions. `docs/results` has what each of these is worth.
+        dimensions. `docs/results` has what these are worth together.
 
         Args:
             **changes: Top-level fields to replace.
