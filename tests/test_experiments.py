@@ -477,10 +477,17 @@ def test_every_claim_from_its_runs_to_the_page(tmp_path):
     shares = [row["multiple matches"] for row in by_name["splitting"].rows]
     assert shares[:2] == [None, None]
     assert all(0 <= share <= 1 for share in shares[2:])
-    assert len(by_name["seeds"].rows) == 1 + 12
+    starts = [row["start"] for row in by_name["seeds"].rows]
+    assert starts == ["aligned"] * 13 + ["random"] * 13
     assert [row["masks"] for row in by_name["generations"].rows[:2]] == ["(the prompt)", "target"]
     records = {path.stem: RunRecord.read(path) for path in (tmp_path / "records").iterdir()}
-    assert len(records) == 17
+    assert len(records) == 20
+    random_starts = [name for name in records if records[name].config.initialisation == "random"]
+    assert sorted(random_starts) == [
+        "vpd,start=random",
+        "vpd,start=random,seed=1",
+        "vpd,start=random,seed=2",
+    ]
     assert records["vpd,random-weights"].weights != records["vpd"].weights
     assert records["vpd,random-weights"].config == records["vpd"].config
     assert records["spd,coefficient=0.005"].config.adversary.coefficient == 0
