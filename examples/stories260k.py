@@ -6,6 +6,9 @@ Five layers, grouped-query attention, gated MLPs, RMSNorm and rotary embeddings 
 (tokens sampled from the model itself) and `tok512.json` (its vocabulary).
 
     python examples/stories260k.py FOLDER --steps 1500
+
+An interrupted run goes on; a finished one leaves a record of everything in `OUTPUT/records` and is
+not repeated.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import vpd_lens
+from vpd_lens.experiments.run import Run, Target, load_decomposed, perform
+from vpd_lens.files import file_hash
 from vpd_lens.training import MinimalityConfig, VPDConfig
 
 console = Console()
@@ -64,6 +69,19 @@ def configuration(steps: int, seed: int) -> VPDConfig:
     )
 
 
+def run(folder: Path, steps: int, seed: int) -> Run:
+    """What is decomposed, how, and how it is evaluated."""
+    train_tokens, held_out = load_tokens(folder)
+    target = Target(
+        {"name": "stories260K", "weights": file_hash(folder / "stories260K.safetensors")},
+        lambda: load_stories(folder),
+        train_tokens,
+        held_out[:64, :128],
+    )
+    evaluation = {"pgd_steps": [20, 40, 80], "pgd_restarts": 2}
+    return Run(f"steps={steps},seed={seed}", target, configuration(steps, seed), evaluation)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
@@ -72,17 +90,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    model = load_stories(arguments.folder)
-    train_tokens, held_out = load_tokens(arguments.folder)
-    config = configuration(arguments.steps, arguments.seed)
-    resume = (arguments.output / "checkpoint").exists()
-    vpd_lens.decompose(model, train_tokens, config, output=arguments.output, resume=resume)
+    stories = run(arguments.folder, arguments.steps, arguments.seed)
+    console.print(perform(stories, arguments.output).report)
+    model = load_decomposed(stories, arguments.output)
     console.print(model.vpd)
-
-    report = vpd_lens.evaluate(model, held_out[:64, :128], pgd_steps=(20, 40, 80), pgd_restarts=2)
-    console.print(report)
-    report.to_json(arguments.output / "report.json")
-    report.to_html(arguments.output / "report.html", "VPD of stories260K")
 
     # Greedy text, masks active from the first token. Cached generation of HookedTransformer needs
     # a tokenizer object, which this vocabulary has none of.

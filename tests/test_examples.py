@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import shared_folder
 
 import vpd_lens
 from vpd_lens.experiments import quickstart_target
+from vpd_lens.experiments.record import RunRecord
 from vpd_lens.training import VPDConfig
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -22,30 +24,47 @@ def script(name):
     return module
 
 
-def test_stories260k_a_few_steps(tmp_path):
-    """All 35 matrices of a grouped-query, gated, rotary model, whose own loss is as documented."""
+def test_stories260k_loads():
+    """A grouped-query, gated, rotary model's own loss is as documented."""
     pytest.importorskip("transformer_lens.HookedTransformer", reason="needs HookedTransformer")
     folder = shared_folder("stories260K")
     stories = script("stories260k")
     model = stories.load_stories(folder)
-    train_tokens, held_out = stories.load_tokens(folder)
+    _, held_out = stories.load_tokens(folder)
     with torch.no_grad():
         loss = float(model(held_out[:32], return_type="loss"))
     assert loss == pytest.approx(1.281, abs=0.03)
-    before = model(held_out[:2, :32])
-    config = stories.configuration(4, 0).replaced(
-        {"seq_len": 32, "batch_size": 2, "log_every": 1, "faithfulness.warmup_steps": 40}
-    )
-    options = {"output": tmp_path / "run", "progress": False}
-    vpd_lens.decompose(model, train_tokens, config, **options)
-    assert len(model.vpd.sites) == 35
-    assert torch.equal(model(held_out[:2, :32]), before)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    faithfulness = [json.loads(line)["faithfulness"] for line in lines]
-    assert len(faithfulness) == 4
-    report = vpd_lens.evaluate(model, held_out[:2, :32], pgd_steps=(), progress=False, batch_size=2)
-    assert report.modes["target"]["ce"] == pytest.approx(loss, abs=0.5)
     assert "once" in stories.text(held_out[0], folder).lower()
+
+
+def test_stories260k_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """The script's own main with a few small steps, twice: the second run finds a record."""
+    pytest.importorskip("transformer_lens.HookedTransformer", reason="needs HookedTransformer")
+    folder = shared_folder("stories260K")
+    stories = script("stories260k")
+    model = stories.load_stories(folder)
+    tokens = stories.load_tokens(folder)[1][:2, :32]
+    small = {"seq_len": 32, "batch_size": 2, "log_every": 1, "faithfulness.warmup_steps": 40}
+    run = stories.run(folder, 4, 0)
+    run = replace(
+        run,
+        target=replace(run.target, held_out=tokens),
+        config=run.config.replaced(small),
+        evaluation={"pgd_steps": [], "batch_size": 2},
+    )
+    monkeypatch.setattr(stories, "run", lambda *_: run)
+    monkeypatch.setattr("sys.argv", ["stories260k.py", str(folder), "--output", str(tmp_path)])
+    stories.main()
+    path = tmp_path / "records" / "steps=4,seed=0.json"
+    record = RunRecord.read(path)
+    assert len(record.report.delta) == 35 + 1  # and their total
+    loss = model(tokens, return_type="loss").item()
+    assert record.report.modes["target"]["ce"] == pytest.approx(loss, rel=1e-5)
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert "there was a little girl named Lily" in printed
+    written = path.stat().st_mtime_ns
+    stories.main()
+    assert path.stat().st_mtime_ns == written
 
 
 def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
