@@ -55,9 +55,19 @@ def text(tokens: Tensor, folder: Path) -> str:
     return "".join(pieces[token] for token in tokens.tolist() if token > 2)
 
 
+# On this model the fast adversary of the preset for small models harms: after 1000 steps a fresh
+# attack of 20 steps leaves a KL of 7.5, with the paper's adversary and optimiser less than 2.
+PAPER_LOSSES = {
+    "initialisation": "random",
+    "stochastic": {"coefficient": 0.5, "routing": "subset"},
+    "adversary": {"scope": "position", "lr": 0.01, "restart": 0.0},
+    "optimiser.kind": "adamw",
+}
+
+
 def configuration(steps: int, seed: int) -> VPDConfig:
-    """The preset for small models, with half the depth of the target in the importance function."""
-    return VPDConfig.small(
+    """The paper's losses and optimiser at the learning rate and size of the small preset."""
+    small = VPDConfig.small(
         steps=steps,
         seed=seed,
         batch_size=8,
@@ -67,6 +77,7 @@ def configuration(steps: int, seed: int) -> VPDConfig:
         log_every=max(1, steps // 30),
         checkpoint_every=max(1, steps // 10),
     )
+    return small.replaced(PAPER_LOSSES)
 
 
 def run(folder: Path, steps: int, seed: int) -> Run:
