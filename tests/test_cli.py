@@ -216,7 +216,7 @@ def test_interrupted_and_resumed(write_run, tmp_path):
         [*PROGRAM, "train", str(path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not ((out / "metrics.jsonl").exists() and steps_of(out)):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
