@@ -65,8 +65,8 @@ PAPER_LOSSES = {
 }
 
 
-def configuration(steps: int, seed: int) -> VPDConfig:
-    """The paper's losses and optimiser at the learning rate and size of the small preset."""
+def configuration(steps: int, seed: int, losses: str) -> VPDConfig:
+    """The preset for small models, unless `losses` is "small" with the paper's losses."""
     small = VPDConfig.small(
         steps=steps,
         seed=seed,
@@ -77,10 +77,10 @@ def configuration(steps: int, seed: int) -> VPDConfig:
         log_every=max(1, steps // 30),
         checkpoint_every=max(1, steps // 10),
     )
-    return small.replaced(PAPER_LOSSES)
+    return small if losses == "small" else small.replaced(PAPER_LOSSES)
 
 
-def run(folder: Path, steps: int, seed: int) -> Run:
+def run(folder: Path, steps: int, seed: int, losses: str = "paper") -> Run:
     """What is decomposed, how, and how it is evaluated."""
     train_tokens, held_out = load_tokens(folder)
     target = Target(
@@ -90,7 +90,8 @@ def run(folder: Path, steps: int, seed: int) -> Run:
         held_out[:64, :128],
     )
     evaluation = {"pgd_steps": [20, 40, 80], "pgd_restarts": 2}
-    return Run(f"steps={steps},seed={seed}", target, configuration(steps, seed), evaluation)
+    name = f"{losses},steps={steps},seed={seed}"
+    return Run(name, target, configuration(steps, seed, losses), evaluation)
 
 
 def main() -> None:
@@ -99,9 +100,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/stories260k"))
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--losses", choices=("paper", "small"), default="paper")
     arguments = parser.parse_args()
 
-    stories = run(arguments.folder, arguments.steps, arguments.seed)
+    stories = run(arguments.folder, arguments.steps, arguments.seed, arguments.losses)
     console.print(perform(stories, arguments.output).report)
     model = load_decomposed(stories, arguments.output)
     console.print(model.vpd)
