@@ -55,7 +55,7 @@ def test_stories260k_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stories, "run", lambda *_: run)
     monkeypatch.setattr("sys.argv", ["stories260k.py", str(folder), "--output", str(tmp_path)])
     stories.main()
-    path = tmp_path / "records" / "paper,steps=4,seed=0.json"
+    path = tmp_path / "records" / "small,steps=4,seed=0.json"
     record = RunRecord.read(path)
     assert len(record.report.delta) == 35 + 1  # and their total
     loss = model(tokens, return_type="loss").item()
