@@ -24,12 +24,6 @@ from vpd_lens.models import load_model
 from vpd_lens.training import VPDConfig
 
 TARGET_STEPS, TARGET_SEED = 2500, 0  # the quickstart's
-PAPER_LOSSES = {
-    "initialisation": "random",
-    "stochastic": {"coefficient": 0.5, "routing": "subset"},
-    "adversary": {"coefficient": 0.5, "scope": "position", "lr": 0.01, "restart": 0.0},
-    "optimiser.kind": "adamw",
-}
 EVALUATION = {"batch_size": 16, "n_batches": 4, "pgd_steps": [20, 80], "pgd_restarts": 3}
 
 
@@ -39,7 +33,7 @@ def configurations(steps: int, seed: int) -> dict[str, VPDConfig]:
         steps=steps, seed=seed, compile=True, log_every=50, checkpoint_every=250
     )
     return {
-        "paper-losses": small.replaced(PAPER_LOSSES),
+        "paper-losses": small.with_paper_losses(),
         "per-sequence": small.replaced({"adversary.scope": "sequence"}),
         "small": small,
     }

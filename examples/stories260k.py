@@ -55,14 +55,6 @@ def text(tokens: Tensor, folder: Path) -> str:
     return "".join(pieces[token] for token in tokens.tolist() if token > 2)
 
 
-PAPER_LOSSES = {
-    "initialisation": "random",
-    "stochastic": {"coefficient": 0.5, "routing": "subset"},
-    "adversary": {"scope": "position", "lr": 0.01, "restart": 0.0},
-    "optimiser.kind": "adamw",
-}
-
-
 def configuration(steps: int, seed: int, losses: str) -> VPDConfig:
     """The preset for small models, or with `losses="paper"` the paper's losses at its size."""
     small = VPDConfig.small(
@@ -75,7 +67,7 @@ def configuration(steps: int, seed: int, losses: str) -> VPDConfig:
         log_every=max(1, steps // 30),
         checkpoint_every=max(1, steps // 10),
     )
-    return small if losses == "small" else small.replaced(PAPER_LOSSES)
+    return small if losses == "small" else small.with_paper_losses()
 
 
 def run(folder: Path, steps: int, seed: int, losses: str = "small") -> Run:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from vpd_lens.training.config import OptimiserConfig
+from vpd_lens.training.sections import OptimiserConfig
 
 
 def optimisers(

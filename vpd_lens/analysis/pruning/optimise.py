@@ -33,8 +33,8 @@ from vpd_lens.decomposition.attachment import without_user_hooks
 from vpd_lens.decomposition.masks import AnyMasks, Masks, uniform_sources
 from vpd_lens.decomposition.sigmoids import lower_leaky, upper_leaky
 from vpd_lens.errors import InputError
-from vpd_lens.training.config import OptimiserConfig
 from vpd_lens.training.schedules import learning_rate
+from vpd_lens.training.sections import OptimiserConfig
 
 EPS = 1e-6  # keeps the slope of g^p finite at 0
 
