@@ -145,6 +145,43 @@ def test_muon_moves_every_direction_of_a_matrix_equally():
     torch.testing.assert_close(bias.detach().abs(), torch.full((32,), 5e-3), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_muon_in_fp32_is_pytorch_s_in_bf16_up_to_rounding(shape):
+    ours, theirs = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    (optimiser,) = optimisers({"subcomponents": [ours]}, OptimiserConfig(kind="muon", lr=1e-2))
+    reference = torch.optim.Muon(
+        [theirs], lr=1e-2, weight_decay=0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        ours.grad = theirs.grad = torch.randn(shape, generator=generator)
+        optimiser.param_groups[0]["lr"] = 1e-2
+        optimiser.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=5e-4)
+    state, expected = optimiser.state[ours], reference.state[theirs]
+    torch.testing.assert_close(dict(state), dict(expected))
+
+
+def test_muon_costs_a_few_products_of_its_matrices():
+    """In bf16 a CPU without bf16 units would take about fifty times as long."""
+    matrix = torch.nn.Parameter(torch.randn(384, 384, generator=torch.Generator().manual_seed(0)))
+    matrix.grad = matrix.detach().clone()
+    (optimiser,) = optimisers({"subcomponents": [matrix]}, OptimiserConfig(kind="muon"))
+
+    def products():
+        for _ in range(15):
+            matrix.detach() @ matrix.detach()
+
+    def seconds(work):
+        begun = time.perf_counter()
+        work()
+        return time.perf_counter() - begun
+
+    ratios = [seconds(optimiser.step) / seconds(products) for _ in range(9)]
+    assert sorted(ratios)[4] < 4
+
+
 def test_aligned_subcomponents_add_up_to_the_weights_along_neurons_and_heads():
     model = tiny_bridge()
     attach(model, n_subcomponents={r"\.q$": 10, ".": 24}, importance=IMPORTANCE)

@@ -67,6 +67,13 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", _GROUPED),
+    "gpt2_one_head": ("GPT2Config", "GPT2LMHeadModel", {**_GPT2, "n_head": 1}),
+    "llama_multi_query": ("LlamaConfig", "LlamaForCausalLM", {**_WIDE, "num_key_value_heads": 1}),
+    "llama_one_head": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {**_WIDE, "num_attention_heads": 1, "num_key_value_heads": 1},
+    ),
 }
 
 MODES = ("default", "unprocessed", "processed")
@@ -169,6 +176,8 @@ HOOKED: dict[str, dict[str, Any]] = {
     "attn_only": {"normalization_type": "LN", "attn_only": True},
     "wide_heads": {"normalization_type": "LN", "d_head": 6},
     "result": {"normalization_type": "LN", "use_attn_result": True},
+    "one_head": {"normalization_type": "LN", "n_heads": 1, "d_head": 8, **_ROTARY},
+    "multi_query": {"normalization_type": "RMS", "n_key_value_heads": 1, **_ROTARY, **_SWIGLU},
 }
 
 # Arguments of `TransformerBridgeConfig` for `TransformerBridge.boot_native`.
@@ -178,6 +187,8 @@ NATIVE: dict[str, dict[str, Any]] = {
     "grouped": {"normalization_type": "LN", "n_key_value_heads": 2, **_ROTARY},
     "no_norm": {"normalization_type": None},
     "attn_only": {"normalization_type": "LN", "attn_only": True},
+    "one_head": {"normalization_type": "LN", "n_heads": 1, "d_head": 8},
+    "multi_query": {"normalization_type": "LN", "n_key_value_heads": 1, **_ROTARY},
 }
 
 

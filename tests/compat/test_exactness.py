@@ -21,8 +21,9 @@ CASES = [f"bridge-{name}-{mode}" for name in ARCHITECTURES for mode in MODES]
 CASES += [f"native-{name}" for name in NATIVE] + [f"hooked-{name}" for name in HOOKED]
 GATED = {
     *("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2"),
-    *("ln_gated", "rms", "rms_gated"),
+    *("ln_gated", "rms", "rms_gated", "llama_multi_query", "llama_one_head"),
 }
+GATED_HOOKED = ("hooked-grouped", "hooked-multi_query")
 
 
 class Pair(NamedTuple):
@@ -49,7 +50,7 @@ def attached(pair: Pair) -> nn.Module:
 def expected_sites(case: str) -> list[str]:
     _, name = case.split("-")[:2]
     parts = [f"attn.{letter}" for letter in "qkvo"]
-    if name in GATED or case == "hooked-grouped":
+    if name in GATED or case in GATED_HOOKED:
         parts += ["mlp.gate"]
     if name not in ("mixtral", "attn_only"):
         parts += ["mlp.in", "mlp.out"]

@@ -15,6 +15,7 @@ from .dense import dense_weights, masked_weights, random_masks
 CASES = [
     *("bridge-gpt2-default", "bridge-llama-processed", "bridge-gemma2-unprocessed"),
     *("native-rms_gated", "hooked-grouped"),
+    *("bridge-llama_one_head-default", "hooked-multi_query"),
 ]
 MODES = ["target", "ci", "rounded", "stochastic", "adversarial"]
 NEW = 4

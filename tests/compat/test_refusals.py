@@ -54,6 +54,28 @@ def test_flags_that_bypass_matrices(case: str, flag: str, build: Callable[..., n
     attach(model, n_subcomponents=5)
 
 
+@pytest.mark.parametrize(("case", "refused"), [("native-ln", True), ("hooked-ln", False)])
+def test_transformers_that_lose_the_cache_of_bridges(
+    case: str, refused: bool, build: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vpd_lens.decomposition import attach as module
+    from vpd_lens.errors import AttachError
+
+    model = build(case)
+    version = module.importlib.metadata.version
+    monkeypatch.setattr(
+        module.importlib.metadata,
+        "version",
+        lambda name: "5.24.0" if name == "transformers" else version(name),
+    )
+    if refused:
+        with pytest.raises(AttachError, match=r"transformers<5\.24"):
+            module.attach(model, n_subcomponents=5)
+        assert "vpd" not in model.__dict__
+    else:
+        module.attach(model, n_subcomponents=5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_sites_that_do_not_exist(case: str, build: Callable[..., nn.Module]) -> None:
     from vpd_lens.decomposition.attach import attach

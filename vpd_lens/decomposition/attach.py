@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -35,6 +36,7 @@ def attach(
             "This model is decomposed already. Call vpd_lens.remove(model) first, or use the "
             "decomposition it carries, model.vpd."
         )
+    _require_working_cache(model)
     chosen = find_sites(model, sites)
     dtype = chosen[0].weight.dtype
     half = dtype in (torch.float16, torch.bfloat16)
@@ -68,6 +70,21 @@ def remove(model: Model) -> Model:
         raise AttachError("This model carries no decomposition; there is nothing to remove.")
     model.__dict__["vpd"].attachment.detach()
     return model
+
+
+def _require_working_cache(model: nn.Module) -> None:
+    """Refuse the releases of transformers under which bridges lose their key-value cache.
+
+    Raises:
+        AttachError: If `model` is a bridge and transformers is 5.24 or newer.
+    """
+    version = importlib.metadata.version("transformers")
+    if model_kind(model) == "bridge" and tuple(map(int, version.split(".")[:2])) >= (5, 24):
+        raise AttachError(
+            f"transformers {version} renamed attention's past_key_values, so that a "
+            "TransformerBridge generates with an empty key-value cache and wrong text, decomposed "
+            'or not. Install an older one: pip install "transformers<5.24".'
+        )
 
 
 def _tiny_forward(model: nn.Module, example: Tensor | None) -> Callable[[], Any]:

@@ -83,6 +83,7 @@ def _site(
         inputs=inputs,
         output=module.hook_out,
         frame=frame,
+        has_heads=part in ("q", "k", "v", "o"),
     )
 
 

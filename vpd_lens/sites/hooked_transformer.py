@@ -75,6 +75,7 @@ def _attention_sites(prefix: str, attn: nn.Module) -> list[Site]:
             read_bias=partial(_flat, attn, bias),
             inputs=[InputPoint(attn, "argument", source)],
             output=getattr(attn, f"hook_{letter}"),
+            has_heads=True,
         )
 
     output = Site(
@@ -84,6 +85,7 @@ def _attention_sites(prefix: str, attn: nn.Module) -> list[Site]:
         inputs=[InputPoint(attn.hook_z, "output")],
         output=attn,
         output_kind="output",
+        has_heads=True,
     )
     return [projection("q"), projection("k"), projection("v"), output]
 

@@ -87,6 +87,8 @@ class Site:
         mount: Module path under which the hook points are mounted, `<mount>.vpd`.
         frame: A hook point that sees `[batch, pos, ...]` just before, for a matrix whose module
             may be called on `[batch * pos, d_in]` (OPT's MLP); `None` takes inputs as they come.
+        has_heads: Whether its input or output may come as `[batch, pos, heads, d_head]`, which
+            no shape tells of a single head.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Site:
     output_kind: str = "argument"
     mount: str = ""
     frame: nn.Module | None = None
+    has_heads: bool = False
     hooks: SiteHooks = field(default_factory=SiteHooks)
     _rows: torch.Size | None = field(default=None, init=False, repr=False)
 
@@ -158,13 +161,9 @@ class Site:
         return None if new is None else new.reshape(y.shape)
 
     def _in_rows(self, x: Tensor, width: int) -> Tensor:
-        x = flatten_heads(x, width)
+        if self.has_heads and x.ndim == 4 and x.shape[-2] * x.shape[-1] == width:
+            x = x.flatten(-2)
         return x if self._rows is None else x.reshape(*self._rows, width)
-
-
-def flatten_heads(x: Tensor, width: int) -> Tensor:
-    """View `[*batch, heads, d_head]` as `[*batch, width]`; other tensors pass unchanged."""
-    return x if x.shape[-1] == width else x.flatten(-2)
 
 
 def _replace_output(edited: EditOutput, _module: nn.Module, _args: tuple, y: Tensor) -> Any:
