@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from idea_steps import IDEAS, Idea
 from rich.progress import track
 from safetensors.torch import load_file
@@ -30,9 +29,9 @@ from step import CONFIGURATIONS, build, load_weights
 from torch import Tensor, nn
 
 import vpd_lens
+from vpd_lens.config import parse_yaml
 from vpd_lens.experiments.record import Machine, versions
 from vpd_lens.files import file_hash, write_json
-from vpd_lens.run_file import Loader
 from vpd_lens.training import VPDConfig
 from vpd_lens.training.initialisation import align
 from vpd_lens.training.step import warm_up_faithfulness
@@ -142,7 +141,7 @@ def perform(options: argparse.Namespace) -> dict[str, Any]:
 
 def assignment(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
-    return name, yaml.load(value, Loader)
+    return name, parse_yaml(value, "--set")
 
 
 def main() -> None:

@@ -19,21 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from memory import live_tensors, peak_of_step
 from rich.console import Console
 from rich.table import Table
 from step import CONFIGURATIONS, batches, build, preset, stepper_for
 from torch import nn
 
-from vpd_lens.run_file import Loader
+from vpd_lens.config import parse_yaml
 from vpd_lens.training.step import Stepper
 
 
 def variant(text: str) -> dict[str, Any]:
     """`a.b=1,c=true` as a mapping."""
     pairs = (pair.split("=", 1) for pair in text.split(","))
-    return {path: yaml.load(value, Loader) for path, value in pairs}
+    return {path: parse_yaml(value, path) for path, value in pairs}
 
 
 def steppers(name: str, model: nn.Module, variants: list[str]) -> dict[str, Stepper]:

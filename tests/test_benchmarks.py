@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vpd_lens
-from vpd_lens.training.config import VPDConfig
+from vpd_lens.config import VPDConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from vpd_lens import EvalReport
 from vpd_lens.cli import app
+from vpd_lens.config import read_run_file
 from vpd_lens.errors import ConfigError
 from vpd_lens.models import save_model
-from vpd_lens.run_file import read_run_file
 
 TRAINING = {
     "preset": "small",

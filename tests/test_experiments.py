@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import vpd_lens
 from vpd_lens.cli import app
+from vpd_lens.config import read_run_file
 from vpd_lens.errors import ArtefactError, ConfigError, NonFiniteLossError, TrainingInterrupted
 from vpd_lens.experiments import (
     Run,
@@ -27,7 +28,6 @@ from vpd_lens.experiments import (
 from vpd_lens.experiments import run as run_module
 from vpd_lens.experiments.grid import grid_points, overrides, parse_grid, point_name
 from vpd_lens.models import save_model
-from vpd_lens.run_file import read_run_file
 from vpd_lens.training import VPDConfig
 
 pytestmark = pytest.mark.filterwarnings(

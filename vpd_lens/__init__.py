@@ -25,20 +25,21 @@ if TYPE_CHECKING:
     from vpd_lens.analysis.harvest import Harvest, harvest
     from vpd_lens.analysis.interventions import Ablate, Patch, Scale, edited, intervene
     from vpd_lens.analysis.pruning import PruneConfig, prune
+    from vpd_lens.config import CausalImportanceConfig, VPDConfig
     from vpd_lens.decomposing import decompose
-    from vpd_lens.decomposition import CausalImportanceConfig, Decomposition, Masks
+    from vpd_lens.decomposition import Decomposition, Masks
     from vpd_lens.decomposition.attach import remove
     from vpd_lens.decomposition.saving import load
     from vpd_lens.evaluation import EvalReport, evaluate
     from vpd_lens.sites import Site
-    from vpd_lens.training import VPDConfig, train
+    from vpd_lens.training import train
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "Ablate": "vpd_lens.analysis.interventions",
     "AttributionGraph": "vpd_lens.analysis.attribution",
-    "CausalImportanceConfig": "vpd_lens.decomposition",
+    "CausalImportanceConfig": "vpd_lens.config",
     "DatasetAttributions": "vpd_lens.analysis.dataset_attribution",
     "Decomposition": "vpd_lens.decomposition",
     "EvalReport": "vpd_lens.evaluation",
@@ -48,7 +49,7 @@ _WHERE = {
     "PruneConfig": "vpd_lens.analysis.pruning",
     "Scale": "vpd_lens.analysis.interventions",
     "Site": "vpd_lens.sites",
-    "VPDConfig": "vpd_lens.training",
+    "VPDConfig": "vpd_lens.config",
     "attribute": "vpd_lens.analysis.attribution",
     "dataset_attributions": "vpd_lens.analysis.dataset_attribution",
     "decompose": "vpd_lens.decomposing",
@@ -95,3 +96,8 @@ def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'vpd_lens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    # For tab completion, which asks a module for its names.
+    return [*__all__, "__version__"]

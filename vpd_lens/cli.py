@@ -98,7 +98,8 @@ def train_command(
     decomposition/, and with an evaluation report.json and report.html.
     """
     with readable_errors(debug):
-        from vpd_lens.run_file import read_run_file
+        from vpd_lens.config import read_run_file
+        from vpd_lens.models import load_model
         from vpd_lens.training import train
         from vpd_lens.training.joining import claim_gpu, is_first
 
@@ -107,7 +108,7 @@ def train_command(
         changes += [f"training.device={quoted(device)}"] if device else []
         run = read_run_file(run_file, changes)
         claim_gpu(run.training.device)
-        model = run.load_model()
+        model = load_model(**run.model.model_dump(), device=run.training.device)
         result = train(
             model,
             run.data,
@@ -125,6 +126,18 @@ def train_command(
             report = _evaluate(model, run.evaluation_plan(), quiet)
             _write(report, result.folder / "report.json", result.folder / "report.html", run.output)
             say(f"Report: {result.folder / 'report.html'}", quiet)
+
+
+@app.command("init")
+def init_command(
+    preset: Annotated[str, typer.Argument(help="paper, small or spd.")] = "small",
+    debug: Debug = False,
+) -> None:
+    """Print a run file in which every field is explained: vpd-lens init > run.yaml."""
+    with readable_errors(debug):
+        from vpd_lens.config import template
+
+        typer.echo(template(preset), nl=False)
 
 
 @app.command("eval")

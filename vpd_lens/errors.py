@@ -6,6 +6,9 @@ Every message names what was got, what was expected and what to do about it;
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
+
 
 class VPDError(Exception):
     """Base class of every error raised by `vpd_lens`."""
@@ -45,3 +48,15 @@ class TrainingInterrupted(VPDError):
 
 class ProcessError(VPDError):
     """The processes of a training job disagree, or one of them died or fell silent."""
+
+
+def did_you_mean(got: str, known: Iterable[str], likely: Sequence[str] = ()) -> str:
+    """The end of a message about an unknown name: `"; did you mean ...?"`, or `""`.
+
+    Args:
+        got: The name that was given.
+        known: Names that exist.
+        likely: What may have been meant where no known name resembles it.
+    """
+    meant = difflib.get_close_matches(got, list(known), n=1) or list(likely)[:3]
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""

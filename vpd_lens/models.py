@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from vpd_lens.config import ModelClass, Processing
 from vpd_lens.errors import ArtefactError, ConfigError
 from vpd_lens.files import existing_directory
 from vpd_lens.model_folder import (
@@ -19,9 +20,6 @@ from vpd_lens.model_folder import (
 )
 
 __all__ = ["load_model", "save_model"]
-
-ModelClass = Literal["auto", "hooked_transformer", "bridge"]
-Processing = Literal["default", "none", "full"]
 
 
 def load_model(

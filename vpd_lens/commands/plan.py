@@ -81,7 +81,7 @@ def plan_command(
 def _run(
     model: str | None, run: Path | None, preset: str, changes: list[str]
 ) -> tuple[TargetShape, VPDConfig]:
-    from vpd_lens.run_file import apply_override, read_run_file
+    from vpd_lens.config import apply_override, read_run_file
     from vpd_lens.training import VPDConfig
     from vpd_lens.training.cost.folders import target_shape
 
@@ -96,4 +96,4 @@ def _run(
     unknown = sorted(set(data) - {"training"})
     if unknown:
         raise ConfigError(f"--set {unknown[0]}=...: without --run only training is planned.")
-    return target_shape(model or ""), VPDConfig.from_mapping(data["training"], "--set")
+    return target_shape(model or ""), VPDConfig.from_mapping(data["training"])

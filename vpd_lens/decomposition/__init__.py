@@ -1,6 +1,6 @@
 """Subcomponents, causal importance, masks, and the handle that attaches them to a model."""
 
-from vpd_lens.decomposition.causal_importance import CausalImportanceConfig
+from vpd_lens.config import CausalImportanceConfig
 from vpd_lens.decomposition.divergence import Divergence
 from vpd_lens.decomposition.handle import Decomposition
 from vpd_lens.decomposition.masks import Layout, Masks

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vpd_lens.decomposition.causal_importance import CausalImportanceConfig
+from vpd_lens.config import CausalImportanceConfig
 from vpd_lens.decomposition.divergence import CustomDivergence, DivergenceKind
 from vpd_lens.decomposition.handle import Decomposition
 from vpd_lens.decomposition.subcomponents import CountSpec, resolve_counts

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformer_lens.hook_points import HookPoint
 
 from vpd_lens.sites import model_kind
 
@@ -110,7 +109,9 @@ def without_user_hooks(model: nn.Module) -> Iterator[None]:
 
     Permanent hooks stay: they are part of the model.
     """
-    saved: list[tuple[HookPoint, list[tuple[int, Any]]]] = []
+    from transformer_lens.hook_points import HookPoint
+
+    saved: list[tuple[nn.Module, list[tuple[int, Any]]]] = []
     for module in model.modules():
         if isinstance(module, HookPoint) and module.fwd_hooks:
             saved.append((module, list(module._forward_hooks.items())))

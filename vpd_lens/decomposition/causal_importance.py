@@ -9,61 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from vpd_lens.config import CausalImportanceConfig
 from vpd_lens.decomposition.subcomponents import PerSubcomponent, Subcomponents
 from vpd_lens.errors import ConfigError
-
-
-class CausalImportanceConfig(BaseModel):
-    """Which causal importance function, and its size.
-
-    Attributes:
-        kind: `"transformer"`: one bidirectional transformer over all sites' inputs (VPD);
-            `"mlp"`: an independent MLP per subcomponent on its own activation (SPD);
-            `"shared_mlp"`: one MLP per site on the site's input.
-        d_model: Width of the transformer; `None`: twice the target's, the authors' guide.
-        n_blocks: Its depth; `None`: as many as the target has layers.
-        n_heads: Its heads; `None`: one per 32 dimensions.
-        d_ffn: Hidden width of its feed-forward layers; `None`: four times `d_model`.
-        rope_base: Base of its rotary position embedding.
-        hidden: Hidden width of the two MLP variants. 0 makes them affine: an importance is then
-            a monotone function of the activation (`"mlp"`) or of one direction (`"shared_mlp"`).
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["transformer", "mlp", "shared_mlp"] = "transformer"
-    d_model: int | None = Field(default=None, ge=2)
-    n_blocks: int | None = Field(default=None, ge=1)
-    n_heads: int | None = Field(default=None, ge=1)
-    d_ffn: int | None = Field(default=None, ge=1)
-    rope_base: float = Field(default=10_000.0, gt=0)
-    hidden: int = Field(default=16, ge=0)
-
-    def filled(self, target_width: int, target_depth: int) -> CausalImportanceConfig:
-        """The same with the gaps of a transformer's size filled from the target's.
-
-        Args:
-            target_width: The target's residual width.
-            target_depth: The target's number of layers.
-        """
-        n_heads = self.n_heads or max(1, (self.d_model or 2 * target_width) // 32)
-        d_model = self.d_model or 2 * n_heads * math.ceil(target_width / n_heads)
-        size = {
-            "d_model": d_model,
-            "n_blocks": self.n_blocks or target_depth,
-            "n_heads": n_heads,
-            "d_ffn": self.d_ffn or 4 * d_model,
-        }
-        return self.model_copy(update=size)
 
 
 class TransformerImportance(nn.Module):

@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from vpd_lens.config import CausalImportanceConfig
 from vpd_lens.decomposition.attachment import Attachment, without_user_hooks
-from vpd_lens.decomposition.causal_importance import CausalImportanceConfig, build_importance
+from vpd_lens.decomposition.causal_importance import build_importance
 from vpd_lens.decomposition.divergence import CustomDivergence, Divergence, DivergenceKind
 from vpd_lens.decomposition.generation import Generation, call_as_prefix
 from vpd_lens.decomposition.masks import Masks, Sources

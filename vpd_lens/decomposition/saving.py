@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vpd_lens.config import CausalImportanceConfig
 from vpd_lens.decomposition.attach import attach
-from vpd_lens.decomposition.causal_importance import CausalImportanceConfig
 from vpd_lens.decomposition.handle import Decomposition
 from vpd_lens.errors import ArtefactError
 from vpd_lens.files import (

@@ -8,10 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
+from vpd_lens.config import parse_yaml
 from vpd_lens.errors import ConfigError
-from vpd_lens.run_file import Loader
 
 Axes = dict[str, list[Any]]
 GridPoint = dict[str, Any]
@@ -31,10 +29,7 @@ def parse_grid(axes: Sequence[str]) -> Axes:
     for axis in axes:
         path, _, text = axis.partition("=")
         path = path.strip()
-        try:
-            values = yaml.load(f"[{text}]", Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--grid {axis!r}: the values are not YAML: {error}") from None
+        values = parse_yaml(f"[{text}]", f"--grid {axis!r}")
         if not path or not values:
             raise ConfigError(
                 f"--grid {axis!r}: expected PATH=V1,V2,..., for example optimiser.lr=1e-3,3e-3."

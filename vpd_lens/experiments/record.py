@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vpd_lens.config import VPDConfig
 from vpd_lens.errors import ArtefactError
 from vpd_lens.evaluation import EvalReport
 from vpd_lens.files import write_text_atomically
-from vpd_lens.training.config import VPDConfig
 
 
 class Machine(BaseModel):

@@ -16,18 +16,20 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from vpd_lens.config import RunFile, VPDConfig
 from vpd_lens.decomposition.saving import load
 from vpd_lens.errors import ArtefactError, TrainingInterrupted
 from vpd_lens.evaluation import evaluate
 from vpd_lens.experiments.record import RunRecord
 from vpd_lens.files import existing_directory, read_json, weight_hash
-from vpd_lens.run_file import RunFile
-from vpd_lens.training import VPDConfig, train
+from vpd_lens.models import load_model
+from vpd_lens.training import train
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Run:
             ConfigError: If the file has no evaluation section.
         """
         described = {"model": file.model.model_dump(), "data": file.data}
-        target = Target(described, file.load_model, file.data, prepend_bos=file.prepend_bos)
+        load_base = partial(load_model, **file.model.model_dump(), device=file.training.device)
+        target = Target(described, load_base, file.data, prepend_bos=file.prepend_bos)
         return cls(name, target, file.training, file.evaluation_plan())
 
     def is_trained_in(self, record: RunRecord) -> bool:

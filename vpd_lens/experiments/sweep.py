@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vpd_lens.config import read_run_file
 from vpd_lens.errors import ConfigError, NonFiniteLossError
 from vpd_lens.experiments.figures import figures, pareto_point
 from vpd_lens.experiments.grid import (
@@ -30,7 +31,6 @@ from vpd_lens.experiments.record import RunRecord
 from vpd_lens.experiments.run import Run, perform
 from vpd_lens.experiments.section import Figure, Section
 from vpd_lens.files import write_text_atomically
-from vpd_lens.run_file import read_run_file
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformer_lens.hook_points import HookPoint
 
 ReadInput = Callable[[Tensor], None]
 EditOutput = Callable[[Tensor], Tensor | None]
@@ -34,6 +33,9 @@ class SiteHooks(nn.Module):
     """
 
     def __init__(self) -> None:
+        # Here: TransformerLens takes seconds to import, and the mathematics does not need it.
+        from transformer_lens.hook_points import HookPoint
+
         super().__init__()
         self.hook_acts = HookPoint()
         self.hook_ci = HookPoint()
@@ -50,7 +52,7 @@ class SiteHooks(nn.Module):
         )
 
 
-def has_listeners(hook_point: HookPoint) -> bool:
+def has_listeners(hook_point: nn.Module) -> bool:
     """Whether any forward or backward hook is registered on `hook_point`."""
     return bool(hook_point._forward_hooks or hook_point._backward_hooks)
 

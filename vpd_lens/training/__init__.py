@@ -1,13 +1,13 @@
 """The training of a decomposition: configuration, losses, adversary, the step and its loop."""
 
-from vpd_lens.training.config import VPDConfig
-from vpd_lens.training.sections import (
+from vpd_lens.config import (
     AdversaryConfig,
     CompactionConfig,
     FaithfulnessConfig,
     MinimalityConfig,
     OptimiserConfig,
     StochasticConfig,
+    VPDConfig,
 )
 from vpd_lens.training.trainer import TrainingResult, train
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vpd_lens.config import AdversaryConfig
 from vpd_lens.decomposition.masks import Layout, SourceMasks, Sources, uniform_sources
 from vpd_lens.errors import InputError
 from vpd_lens.training.optimiser import keep_moments
 from vpd_lens.training.processes import ALONE, Processes
-from vpd_lens.training.sections import AdversaryConfig
 
 # Scopes in which every sequence of the batch has sources of its own.
 PER_ROW = ("position", "sequence")

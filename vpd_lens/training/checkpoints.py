@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vpd_lens.config import VPDConfig
 from vpd_lens.decomposition.folding import Columns, fold, unfold
 from vpd_lens.decomposition.saving import (
     base_model_record,
@@ -28,7 +29,6 @@ from vpd_lens.files import (
     write_json,
 )
 from vpd_lens.training.adversary import PER_ROW, PersistentAdversary
-from vpd_lens.training.config import VPDConfig
 from vpd_lens.training.sharding import sharded_like, whole
 from vpd_lens.training.step import Stepper
 

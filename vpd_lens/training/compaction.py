@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vpd_lens.config import CompactionConfig
 from vpd_lens.decomposition.folding import Columns, fold, per_subcomponent
 from vpd_lens.decomposition.masks import Layout
 from vpd_lens.training.optimiser import keep_moments
-from vpd_lens.training.sections import CompactionConfig
 
 if TYPE_CHECKING:
     from vpd_lens.training.step import Stepper

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vpd_lens.training.sections import OptimiserConfig
+from vpd_lens.config import OptimiserConfig
 
 
 def optimisers(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from vpd_lens.training.sections import AdversaryConfig, MinimalityConfig, OptimiserConfig
+from vpd_lens.config import AdversaryConfig, MinimalityConfig, OptimiserConfig
 
 
 def learning_rate(config: OptimiserConfig, base: float, step: int, steps: int) -> float:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from vpd_lens.config import VPDConfig
 from vpd_lens.decomposition import Decomposition, Divergence
 from vpd_lens.decomposition.compiled import CompiledForwards
 from vpd_lens.decomposition.masks import SourceMasks, uniform_k_subset
@@ -27,7 +28,6 @@ from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import NonFiniteLossError
 from vpd_lens.training.adversary import PersistentAdversary
 from vpd_lens.training.compaction import ImportanceWindow
-from vpd_lens.training.config import VPDConfig
 from vpd_lens.training.losses import (
     faithfulness,
     importance_power_sum,

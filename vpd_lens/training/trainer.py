@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vpd_lens.config import VPDConfig
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.saving import base_model_record, save
 from vpd_lens.errors import ConfigError, TrainingInterrupted
 from vpd_lens.training.checkpoints import load_checkpoint, save_checkpoint
 from vpd_lens.training.compaction import compact_when_due, sizes
-from vpd_lens.training.config import VPDConfig
 from vpd_lens.training.cost.guard import explained_out_of_memory, require_memory
 from vpd_lens.training.cost.workload import Workload
 from vpd_lens.training.data import token_batches

@@ -28,13 +28,13 @@ from vpd_lens.analysis.pruning.behaviour import (
 from vpd_lens.analysis.pruning.config import PruneConfig
 from vpd_lens.analysis.pruning.report import CircuitReport, circuit_report
 from vpd_lens.analysis.targets import LogitDifference
+from vpd_lens.config import OptimiserConfig
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.attachment import without_user_hooks
 from vpd_lens.decomposition.masks import AnyMasks, Masks, uniform_sources
 from vpd_lens.decomposition.sigmoids import lower_leaky, upper_leaky
 from vpd_lens.errors import InputError
 from vpd_lens.training.schedules import learning_rate
-from vpd_lens.training.sections import OptimiserConfig
 
 EPS = 1e-6  # keeps the slope of g^p finite at 0
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from vpd_lens.config import CausalImportanceConfig, VPDConfig
 from vpd_lens.decomposition import Decomposition
-from vpd_lens.decomposition.causal_importance import CausalImportanceConfig
 from vpd_lens.decomposition.subcomponents import resolve_counts
 from vpd_lens.errors import ConfigError
-from vpd_lens.training.config import VPDConfig
 from vpd_lens.training.cost.target import Matrix, TargetShape
 
 

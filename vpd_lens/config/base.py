@@ -1,0 +1,203 @@
+"""What all configurations share: explained errors, dotted overrides, YAML."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vpd_lens.errors import ConfigError, did_you_mean
+
+Self = TypeVar("Self", bound="Config")
+
+Count = Annotated[int, Field(ge=1)]
+"""An integer of at least 1."""
+Natural = Annotated[int, Field(ge=0)]
+"""An integer of at least 0."""
+Positive = Annotated[float, Field(gt=0)]
+"""A number above 0."""
+NonNegative = Annotated[float, Field(ge=0)]
+"""A number of at least 0."""
+Fraction = Annotated[float, Field(ge=0, le=1)]
+"""A number from 0 to 1."""
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+"""A number from 0 to 1, without 1."""
+
+
+class InvalidConfig(ConfigError):
+    """A configuration whose fields are unknown, missing or unusable.
+
+    Args:
+        what: What is not valid: the name of a class, or a file.
+        troubles: What is wrong, by dotted path of the field; `""`: with all of them together.
+    """
+
+    def __init__(self, what: str, troubles: dict[str, str]) -> None:
+        self.troubles = troubles
+        lines = [f"{path}: {trouble}" if path else trouble for path, trouble in troubles.items()]
+        super().__init__(f"{what} is not valid:\n  " + "\n  ".join(lines))
+
+
+class Config(BaseModel):
+    """A configuration that cannot change and refuses fields that it does not have.
+
+    The text below a field is its help, in the API pages and in `vpd-lens init`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise InvalidConfig(type(self).__name__, _troubles(error, type(self), data)) from None
+
+    def replaced(self: Self, changes: Mapping[str, Any]) -> Self:
+        """A copy with fields replaced by dotted path, e.g. `{"optimiser.lr": 1e-3}`.
+
+        Raises:
+            ConfigError: If a path does not exist or a value does not fit.
+        """
+        data = self.model_dump()
+        for path, value in changes.items():
+            set_path(data, path, value)
+        return type(self)(**data)
+
+    def merged(self: Self, changes: Mapping[str, Any]) -> Self:
+        """A copy with fields replaced by nested mappings, e.g. `{"optimiser": {"lr": 1e-3}}`.
+
+        Fields of a section that are not named stay as they are.
+
+        Raises:
+            ConfigError: If a field does not exist or a value does not fit.
+        """
+        return type(self)(**_merged(self, changes))
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write all fields as YAML."""
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        Path(path).write_text(text, encoding="utf-8")
+
+
+def set_path(data: dict[str, Any], path: str, value: Any) -> None:
+    """Replace one value in nested mappings by its dotted path; missing mappings are made.
+
+    Raises:
+        ConfigError: If the path leads through a plain value.
+    """
+    *parents, last = path.split(".")
+    for key in parents:
+        child = data.get(key)
+        if child is not None and not isinstance(child, dict):
+            raise ConfigError(f"{path}: {key} is {child!r}, which has no fields.")
+        data[key] = dict(child or {})
+        data = data[key]
+    data[last] = value
+
+
+def _merged(config: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
+    data = dict(config)
+    for name, value in changes.items():
+        section = data.get(name)
+        nested = isinstance(section, Config) and isinstance(value, Mapping)
+        data[name] = _merged(section, value) if nested else value
+    return data
+
+
+# ------------------------------------------------------------------------------ YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-3` is a number, as in YAML 1.2; PyYAML reads it as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value that a YAML (or JSON) text holds.
+
+    Args:
+        text: The text.
+        where: Where it is from, for messages.
+
+    Raises:
+        ConfigError: If it is not YAML; with the line and column.
+    """
+    loader = _Loader(text)
+    loader.name = where
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        problem = textwrap.indent(str(error), "  ")
+        raise ConfigError(f"{where}: not YAML:\n{problem}") from None
+    finally:
+        loader.dispose()
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML (or JSON) file holds; empty for an empty file.
+
+    Raises:
+        ConfigError: If the file does not exist, cannot be read or holds anything else.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict | None):
+        raise ConfigError(f"{path}: expected a mapping of fields, got {type(data).__name__}.")
+    return data or {}
+
+
+# ---------------------------------------------------------------------- explanations
+
+
+def _troubles(
+    error: ValidationError, model: type[BaseModel], data: Mapping[str, Any]
+) -> dict[str, str]:
+    """What is wrong by field; what sections found wrong comes with their own paths."""
+    found: dict[str, list[str]] = {}
+    for problem in error.errors():
+        path = str(problem["loc"][0]) if problem["loc"] else ""
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, InvalidConfig):
+            for inner, trouble in cause.troubles.items():
+                found.setdefault(f"{path}.{inner}".rstrip("."), []).append(trouble)
+        elif problem["type"] == "extra_forbidden":
+            known = list(model.model_fields)
+            # A field of a section that was taken for one of the whole.
+            deeper = [deep for deep in field_paths(model) if deep.endswith(f".{path}")]
+            hint = did_you_mean(path, known, likely=deeper)
+            found.setdefault(path, []).append(f"there is no such field{hint}")
+        elif problem["type"] == "missing":
+            found.setdefault(path, []).append("missing")
+        else:
+            # A union names its alternatives one by one.
+            text = problem["msg"] if cause is None else str(cause)
+            found.setdefault(path, []).append(text)
+    return {
+        path: " or ".join(dict.fromkeys(texts)) + _got(path, data) for path, texts in found.items()
+    }
+
+
+def _got(path: str, data: Mapping[str, Any]) -> str:
+    return f" (got {data[path]!r})"[:200] if path in data else ""
+
+
+def field_paths(model: type[BaseModel]) -> Iterator[str]:
+    """Dotted paths of all fields, those of sections included."""
+    for name, field in model.model_fields.items():
+        yield name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from (f"{name}.{inner}" for inner in field_paths(field.annotation))

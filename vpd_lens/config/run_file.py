@@ -1,0 +1,198 @@
+"""The run file of `vpd-lens train`: what to decompose, on which data, how, and where it goes.
+
+```yaml
+model: {source: path/or/name}          # also model_class, processing: see load_model
+data: path/or/name                     # see vpd_lens.train
+output: runs/first
+training:                              # VPDConfig
+  preset: small
+  steps: 2000
+  optimiser: {lr: 1e-3}
+evaluation: {data: held/out/data}      # optional: measured at the end
+```
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from vpd_lens.config.base import (
+    Config,
+    Count,
+    InvalidConfig,
+    Natural,
+    field_paths,
+    parse_yaml,
+    read_yaml,
+    set_path,
+)
+from vpd_lens.config.vpd import VPDConfig
+from vpd_lens.errors import ConfigError, did_you_mean
+
+ModelClass = Literal["auto", "hooked_transformer", "bridge"]
+Processing = Literal["default", "none", "full"]
+
+
+class ModelSection(Config):
+    """The base model; see `vpd_lens.models.load_model`."""
+
+    source: str
+    """A directory, or a name that TransformerLens knows."""
+    model_class: ModelClass = "auto"
+    """`auto`, `hooked_transformer` or `bridge`."""
+    processing: Processing = "default"
+    """How TransformerLens rewrites the weights: `default`, `none` or `full`."""
+
+
+class EvaluationSection(Config):
+    """The evaluation after training; see `vpd_lens.evaluate`."""
+
+    data: str
+    """Held-out data."""
+    n_batches: Count = 8
+    """Batches."""
+    batch_size: Count = 16
+    """Sequences per batch."""
+    seq_len: Count | None = None
+    """Tokens per sequence; `null`: as in training."""
+    pgd_steps: tuple[Natural, ...] = (20, 40, 80, 160, 320)
+    """Step counts of the adversarial curve; empty skips it."""
+    pgd_restarts: Count = 3
+    """Random starts of the adversary."""
+    seed: int = 0
+    """Seed of masks and adversary."""
+
+
+class RunFile(Config):
+    """A run file, validated."""
+
+    model: ModelSection
+    """The base model."""
+    data: str
+    """Training data: a path (.npy, .safetensors, text, a saved dataset) or `hf:NAME`."""
+    output: str
+    """Directory of the results."""
+    prepend_bos: bool | None = None
+    """Whether sequences of text begin with BOS; `null` follows the model."""
+    training: VPDConfig
+    """How to train; `preset` (paper, small or spd) gives the fields that are not named."""
+    evaluation: EvaluationSection | None = None
+    """What to measure at the end, if anything."""
+
+    @field_validator("training", mode="before")
+    @classmethod
+    def _from_preset(cls, training: Any) -> Any:
+        return training if isinstance(training, VPDConfig) else VPDConfig.from_mapping(training)
+
+    def evaluation_plan(self) -> dict[str, Any]:
+        """Arguments of `vpd_lens.evaluate`, with sequences as long as in training by default.
+
+        Raises:
+            ConfigError: If the file has no `evaluation` section.
+        """
+        if self.evaluation is None:
+            raise ConfigError("the run file has no evaluation section; add one with held-out data.")
+        plan = self.evaluation.model_dump()
+        plan["seq_len"] = plan["seq_len"] or self.training.seq_len
+        return plan | {"prepend_bos": self.prepend_bos}
+
+
+def read_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
+    """Read a run file and apply overrides.
+
+    Args:
+        path: A YAML (or JSON) file. Relative paths in it start at the working directory.
+        overrides: `PATH=VALUE`, each as on the command line; see `apply_override`.
+
+    Raises:
+        ConfigError: If the file cannot be read, or a field is unknown, missing or unusable.
+    """
+    data = read_yaml(path)
+    for override in overrides:
+        apply_override(data, override)
+    data["training"] = data.get("training") or {}
+    try:
+        return RunFile(**data)
+    except InvalidConfig as error:
+        raise InvalidConfig(str(path), error.troubles) from None
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Replace one value of a run file read into `data`, as `--set` does.
+
+    Args:
+        data: The run file as mappings; changed.
+        override: `PATH=VALUE`. PATH is a dotted path in the run file; one that starts with none
+            of the file's own keys is a field of `training`. VALUE is YAML.
+
+    Raises:
+        ConfigError: If `override` is not PATH=VALUE, there is no such field, or PATH leads
+            through a plain value.
+    """
+    path, equals, text = override.partition("=")
+    first, *rest = path.strip().split(".")
+    where = f"--set {override!r}"
+    if not equals or not all([first, *rest]):
+        raise ConfigError(f"{where}: expected PATH=VALUE, for example optimiser.lr=1e-3.")
+    in_training = ["preset", *VPDConfig.model_fields]
+    if first not in RunFile.model_fields and first not in in_training:
+        known = [*RunFile.model_fields, *in_training]
+        deeper = [deep for deep in field_paths(VPDConfig) if deep.endswith(f".{first}")]
+        hint = did_you_mean(first, known, likely=deeper)
+        raise ConfigError(f"{where}: {first}: there is no such field{hint}")
+    inside = [] if first in RunFile.model_fields else ["training"]
+    try:
+        set_path(data, ".".join([*inside, first, *rest]), parse_yaml(text, where))
+    except ConfigError as error:
+        raise error if where in str(error) else ConfigError(f"{where}: {error}") from None
+
+
+# -------------------------------------------------------------------------- template
+
+_HEAD = """\
+# A run file of `vpd-lens train`. Relative paths start at the working directory.
+# "# " begins help; "#" without a space a field at its default: remove it to change one.
+"""
+
+
+def template(preset: str = "small") -> str:
+    """A run file in which every field is explained, those of `training` at a preset's values.
+
+    Args:
+        preset: `"paper"`, `"small"` or `"spd"`.
+
+    Raises:
+        ConfigError: If there is no such preset.
+    """
+    example = RunFile(
+        model=ModelSection(source="gpt2"),
+        data="path/to/text",
+        output="runs/first",
+        training=VPDConfig.from_mapping({"preset": preset}),
+        evaluation=EvaluationSection(data="path/to/held/out/text"),
+    )
+    lines = _template(example, active=("model", "source", "data", "output", "training"))
+    lines.insert(lines.index("training:") + 1, f"  preset: {preset}")
+    return _HEAD + "\n".join(lines) + "\n"
+
+
+def _template(config: Config, active: Sequence[str], indent: str = "") -> list[str]:
+    lines = []
+    values = config.model_dump(mode="json")
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        off = "" if name in active else "#"
+        words = (field.description or "").replace("`None`", "`null`")
+        lines += textwrap.indent(textwrap.fill(words, 94), f"{indent}# ").splitlines()
+        if isinstance(value, Config):
+            lines.append(f"{indent}{off}{name}:")
+            lines += _template(value, () if off else active, indent + "  ")
+        else:
+            lines.append(f"{indent}{off}{name}: {json.dumps(values[name])}")
+    return lines

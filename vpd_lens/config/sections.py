@@ -1,0 +1,174 @@
+"""The sections of `VPDConfig`, with the paper's defaults.
+
+A section is all that the code behind it needs to know of a run's configuration.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vpd_lens.config.base import (
+    BelowOne,
+    Config,
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+)
+
+
+class CausalImportanceConfig(Config):
+    """Which causal importance function, and its size."""
+
+    kind: Literal["transformer", "mlp", "shared_mlp"] = "transformer"
+    """`"transformer"`: one bidirectional transformer over all sites' inputs (VPD); `"mlp"`: an
+    independent MLP per subcomponent on its own activation (SPD); `"shared_mlp"`: one MLP per site
+    on the site's input."""
+    d_model: Annotated[int, Field(ge=2)] | None = None
+    """Width of the transformer; `None`: twice the target's, the authors' guide."""
+    n_blocks: Count | None = None
+    """Depth of the transformer; `None`: as many blocks as the target has layers."""
+    n_heads: Count | None = None
+    """Attention heads of the transformer; `None`: one per 32 dimensions."""
+    d_ffn: Count | None = None
+    """Hidden width of the transformer's feed-forward layers; `None`: four times `d_model`."""
+    rope_base: Positive = 10_000.0
+    """Base of the transformer's rotary position embedding."""
+    hidden: Natural = 16
+    """Hidden width of the two MLP variants. 0 makes them affine: an importance is then a monotone
+    function of the activation (`"mlp"`) or of one direction (`"shared_mlp"`)."""
+
+    def filled(self, target_width: int, target_depth: int) -> CausalImportanceConfig:
+        """The same with the gaps of a transformer's size filled from the target's.
+
+        Args:
+            target_width: The target's residual width.
+            target_depth: The target's number of layers.
+        """
+        n_heads = self.n_heads or max(1, (self.d_model or 2 * target_width) // 32)
+        d_model = self.d_model or 2 * n_heads * math.ceil(target_width / n_heads)
+        size = {
+            "d_model": d_model,
+            "n_blocks": self.n_blocks or target_depth,
+            "n_heads": n_heads,
+            "d_ffn": self.d_ffn or 4 * d_model,
+        }
+        return self.model_copy(update=size)
+
+
+class StochasticConfig(Config):
+    """Stochastic reconstruction: random masks must not change the output."""
+
+    coefficient: NonNegative = 0.5
+    """Weight of stochastic reconstruction in the total loss."""
+    routing: Literal["subset", "all"] = "subset"
+    """`"subset"`: a random subset of sites is masked at each position (VPD); `"all"`: every
+    site."""
+    n_samples: Count = 1
+    """Mask draws per step, averaged."""
+    layerwise_coefficient: NonNegative = 0.0
+    """Weight of the same loss with one site masked at a time, mean over sites (SPD); one forward
+    per site."""
+
+
+class AdversaryConfig(Config):
+    """Adversarial reconstruction by persistent projected gradient descent."""
+
+    coefficient: NonNegative = 0.5
+    """Weight of adversarial reconstruction in the total loss; 0 trains without an adversary."""
+    inner_steps: Natural = 2
+    """Updates of the sources on the current batch before the loss."""
+    lr: Positive = 0.01
+    """Adam learning rate of the sources."""
+    lr_warmup: Fraction = 0.025
+    """Fraction of training over which the sources' learning rate rises linearly from 0."""
+    beta1: BelowOne = 0.5
+    """Decay of the first moment in the sources' Adam."""
+    beta2: BelowOne = 0.99
+    """Decay of the second moment in the sources' Adam."""
+    eps: Positive = 1e-8
+    """Epsilon of the sources' Adam. The gradient it is compared with is that of the divergence
+    summed over positions, so that it does not depend on the batch size."""
+    routing: Literal["all", "subset"] = "all"
+    """`"all"` masks every site (the authors' code), `"subset"` routes as the stochastic loss does
+    (their text). Inner updates always mask every site."""
+    scope: Literal["position", "sequence", "batch", "single"] = "position"
+    """Which positions share sources: `"position"` none (the paper), `"sequence"` one set per
+    sequence, `"batch"` one per position for the whole batch, `"single"` one."""
+    restart: Fraction = 0.0
+    """Probability, per training step, that a set of sources starts over from U(0, 1), so that they
+    do not settle on one attack for ever; 0 is the paper's."""
+
+
+class MinimalityConfig(Config):
+    """Importance and frequency minimality, fused."""
+
+    coefficient: NonNegative = 2e-4
+    """Weight of `1/(B T) sum_l sum_c (s + frequency * s * log2(1 + s))`."""
+    frequency: NonNegative = 0.5
+    """The `beta` before the frequency term."""
+    p_start: Positive = 2.0
+    """Exponent of the importances at the first step."""
+    p_end: Positive = 0.4
+    """Exponent that is reached, linearly, as the last step ends."""
+    eps: Positive = 1e-12
+    """Added to an importance before the power."""
+
+
+class FaithfulnessConfig(Config):
+    """Delta-L2: the subcomponents must sum to the weights."""
+
+    coefficient: NonNegative = 1e7
+    """Weight of `1/N sum_l ||Delta_l||_F^2`, N the number of decomposed parameters."""
+    warmup_steps: Natural = 400
+    """AdamW steps on U and V alone against this loss, before training."""
+    warmup_lr: Positive = 1e-3
+    """Learning rate of the warm-up."""
+    warmup_weight_decay: NonNegative = 0.0
+    """Weight decay of the warm-up."""
+
+
+class OptimiserConfig(Config):
+    """The optimiser of U, V and the causal importance function."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`"adamw"` (the paper), or `"muon"`: Muon for matrices, AdamW for biases (the authors' later
+    work)."""
+    lr: Positive = 5e-5
+    """Peak learning rate of U and V."""
+    importance_lr: Positive | None = None
+    """Peak learning rate of the causal importance function; `None`: `lr`."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """`"cosine"` falls to `final_fraction` at the last step; `"constant"` stays."""
+    final_fraction: Fraction = 0.1
+    """Fraction of `lr` at the end of the cosine."""
+    warmup: BelowOne = 0.0
+    """Fraction of training over which the rate rises linearly from 0."""
+    beta1: BelowOne = 0.9
+    """Adam's decay of the first moment."""
+    beta2: BelowOne = 0.999
+    """Adam's decay of the second moment."""
+    momentum: BelowOne = 0.95
+    """Muon's momentum."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    clip_subcomponents: Positive | None = 0.01
+    """Largest total gradient norm of U and V; `None` does not clip."""
+    clip_importance: Positive | None = None
+    """Largest total gradient norm of the causal importance function; `None` does not clip."""
+
+
+class CompactionConfig(Config):
+    """Subcomponents that are dead for good are folded into the delta while training goes on."""
+
+    window: Natural = 0
+    """Steps over which importances are averaged; at the end of every window the dead ones are
+    folded. 0: never."""
+    threshold: BelowOne = 1e-6
+    """Largest mean importance, over positions and the window's steps, of a dead subcomponent."""
+    start: Fraction = 0.0
+    """Fraction of training before which nothing is folded."""
