@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+import vpd_lens
 from vpd_lens.toys.fourier import logit_waves, pair_spectrum, spectrum, wave_share
+from vpd_lens.toys.frequencies import site_frequencies
 from vpd_lens.toys.modular_addition import ModularAddition, last_position_kl
 
 P = 11
@@ -95,3 +97,30 @@ def test_only_the_last_position_counts():
     p, q = target[:, 2].softmax(-1), masked[:, 2].log_softmax(-1)
     expected = (p * (p.log() - q)).sum(-1).mean()
     assert last_position_kl(masked, target).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("site", ["blocks.0.attn.k", "blocks.0.attn.v"])
+def test_a_key_or_value_is_live_at_either_number(site, position):
+    """The one that is on at the second number only counts too, with its frequencies there."""
+    task = ModularAddition(P)
+    model = vpd_lens.decompose(task.train_target(steps=1, progress=False), n_subcomponents=4)
+    vpd = model.vpd
+    z = -torch.ones(P * P, 3, sum(vpd.layout.sizes))
+    z[:, position, vpd.layout.columns(site)] = torch.tensor([-1.0, -1.0, 1.0, -1.0])
+    vpd.pre_importance = lambda *_, **__: z
+    read = wave(3, N)[:, None] * torch.ones(4)
+    unread = wave(2, N)[:, None] * torch.ones(4)
+    acts = torch.zeros(P, P, 3, 4)
+    acts[:, :, position] = read if position else read[:, None]
+    acts[:, :, 1 - position] = unread[:, None] if position else unread
+    index = vpd.layout.names.index(site)
+    inputs = [torch.zeros(P * P, 3, vpd.v(name).shape[0]) for name in vpd.layout.names]
+    inputs[index][..., :4] = acts.flatten(0, 1)
+    with torch.no_grad():
+        vpd.v(site).copy_(torch.eye(64, 4))
+    vpd.target = lambda *_, **__: (None, inputs)
+    found = site_frequencies(model, task, site)
+    assert found.index.tolist() == [2]
+    assert found.frequency.tolist() == [3]
+    assert found.share.item() == pytest.approx(1)

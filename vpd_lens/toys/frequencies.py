@@ -65,8 +65,10 @@ def site_frequencies(
 ) -> SiteFrequencies:
     """Which live subcomponents of a site compute with which frequency.
 
-    The values and keys are read at the first number, where they are functions of it alone; the
-    other matrices at the equals sign, where they are functions of both numbers.
+    A subcomponent is live if it is on, at any position, for enough of the inputs. The activations
+    of keys and values are read at a number, where they are functions of it alone: at the first or
+    the second, whichever they are on at more often. Those of the other matrices are read at the
+    equals sign, where they are functions of both numbers.
 
     Frequencies are those of `vpd_lens.toys.fourier` (Nanda et al. 2023, arXiv:2301.05217).
 
@@ -74,20 +76,23 @@ def site_frequencies(
         model: A decomposed modular-addition transformer.
         task: Its task.
         name: A site.
-        threshold: A subcomponent is on where its importance exceeds this.
-        often: It is live if it is on for more than this share of all inputs.
+        threshold: A subcomponent is on at a position where its importance exceeds this.
+        often: It is live if it is on somewhere in more than this share of all inputs.
     """
     vpd: Decomposition = model.vpd  # type: ignore[assignment]
-    kind = name.rpartition(".")[2]
-    position = 0 if kind in ("k", "v") else -1
-    rows, p = task.all_rows(), task.p
-    _, inputs = vpd.target(rows)
-    x = inputs[vpd.layout.names.index(name)][:, position]
-    every = lower_leaky(vpd.pre_importance(inputs))
-    importance = every[:, position, vpd.layout.columns(name)]
-    live = ((importance > threshold).float().mean(0) > often).nonzero().flatten()
-    acts = (x @ vpd.v(name)[:, live]).view(p, p, -1)
-    shares = spectrum(acts[:, 0]) if position == 0 else pair_spectrum(acts)
+    kind, p = name.rpartition(".")[2], task.p
+    _, inputs = vpd.target(task.all_rows())
+    importance = lower_leaky(vpd.pre_importance(inputs))[..., vpd.layout.columns(name)]
+    on = importance > threshold  # [pairs, pos, C]
+    live = (on.any(1).float().mean(0) > often).nonzero().flatten()
+    x = inputs[vpd.layout.names.index(name)]
+    acts = (x @ vpd.v(name)[:, live]).view(p, p, 3, -1)
+    if kind in ("k", "v"):
+        first, second = spectrum(acts[:, 0, 0]), spectrum(acts[0, :, 1])
+        at_first, at_second = on[:, :2, live].float().mean(0)
+        shares = torch.where(at_first >= at_second, first, second)
+    else:
+        shares = pair_spectrum(acts[:, :, -1])
     write = None
     if kind in ("o", "out"):
         write = spectrum((vpd.u(name)[live] @ model.W_U)[:, :p].T).T  # type: ignore[operator]
