@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from vpd_lens.data import TokenBatches, token_batches
+from vpd_lens.data import checks as data_checks
+from vpd_lens.data import documents as data_documents
 from vpd_lens.errors import DataError, InputError
-from vpd_lens.training.data import TokenBatches, token_batches
-from vpd_lens.training.data import checks as data_checks
-from vpd_lens.training.data import documents as data_documents
 
 CORPUS = Path(os.path.dirname(json.__file__))
 SOURCES = sorted(CORPUS.glob("*.py"))
@@ -65,7 +65,10 @@ def toy():
 
 
 def take(batches, n):
-    return torch.stack([next(batches) for _ in range(n)])
+    """The tokens of the next batches, `[n, batch, pos]`; none of them is padded."""
+    taken = [next(batches) for _ in range(n)]
+    assert all(batch.real is None for batch in taken)
+    return torch.stack([batch.tokens for batch in taken])
 
 
 def assert_resumes(make, steps=(0, 1, 3, 8, 21), ahead=12, rewinds=True):
@@ -83,7 +86,7 @@ def assert_resumes(make, steps=(0, 1, 3, 8, 21), ahead=12, rewinds=True):
         # and again from the resumed one: positions add up
         again = make()
         again.load_state_dict(json.loads(json.dumps(resumed.state_dict())))
-        assert torch.equal(next(again), next(resumed))
+        assert torch.equal(next(again).tokens, next(resumed).tokens)
         if not rewinds:
             continue
         resumed.load_state_dict(json.loads(state))
@@ -151,13 +154,13 @@ def test_bos_in_front_of_windows(model):
 
 def test_sequence_length_of_arrays(model):
     make = partial(token_batches, model=model, batch_size=1, seq_len=None)
-    assert next(make(ROWS)).shape == (1, 6)
-    assert next(make(torch.zeros(4, 100, dtype=torch.int16))).shape == (1, 64)
+    assert next(make(ROWS)).tokens.shape == (1, 6)
+    assert next(make(torch.zeros(4, 100, dtype=torch.int16))).tokens.shape == (1, 64)
     assert make(STREAM).seq_len == 64
-    unlimited = SimpleNamespace()
-    assert next(token_batches(ROWS, model=unlimited, batch_size=1, seq_len=None)).shape == (1, 6)
+    unlimited = {"model": SimpleNamespace(), "batch_size": 1, "seq_len": None}
+    assert next(token_batches(ROWS, **unlimited)).tokens.shape == (1, 6)
     with pytest.raises(DataError, match="seq_len is None"):
-        token_batches(STREAM, model=unlimited, batch_size=1, seq_len=None)
+        token_batches(STREAM, **unlimited)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32, np.int64, np.uint8, ">i4"])
@@ -324,13 +327,13 @@ def test_a_single_file_and_its_byte_order_mark(tmp_path, model, tokenizer):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbf" + TEXTS[0].encode())
     batches = batches_of(path, model, shuffle=False, prepend_bos=False, batch_size=1, seq_len=20)
-    assert next(batches).tolist()[0] == packed(tokenizer, TEXTS[:1])[:20]
-    assert tokenizer.decode(next(batches)[0]) in TEXTS[0]
+    assert next(batches).tokens.tolist()[0] == packed(tokenizer, TEXTS[:1])[:20]
+    assert tokenizer.decode(next(batches).tokens[0]) in TEXTS[0]
 
 
 def test_long_texts_are_tokenised_in_chunks(corpus, model, monkeypatch):
     whole = take(batches_of(corpus, model), 5)
-    monkeypatch.setattr("vpd_lens.training.data.text.CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr("vpd_lens.data.text.CHUNK_CHARACTERS", 1000)
     assert torch.equal(take(batches_of(corpus, model), 5), whole)
 
 
@@ -490,7 +493,7 @@ def test_datasets_resume(kind, tmp_path, model, monkeypatch):
     source = dataset_of(kind, tmp_path)
     probe = batches_of(source(), model, seq_len=20, batch_size=7)
     n = 0
-    while probe._epoch < 2:
+    while probe.epoch < 2:
         next(probe)
         n += 1
     make = lambda: batches_of(source(), model, seq_len=20, batch_size=7, seed=4)  # noqa: E731
@@ -665,7 +668,7 @@ def test_a_source_with_state_is_not_drawn_again(model):
     source = Stateful()
     resumed = batches_of(source, model)
     resumed.load_state_dict(batches.state_dict())
-    assert next(resumed)[0, 0] == 4
+    assert next(resumed).tokens[0, 0] == 4
     assert source.drawn == 1
     assert "own state" in resumed.description
 
@@ -706,8 +709,8 @@ def test_an_unseeded_order_is_noticed_on_resume(model):
         (torch.zeros(2, 4).long(), "2 rows; expected batch_size=3"),
         (torch.zeros(4, 4).long(), "4 rows; expected batch_size=3"),
         (torch.zeros(12).long(), r"shape \[12\]"),
-        ({"input_ids": torch.zeros(3, 4)}, "gave a dict.*input_ids"),
-        ("text", "gave a str"),
+        ({"tokens": torch.zeros(3, 4)}, "gave a dict.*input_ids"),
+        (SimpleNamespace(), "gave a SimpleNamespace"),
     ],
 )
 def test_batches_are_checked(model, batch, message):
@@ -748,7 +751,7 @@ def tokens(generator, batch_size):
 def test_functions_resume(toy, model):
     make = partial(token_batches, features, model=toy, batch_size=3, seq_len=None, seed=9)
     assert_resumes(make)
-    batch = next(make())
+    batch = next(make()).tokens
     assert batch.dtype == torch.float32
     assert batch.shape == (3, 5)
     assert torch.equal(batch, features(torch.Generator().manual_seed(9), 3))
@@ -763,7 +766,7 @@ def test_functions_resume(toy, model):
 def test_toy_models_take_float_batches(toy):
     source = [torch.rand(3, 2, 5), torch.rand(3, 2, 5)]
     make = partial(token_batches, source, model=toy, batch_size=3, seq_len=None)
-    assert torch.equal(next(make()), source[0])
+    assert torch.equal(next(make()).tokens, source[0])
     assert_resumes(make)
     with pytest.raises(DataError, match=r"shape \[3\]"):
         next(token_batches([torch.rand(3)], model=toy, batch_size=3, seq_len=None))
@@ -798,7 +801,7 @@ def test_with_a_transformer_lens_model(tokenizer, tmp_path, build):
     tokenizer.save_pretrained(tmp_path)
     model = build(tmp_path)
     batches = token_batches(CORPUS, model=model, batch_size=2, seq_len=None)
-    batch = next(batches)
+    batch = next(batches).tokens
     assert batch.shape == (2, 32)
     assert (batch[:, 0] == BOS).all()
     assert not (batch[:, 1:] == BOS).any()  # although its tokenizer adds BOS by itself

@@ -19,10 +19,10 @@ from processes_worker import KINDS, RUN, TOKENS, Crash, crash, trained
 from test_training import config, state
 
 from vpd_lens import load
+from vpd_lens.data import token_batches
 from vpd_lens.errors import ConfigError
 from vpd_lens.files import read_json, read_tensors
 from vpd_lens.models import save_model
-from vpd_lens.training.data import token_batches
 from vpd_lens.training.processes import ALONE, Processes
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -239,9 +239,9 @@ def test_processes_share_the_rows_of_the_same_batches(kind):
     alone = token_batches(batches_of(kind), **plan)
     many = [token_batches(batches_of(kind), **plan, rows=rows) for rows in shares]
     for _ in range(11):
-        whole = next(alone)
-        assert torch.equal(torch.cat([next(own) for own in many]), whole)
+        whole = next(alone).tokens
+        assert torch.equal(torch.cat([next(own).tokens for own in many]), whole)
     assert all(own.state_dict() == alone.state_dict() for own in many)
     late = token_batches(batches_of(kind), **plan, rows=SECOND.rows(8))
     late.load_state_dict(many[3].state_dict())
-    assert torch.equal(next(late), next(alone)[4:])
+    assert torch.equal(next(late).tokens, next(alone).tokens[4:])

@@ -10,6 +10,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from vpd_lens.data import one_pass
 from vpd_lens.decomposition import Decomposition, Divergence
 from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import AttachError
@@ -23,7 +24,6 @@ from vpd_lens.evaluation.metrics import (
     pgd_curve,
 )
 from vpd_lens.evaluation.report import EvalReport
-from vpd_lens.training.data import token_batches
 
 
 def evaluate(
@@ -116,18 +116,15 @@ def _batches(
     seq_len: int | None,
     prepend_bos: bool | None,
 ) -> list[Tensor]:
-    if isinstance(data, Tensor) and data.ndim == 2:
-        batch_size = min(batch_size, data.shape[0])
-        n_batches = min(n_batches, data.shape[0] // batch_size)
-    source = token_batches(
+    batches = one_pass(
         data,
         model=model,
         batch_size=batch_size,
+        n_batches=n_batches,
         seq_len=seq_len,
         prepend_bos=prepend_bos,
-        shuffle=False,
     )
-    return [next(source) for _ in range(n_batches)]
+    return [batch.tokens for batch in batches]
 
 
 def _report(

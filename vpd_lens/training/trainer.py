@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from vpd_lens.config import VPDConfig
+from vpd_lens.data import token_batches
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.saving import base_model_record, save
-from vpd_lens.errors import ConfigError, TrainingInterrupted
+from vpd_lens.errors import ConfigError, DataError, TrainingInterrupted
 from vpd_lens.training.checkpoints import load_checkpoint, save_checkpoint
 from vpd_lens.training.compaction import compact_when_due, sizes
 from vpd_lens.training.cost.guard import explained_out_of_memory, require_memory
 from vpd_lens.training.cost.workload import Workload
-from vpd_lens.training.data import token_batches
 from vpd_lens.training.diagnostics import Diagnostics
 from vpd_lens.training.initialisation import align
 from vpd_lens.training.interruption import stop_requests
@@ -202,10 +202,12 @@ class _Run:
         begun = time.perf_counter()
         with stop_requests() as requests, self.processes.contact(self.checkpoint):
             for step in range(start, config.steps):
-                batch = next(self.batches)  # [batch, pos], this process's rows
+                batch = next(self.batches)  # this process's rows
+                if batch.real is not None:
+                    raise DataError("data has padding; training on padded rows is not supported.")
                 if step == start and self.processes.world > 1:
                     self._data_state()
-                losses, importance = stepper.step(batch, step)
+                losses, importance = stepper.step(batch.tokens, step)
                 window.add(losses)
                 done = step + 1
                 self.log.advance(done)

@@ -26,10 +26,10 @@ from vpd_lens.analysis.dataset_attribution.passes import (
 )
 from vpd_lens.analysis.dataset_attribution.result import OUTPUT, DatasetAttributions, Settings
 from vpd_lens.analysis.prompts import decomposition_of
+from vpd_lens.data import token_batches
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.errors import ArtefactError, ConfigError, InputError
 from vpd_lens.evaluation.metrics import ALIVE
-from vpd_lens.training.data import token_batches
 
 
 def dataset_attributions(

@@ -10,10 +10,10 @@ from jaxtyping import Int
 from rich.progress import track
 from torch import Tensor
 
+from vpd_lens.data import TokenBatches
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.errors import InputError
 from vpd_lens.evaluation.metrics import Sparsity
-from vpd_lens.training.data import TokenBatches
 
 Indices = Mapping[str, Sequence[int] | Int[Tensor, " _n"]]
 
@@ -34,9 +34,9 @@ def one_pass(
         A batch, and the place in the data after it.
     """
     for _ in track(range(start, stop), what, disable=not progress):
-        tokens = next(batches)
+        tokens = next(batches).tokens
         state = batches.state_dict()
-        if state["position"].get("epoch", 0) > 0:
+        if batches.epoch > 0:
             break  # the data began again
         yield tokens, state
 

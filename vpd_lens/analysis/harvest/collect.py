@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from vpd_lens.analysis.harvest.result import Harvest, Settings
 from vpd_lens.analysis.harvest.token_strings import token_strings
+from vpd_lens.data import TokenBatches, token_batches
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.masks import Layout
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import ArtefactError, AttachError, ConfigError, InputError
-from vpd_lens.training.data import TokenBatches, token_batches
 
 GIB = 2**30
 
@@ -124,9 +124,9 @@ def _gather(
     observe = _observer(vpd, result.layout, len(result.outputs.everywhere))
     steps = range(result.n_batches, n_batches)
     for _ in track(steps, "Harvesting", disable=not progress):
-        tokens = next(batches)
+        tokens = next(batches).tokens
         state = batches.state_dict()
-        if state["position"].get("epoch", 0) > 0:
+        if batches.epoch > 0:
             break  # the data began again
         tokens = tokens.to(vpd.device)
         result.add(tokens, *observe(tokens))

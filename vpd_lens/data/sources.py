@@ -1,4 +1,4 @@
-"""`token_batches`: choose the class that reads a source."""
+"""`token_batches` and `one_pass`: choose the class that reads a source."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vpd_lens.errors import DataError
-from vpd_lens.training.data.arrays import ArrayBatches, load_tokens, to_array
-from vpd_lens.training.data.batches import BatchSpec, ModelLimits, TokenBatches
-from vpd_lens.training.data.documents import (
+from vpd_lens.data.arrays import ArrayBatches, is_rows, load_tokens, rows_of, to_array
+from vpd_lens.data.batches import BatchSpec, TokenBatches
+from vpd_lens.data.documents import (
     DocumentBatches,
     is_dataset,
     is_saved_dataset,
     load_hf,
     load_saved,
 )
-from vpd_lens.training.data.iterators import FunctionBatches, IteratorBatches
-from vpd_lens.training.data.text import TextEncoder, find_text_files, tokenize_files
+from vpd_lens.data.iterables import FunctionBatches, IteratorBatches
+from vpd_lens.data.text import TextEncoder, find_text_files, tokenize_files
+from vpd_lens.errors import DataError
 
 
 def token_batches(
@@ -46,13 +46,17 @@ def token_batches(
     | directory written by `save_to_disk`, `datasets.Dataset` | documents in random order |
     | `"hf:NAME"`, `"hf:NAME:split"`, `"hf:DIRECTORY"` | loaded by `datasets`, streamed |
     | `datasets.IterableDataset` | streamed: tokenised and packed on the fly |
+    | list of texts or of lists of tokens, what a tokenizer returns | one row each, padded |
     | iterable or iterator of batches `[batch, pos]` | checked and passed through |
     | function `f(generator, batch_size) -> Tensor` | called with a seeded `torch.Generator` |
 
-    Text is tokenised by `model.tokenizer`, each document ends with EOS if the tokenizer has one,
-    and rows are cut from the packed stream without padding. Rows that do not fill a last batch of
-    an epoch are left out of that epoch. Of rows longer than `seq_len` the first `seq_len` tokens
-    are used. Datasets with a column `tokens` or `input_ids` are read as rows, others as text.
+    Documents are tokenised by `model.tokenizer`, each ends with EOS if the tokenizer has one, and
+    rows are cut from the packed stream without padding. Text is text: a document that mentions
+    `<eos>` gets no control token there. For a chat template, tokenise it yourself
+    (`apply_chat_template`) and pass the tokens. Datasets with a column `tokens` or `input_ids` are
+    read as rows, others as text; of rows longer than `seq_len` the first `seq_len` tokens are used.
+    Where there is an `attention_mask`, `real` of the batch says what is padding; pads are moved
+    to the right. Rows that do not fill a last batch of an epoch are left out of that epoch.
 
     Args:
         source: The data; see the table.
@@ -62,7 +66,7 @@ def token_batches(
         batch_size: Rows per batch.
         seq_len: Tokens per row, BOS included. None: the model's context, or the length of the rows
             if they are shorter.
-        seed: Seed of every random choice; epoch e uses `seed + e`.
+        seed: Seed of every random choice, together with the number of the epoch.
         prepend_bos: Whether every row begins with BOS, followed by `seq_len - 1` tokens of data.
             None: for text, `model.cfg.default_prepend_bos` if the tokenizer has a BOS token; for
             tokens, they are used as they are. Must not be True for data that is cut already.
@@ -72,19 +76,71 @@ def token_batches(
             does not depend on it.
 
     Returns:
-        An endless iterator of int64 tensors `[batch_size, seq_len]` on the CPU, or of the
-        `rows` of them.
+        An endless iterator of `Batch`, on the CPU.
 
     Raises:
         InputError: If `batch_size` or `seq_len` is out of range.
         DataError: If the source cannot be read or does not fit the model.
-    """
-    limits = ModelLimits.of(model)
-    spec = BatchSpec(batch_size, seq_len, seed, shuffle, prepend_bos, limits, rows)
 
+    Example:
+        >>> import torch
+        >>> from vpd_lens.data import token_batches
+        >>> batches = token_batches(torch.arange(12), model=None, batch_size=2, seq_len=3)
+        >>> next(batches).tokens.shape
+        torch.Size([2, 3])
+    """
+    spec = BatchSpec(model, batch_size, seq_len, seed, shuffle, prepend_bos, rows)
+    return _batches(source, spec, text_column)
+
+
+def one_pass(
+    data: Any,
+    *,
+    model: Any,
+    batch_size: int,
+    n_batches: int | None = None,
+    seq_len: int | None = None,
+    prepend_bos: bool | None = None,
+    seed: int = 0,
+    state: dict[str, Any] | None = None,
+) -> TokenBatches:
+    """The data once, in its own order: every row at most once, the short last batch included.
+
+    Args:
+        data: As for `token_batches`.
+        model: As there.
+        batch_size: Rows per batch; the last may have fewer. Iterables keep their own.
+        n_batches: Stop after so many; None: at the end of the data.
+        seq_len: As there.
+        prepend_bos: As there.
+        seed: For a function, which has no end of its own.
+        state: From `state_dict`, to go on after the batches that an earlier pass has given.
+
+    Returns:
+        An iterator of `Batch`, on the CPU, with `state_dict()`.
+
+    Raises:
+        InputError: If an argument is out of range.
+        DataError: If the data cannot be read, does not fit the model, or is not that of `state`.
+
+    Example:
+        >>> import torch
+        >>> from vpd_lens.data import one_pass
+        >>> [len(b.tokens) for b in one_pass(torch.ones(5, 3).long(), model=None, batch_size=2)]
+        [2, 2, 1]
+    """
+    spec = BatchSpec(
+        model, batch_size, seq_len, seed, False, prepend_bos, once=True, n_batches=n_batches
+    )
+    batches = _batches(data, spec, "text")
+    if state is not None:
+        batches.load_state_dict(state)
+    return batches
+
+
+def _batches(source: Any, spec: BatchSpec, text_column: str) -> TokenBatches:
     if isinstance(source, str) and source.startswith("hf:"):
-        source, name = load_hf(source)
-        return DocumentBatches(source, spec, text_column, name)
+        return DocumentBatches(load_hf(source), spec, text_column, source)
     if isinstance(source, str | Path):
         return _from_path(Path(source), spec, text_column)
     if isinstance(source, Tensor):
@@ -93,6 +149,8 @@ def token_batches(
         return ArrayBatches(source, spec, "array")
     if is_dataset(source):
         return DocumentBatches(source, spec, text_column, "dataset")
+    if is_rows(source):
+        return rows_of(source, spec)
     if isinstance(source, Mapping):
         raise DataError(
             f"source is a {type(source).__name__} with the keys {list(source)}; expected one data "

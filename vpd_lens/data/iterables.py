@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
-from torch import Tensor
 
+from vpd_lens.data.batches import Batch, BatchSpec, TokenBatches
+from vpd_lens.data.checks import check_batch, checksum
 from vpd_lens.errors import DataError
-from vpd_lens.training.data.batches import BatchSpec, TokenBatches
-from vpd_lens.training.data.checks import check_batch, checksum
-
-END: Any = object()
 
 
 class IteratorBatches(TokenBatches):
@@ -22,10 +19,10 @@ class IteratorBatches(TokenBatches):
 
     An iterable is started again when it ends. On resume its own `load_state_dict` is used if it
     has one; otherwise the batches consumed so far are drawn again. A bare iterator cannot be
-    resumed. A last batch with fewer rows than the others is left out.
+    resumed. A last batch with fewer rows than the others is left out, except in a single pass.
 
     Args:
-        source: Gives tensors or arrays `[batch, ...]`.
+        source: Gives what `check_batch` takes.
         spec: What was asked for.
 
     Raises:
@@ -34,49 +31,51 @@ class IteratorBatches(TokenBatches):
 
     def __init__(self, source: Iterable[Any], spec: BatchSpec) -> None:
         spec.forbid_bos("an iterable of batches")
-        self._source = source
+        self._source: Any = source
         self._again = not isinstance(source, Iterator)
         self._has_state = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
         if self._has_state:
             self._source_state()  # rather an error now than at the first checkpoint
-        if self._has_state:
             resume = "resumed by its own state"
-        elif self._again:
-            resume = "resumed by drawing again"
         else:
-            resume = "cannot be resumed"
+            resume = "resumed by drawing again" if self._again else "cannot be resumed"
         name = f"batches from a {type(source).__name__}, {resume}; no BOS added"
         super().__init__(spec, spec.seq_len, name, {})
         self._iterator: Iterator[Any] | None = None
         self._consumed = 0
-        self._last: Tensor | None = None
+        self._last: Batch | None = None
 
-    def __next__(self) -> Shaped[Tensor, "batch *row"]:
-        """The next batch, as the source gives it."""
+    def _draw(self) -> Batch:
         if self._iterator is None:
             self._iterator = iter(self._source)
-        batch = next(self._iterator, END)
-        if batch is not END:
-            batch = check_batch(batch, self._spec)
-        if batch is END or self._is_short_last(batch):
+        batch = self._checked_next()
+        if self._spec.once:
+            if batch is None:
+                raise StopIteration
+        elif batch is None or self._is_short_last(batch):
             batch = self._restart()
         self._consumed += 1
         self._last = batch
-        return batch[self._spec.rows]
+        return batch.rows(self._spec.rows)
 
-    def _is_short_last(self, batch: Tensor) -> bool:
-        if len(batch) == self.batch_size:
+    def _checked_next(self) -> Batch | None:
+        assert self._iterator is not None
+        for batch in self._iterator:
+            return check_batch(batch, self._spec)
+        return None
+
+    def _is_short_last(self, batch: Batch) -> bool:
+        n = len(batch.tokens)
+        if n == self.batch_size:
             return False
-        short = len(batch) < self.batch_size
-        rest = self._iterator if short and self._consumed else None
-        if rest is not None and next(rest, END) is END:
+        if n < self.batch_size and self._consumed and self._checked_next() is None:
             return True
         raise DataError(
-            f"source gave a batch of {len(batch)} rows; expected batch_size={self.batch_size}. "
+            f"source gave a batch of {n} rows; expected batch_size={self.batch_size}. "
             "Only the last batch of a pass may have fewer (it is left out)."
         )
 
-    def _restart(self) -> Tensor:
+    def _restart(self) -> Batch:
         if not self._again:
             raise DataError(
                 f"source, a {type(self._source).__name__}, ended after {self._consumed} batches "
@@ -84,13 +83,13 @@ class IteratorBatches(TokenBatches):
                 "with __iter__) or an endless generator."
             )
         self._iterator = iter(self._source)
-        batch = next(self._iterator, END)
-        if batch is END:
+        batch = self._checked_next()
+        self.epoch += bool(self._consumed)
+        if batch is None:
             raise DataError("source is an iterable that gives no batches. Is it empty?")
-        batch = check_batch(batch, self._spec)
-        if len(batch) != self.batch_size:
+        if len(batch.tokens) != self.batch_size:
             raise DataError(
-                f"source began a new pass with a batch of {len(batch)} rows; expected "
+                f"source began a new pass with a batch of {len(batch.tokens)} rows; expected "
                 f"batch_size={self.batch_size}."
             )
         return batch
@@ -110,7 +109,7 @@ class IteratorBatches(TokenBatches):
         position: dict[str, Any] = {"consumed": self._consumed}
         if self._has_state:
             return {**position, "source": self._source_state()}
-        return {**position, "crc32": None if self._last is None else checksum(self._last)}
+        return {**position, "crc32": None if self._last is None else checksum(self._last.tokens)}
 
     def _seek(self, position: dict[str, Any]) -> None:
         consumed = position["consumed"]
@@ -125,10 +124,11 @@ class IteratorBatches(TokenBatches):
             self._source.load_state_dict(position["source"])
             self._iterator, self._consumed, self._last = None, consumed, None
         elif self._again:
-            self._iterator, self._consumed, self._last = None, 0, None
-            for _ in range(consumed):
-                next(self)
-            if self._last is not None and checksum(self._last) != position["crc32"]:
+            self._iterator, self._consumed, self._last, self.epoch = None, 0, None, 0
+            with suppress(StopIteration):  # fewer batches than then: noticed below
+                for _ in range(consumed):
+                    self._draw()
+            if self._last is not None and checksum(self._last.tokens) != position["crc32"]:
                 raise DataError(
                     "source gave other batches than before the interruption. Make its order "
                     "depend on a seed (for a DataLoader pass generator=), or give it state_dict "
@@ -149,21 +149,20 @@ class FunctionBatches(TokenBatches):
         name = getattr(function, "__name__", type(function).__name__)
         super().__init__(spec, spec.seq_len, f"batches generated by {name}; no BOS added", {})
         self._function = function
-        self._generator = spec.generator(0)
+        self._state = torch.Generator().manual_seed(spec.seed)
 
-    def __next__(self) -> Shaped[Tensor, "batch *row"]:
-        """The next batch, as the function gives it."""
-        batch = check_batch(self._function(self._generator, self.batch_size), self._spec)
-        if len(batch) != self.batch_size:
+    def _draw(self) -> Batch:
+        batch = check_batch(self._function(self._state, self.batch_size), self._spec)
+        if len(batch.tokens) != self.batch_size:
             raise DataError(
-                f"source, a function, gave {len(batch)} rows when asked for "
+                f"source, a function, gave {len(batch.tokens)} rows when asked for "
                 f"batch_size={self.batch_size}."
             )
-        return batch[self._spec.rows]
+        return batch.rows(self._spec.rows)
 
     def _position(self) -> dict[str, Any]:
-        return {"generator": self._generator.get_state().numpy().tobytes().hex()}
+        return {"generator": self._state.get_state().numpy().tobytes().hex()}
 
     def _seek(self, position: dict[str, Any]) -> None:
         state = bytearray.fromhex(position["generator"])
-        self._generator.set_state(torch.frombuffer(state, dtype=torch.uint8))
+        self._state.set_state(torch.frombuffer(state, dtype=torch.uint8))

@@ -1,20 +1,28 @@
-"""Tokens that are there already: tensors, arrays, and files of them."""
+"""Tokens that are there already: tensors, arrays, files of them, and rows of unequal length."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vpd_lens.data.batches import PAD, Batch, BatchSpec, TokenBatches
+from vpd_lens.data.checks import (
+    check_all_tokens,
+    check_range,
+    is_integer,
+    not_integers,
+    padded_rows,
+    to_tensor,
+)
+from vpd_lens.data.text import TextEncoder, bos_of
 from vpd_lens.errors import DataError
-from vpd_lens.training.data.batches import BatchSpec, TokenBatches
-from vpd_lens.training.data.checks import check_all_tokens, is_integer, not_integers, to_tensor
-from vpd_lens.training.data.text import bos_of
 
 
 class ArrayBatches(TokenBatches):
@@ -27,24 +35,30 @@ class ArrayBatches(TokenBatches):
         spec: What was asked for.
         name: What to call the data.
         bos: The BOS token in front of every window; by default as `spec.prepend_bos` says.
+        padded: Whether rows may end in `PAD`.
 
     Raises:
         DataError: If the data does not fit `spec`.
     """
 
     def __init__(
-        self, tokens: np.ndarray, spec: BatchSpec, name: str, bos: int | None = None
+        self,
+        tokens: np.ndarray,
+        spec: BatchSpec,
+        name: str,
+        bos: int | None = None,
+        padded: bool = False,
     ) -> None:
-        checksum = check_all_tokens(tokens, spec.limits.d_vocab, "source")
+        checksum = check_all_tokens(tokens, spec.d_vocab, PAD if padded else 0)
         stream = tokens.ndim == 1
         if stream and bos is None and spec.prepend_bos:
-            bos = bos_of(spec.limits)
+            bos = bos_of(spec)
         if not stream:
             spec.forbid_bos("a 2-D array")
         length = spec.length(None if stream else tokens.shape[1], bos is not None)
         self._window = length - (bos is not None)
         n_rows = len(tokens) // self._window if stream else len(tokens)
-        if n_rows < spec.batch_size:
+        if n_rows < (1 if spec.once else spec.batch_size):
             raise DataError(
                 f"source has {n_rows} rows of {self._window} tokens, fewer than "
                 f"batch_size={spec.batch_size}. Pass a smaller batch_size"
@@ -61,11 +75,11 @@ class ArrayBatches(TokenBatches):
             f"{name}: {size}, {n_rows} rows of {length}; {policy}",
             {"shape": list(tokens.shape), "crc32": checksum, "bos": bos},
         )
-        self._tokens, self._bos = tokens, bos
+        self._tokens, self._bos, self._padded = tokens, bos, padded
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
-        generator = self._spec.generator(epoch)
+        generator = self._generator(epoch)
         if self._tokens.ndim == 2:
             self._rows = self._tokens[:, : self._window]
         else:
@@ -77,31 +91,91 @@ class ArrayBatches(TokenBatches):
             n = (len(self._tokens) - offset) // self._window
             used = self._tokens[offset : offset + n * self._window]
             self._rows = used.reshape(n, self._window)
-        self._order = self._spec.order(len(self._rows), generator).numpy()
-        self._epoch, self._batch = epoch, 0
+        self._indices = self._order(len(self._rows), generator).numpy()
+        self.epoch, self._batch = epoch, 0
 
-    def __next__(self) -> Int64[Tensor, "batch seq_len"]:
-        """The next batch `[batch_size, seq_len]`."""
+    def _draw(self) -> Batch:
         start = self._batch * self.batch_size
-        if start + self.batch_size > len(self._rows):
-            self._begin(self._epoch + 1)
+        left = len(self._rows) - start
+        if self._spec.once and left <= 0:
+            raise StopIteration
+        if not self._spec.once and left < self.batch_size:
+            self._begin(self.epoch + 1)
             start = 0
         self._batch += 1
-        chosen = self._order[start : start + self.batch_size][self._spec.rows]
-        rows = to_tensor(self._rows[chosen])
-        return rows if self._bos is None else with_bos(rows, self._bos)
+        chosen = self._indices[start : start + self.batch_size]
+        rows = to_tensor(self._rows[chosen[self._spec.rows]])
+        if self._bos is not None:
+            rows = with_bos(rows, self._bos)
+        return Batch.of_rows(rows, self._spec.pad) if self._padded else Batch(rows)
 
     def _position(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "batch": self._batch}
+        return {"epoch": self.epoch, "batch": self._batch}
 
     def _seek(self, position: dict[str, Any]) -> None:
         self._begin(position["epoch"])
         self._batch = position["batch"]
 
 
-def with_bos(rows: Int64[Tensor, "rows n"], bos: int) -> Int64[Tensor, "rows n_plus_1"]:
-    """Rows with the BOS token in front."""
+def with_bos(rows: Tensor, bos: int) -> Tensor:
+    """Rows `[rows, n]` with the BOS token in front, `[rows, n + 1]`."""
     return torch.cat([rows.new_full((len(rows), 1), bos), rows], dim=1)
+
+
+def rows_of(source: Any, spec: BatchSpec) -> ArrayBatches:
+    """Rows of unequal length, padded on the right: texts, lists of tokens, what a tokenizer gives.
+
+    Args:
+        source: A list of texts or of lists of token numbers, or a mapping with `input_ids` and
+            perhaps `attention_mask`.
+        spec: What was asked for. Only texts get a BOS token, and then a single one in front.
+
+    Raises:
+        DataError: If a row is empty, or holds something other than tokens.
+    """
+    if isinstance(source, Mapping):
+        ids, masks = source["input_ids"], source.get("attention_mask")
+        rows = [token_row(row, "input_ids") for row in ids]
+        if masks is not None:
+            rows = [row[np.asarray(mask, bool)] for row, mask in zip(rows, masks, strict=True)]
+        name = f"{len(rows)} tokenised rows"
+    elif isinstance(source[0], str):
+        rows, name = TextEncoder.of(spec).rows(source), f"{len(source)} texts"
+        spec = replace(spec, prepend_bos=None)
+    else:
+        rows, name = [token_row(row, "source") for row in source], f"{len(source)} lists of tokens"
+    longest = max(map(len, rows))
+    length = spec.seq_len or min(longest, spec.n_ctx or longest)
+    array = padded_rows(rows, length)
+    check_range(np.concatenate(rows), spec.d_vocab, "source")
+    return ArrayBatches(array, spec, name, padded=bool((array == PAD).any()))
+
+
+def is_rows(source: Any) -> bool:
+    """Whether `rows_of` reads this."""
+    if isinstance(source, Mapping):
+        return "input_ids" in source
+    if not isinstance(source, Sequence) or isinstance(source, str) or not source:
+        return False
+    first = source[0]
+    return isinstance(first, str) or (
+        isinstance(first, list | tuple) and bool(first) and isinstance(first[0], int)
+    )
+
+
+def token_row(example: Any, column: str) -> np.ndarray:
+    """One row of tokens, int64 `[pos]`.
+
+    Raises:
+        DataError: If it is something else.
+    """
+    row = np.asarray(example)
+    if row.ndim != 1 or not (np.issubdtype(row.dtype, np.integer) or not row.size):
+        raise DataError(
+            f"source has in the column {column!r} a value of dtype {row.dtype} and shape "
+            f"{list(row.shape)}; expected a list of token numbers per row."
+        )
+    return row.astype(np.int64)
 
 
 def to_array(tokens: Tensor, what: str) -> np.ndarray:
@@ -121,9 +195,6 @@ def load_tokens(path: Path) -> np.ndarray:
 
     Args:
         path: The file. A `.safetensors` file has one tensor, or one called `tokens`.
-
-    Returns:
-        The array in it.
 
     Raises:
         DataError: If the file is missing, truncated, damaged, or holds something else.

@@ -10,21 +10,21 @@ from typing import Any
 
 import numpy as np
 
+from vpd_lens.data.batches import BatchSpec
+from vpd_lens.data.checks import progress
 from vpd_lens.errors import DataError
-from vpd_lens.training.data.batches import BatchSpec, ModelLimits
-from vpd_lens.training.data.checks import progress
 
 CHUNK_CHARACTERS = 1 << 20
 """Text per call of the tokenizer: enough to use its threads, little enough memory."""
 
 
-def bos_of(limits: ModelLimits) -> int:
+def bos_of(spec: BatchSpec) -> int:
     """The BOS token's number.
 
     Raises:
         DataError: If there is none.
     """
-    bos = getattr(limits.tokenizer, "bos_token_id", None)
+    bos = getattr(spec.tokenizer, "bos_token_id", None)
     if bos is None:
         raise DataError(
             "prepend_bos=True, but model.tokenizer has no BOS token. Pass prepend_bos=False, or "
@@ -54,8 +54,7 @@ class TextEncoder:
         Raises:
             DataError: If the model has no tokenizer, or no BOS token where one is asked for.
         """
-        limits = spec.limits
-        tokenizer = limits.tokenizer
+        tokenizer = spec.tokenizer
         if tokenizer is None:
             raise DataError(
                 "source is text, but the model has no tokenizer (model.tokenizer is None). Pass "
@@ -63,25 +62,35 @@ class TextEncoder:
             )
         wanted = spec.prepend_bos
         if wanted is None:
-            wanted = limits.default_prepend_bos and tokenizer.bos_token_id is not None
-        return cls(tokenizer, bos_of(limits) if wanted else None, tokenizer.eos_token_id)
+            default = getattr(getattr(spec.model, "cfg", None), "default_prepend_bos", True)
+            wanted = default and tokenizer.bos_token_id is not None
+        return cls(tokenizer, bos_of(spec) if wanted else None, tokenizer.eos_token_id)
 
     def encode(self, texts: Sequence[str | None]) -> np.ndarray:
         """Tokens of documents, each followed by EOS, one after the other; empty ones left out."""
-        texts = [text for text in texts if text]
+        end = [] if self.eos is None else [self.eos]
+        documents = self._ids([text for text in texts if text])
+        return np.array([token for ids in documents for token in (*ids, *end)], np.int64)
+
+    def rows(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Tokens of each text, after BOS if there is one; without EOS."""
+        begin = [] if self.bos is None else [self.bos]
+        return [np.array([*begin, *ids], np.int64) for ids in self._ids(list(texts))]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
-            return np.empty(0, np.int64)
-        # Without special tokens: TransformerLens makes many tokenizers add a BOS to each document.
+            return []
+        # Without special tokens: TransformerLens makes many tokenizers add a BOS to each document,
+        # and a text that mentions "<eos>" has no border there.
         # Not verbose: documents longer than the context are cut into rows later.
-        documents = self.tokenizer(
+        return self.tokenizer(
             texts,
             add_special_tokens=False,
+            split_special_tokens=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
-        end = [] if self.eos is None else [self.eos]
-        return np.concatenate([np.array([*ids, *end], np.int64) for ids in documents])
 
     @property
     def eos_policy(self) -> str:

@@ -1,0 +1,268 @@
+"""`Batch` and `TokenBatches`: what all data looks like, and how it stops and goes on."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, Shaped
+from torch import Tensor
+
+from vpd_lens.errors import DataError, InputError
+
+STATE_VERSION = 2
+PAD = -1
+"""Marks positions without a token in rows that are not yet a `Batch`."""
+
+
+class Batch(NamedTuple):
+    """Rows of tokens, and which of them are data.
+
+    Padding is on the right whatever it was in the source, so real tokens keep the positions that
+    they have without padding.
+
+    Attributes:
+        tokens: Int64 `[batch, pos]`; floats `[batch, ...]` for models without vocabulary.
+        real: Bool `[batch, pos]`, False at pads; None: every position is real.
+    """
+
+    tokens: Shaped[Tensor, "batch *row"]
+    real: Bool[Tensor, "batch pos"] | None = None
+
+    @classmethod
+    def of_rows(cls, rows: Int64[Tensor, "batch pos"], pad: int) -> Batch:
+        """Rows that hold `PAD` where they have no token; `pad` is put there."""
+        if not (rows == PAD).any():
+            return cls(rows)
+        return cls(torch.where(rows == PAD, pad, rows), rows != PAD)
+
+    def rows(self, index: slice) -> Batch:
+        """Some of the rows."""
+        return Batch(self.tokens[index], None if self.real is None else self.real[index])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """This batch on another device; from pinned memory the copy is asynchronous."""
+        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self))
+
+    def pinned(self) -> Batch:
+        """This batch in page-locked memory."""
+        return Batch(*(t if t is None else t.pin_memory() for t in self))
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """The arguments of `token_batches` that every kind of source shares, range-checked.
+
+    Attributes:
+        model: Whose vocabulary, context and tokenizer the data must respect, as far as it has them.
+        batch_size: Rows per batch.
+        seq_len: Tokens per row; None if the data decides.
+        seed: Seed of every random choice.
+        shuffle: Whether there are random choices at all.
+        prepend_bos: The BOS policy asked for.
+        rows: Which rows of every batch are wanted; all processes of a job count the same batches.
+        once: Whether the data ends after one pass, with its short last batch.
+        n_batches: How many batches to give; None: as many as there are.
+        version: How the order of an epoch follows from the seed. Runs of version 1 keep theirs.
+    """
+
+    model: Any
+    batch_size: int
+    seq_len: int | None = None
+    seed: int = 0
+    shuffle: bool = True
+    prepend_bos: bool | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
+    once: bool = False
+    n_batches: int | None = None
+    version: int = STATE_VERSION
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}; expected at least 1.")
+        if self.n_batches is not None and self.n_batches < 1:
+            raise InputError(f"n_batches is {self.n_batches}; expected at least 1.")
+        if self.seq_len is None:
+            return
+        if self.seq_len < 1:
+            raise InputError(f"seq_len is {self.seq_len}; expected at least 1, or None.")
+        if self.n_ctx is not None and self.seq_len > self.n_ctx:
+            raise InputError(
+                f"seq_len is {self.seq_len}, but the model's context model.cfg.n_ctx is "
+                f"{self.n_ctx}. Pass seq_len={self.n_ctx} or less, or None for the longest that "
+                "fits."
+            )
+
+    @property
+    def d_vocab(self) -> int | None:
+        """Number of tokens, if the model says so."""
+        return self._positive("d_vocab")
+
+    @property
+    def n_ctx(self) -> int | None:
+        """Longest row, if the model says so."""
+        return self._positive("n_ctx")
+
+    def _positive(self, name: str) -> int | None:
+        # TransformerLens writes -1 for "not set".
+        value = getattr(getattr(self.model, "cfg", None), name, None)
+        return int(value) if value is not None and value > 0 else None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, or None."""
+        return getattr(self.model, "tokenizer", None)
+
+    @property
+    def pad(self) -> int:
+        """What stands in `tokens` where there is none."""
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        return pad if pad is not None and pad < (self.d_vocab or pad + 1) else 0
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether batches go to a GPU, so that pinned memory makes the copy asynchronous."""
+        parameters = getattr(self.model, "parameters", lambda: iter(()))
+        first = next(iter(parameters()), None)
+        return isinstance(first, Tensor) and first.is_cuda
+
+    def length(self, row_length: int | None = None, bos: bool = False) -> int:
+        """The length of a row: as asked for, or the longest that model and data allow.
+
+        Args:
+            row_length: Tokens in a row of the data; None if the data is a stream.
+            bos: Whether one of them is a BOS that is put in front.
+
+        Raises:
+            DataError: If nothing determines the length, or the rows are too short.
+        """
+        choices = [n for n in (self.n_ctx, row_length) if n is not None]
+        if self.seq_len is None and not choices:
+            raise DataError(
+                "seq_len is None, but neither the model (model.cfg.n_ctx) nor the data says how "
+                "long a row is. Pass seq_len."
+            )
+        length = min(choices) if self.seq_len is None else self.seq_len
+        if row_length is not None and row_length < length:
+            raise DataError(
+                f"source has rows of {row_length} tokens, shorter than seq_len={length}. Pass "
+                f"seq_len={row_length} or less."
+            )
+        if length - bos < 1:
+            raise InputError(
+                f"seq_len is {length} with a BOS token in front: no room is left for data. Pass "
+                "seq_len of 2 or more, or prepend_bos=False."
+            )
+        return length
+
+    def forbid_bos(self, what: str) -> None:
+        """Refuse `prepend_bos=True` for rows that are cut already.
+
+        Raises:
+            DataError: If it is True.
+        """
+        if self.prepend_bos:
+            raise DataError(
+                f"prepend_bos=True, but source is {what}, whose rows are used as they are. Put "
+                "the BOS token into the rows, or leave prepend_bos=None."
+            )
+
+
+class TokenBatches(Iterator[Batch]):
+    """An iterator of batches that can stop, be saved as JSON, and go on in a new process.
+
+    Attributes:
+        batch_size: Rows per batch.
+        seq_len: Tokens per row; None if the source decides (iterables without `seq_len`).
+        epoch: Number of the pass over the data that the last batch belongs to, from 0.
+        description: What the data is, how much there is, and the BOS policy, for people.
+    """
+
+    def __init__(
+        self, spec: BatchSpec, seq_len: int | None, description: str, identity: dict[str, Any]
+    ) -> None:
+        self.batch_size, self.seq_len = spec.batch_size, seq_len
+        self.epoch = 0
+        self.description = description
+        self._spec = spec
+        self._left: float = math.inf if spec.n_batches is None else spec.n_batches
+        self._identity = {
+            "kind": type(self).__name__,
+            "batch_size": spec.batch_size,
+            "seq_len": seq_len,
+            "seed": spec.seed,
+            "shuffle": spec.shuffle,
+            **identity,
+        }
+
+    def __next__(self) -> Batch:
+        """The next batch on the CPU, in pinned memory if the model is on a GPU.
+
+        Of its rows, those that this process wants.
+        """
+        if not self._left:
+            raise StopIteration
+        batch = self._draw()
+        self._left -= 1
+        return batch.pinned() if self._spec.on_cuda else batch
+
+    @abstractmethod
+    def _draw(self) -> Batch:
+        """The wanted rows of the next batch. Raises StopIteration where a single pass ends."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as JSON-serialisable values.
+
+        Returns:
+            What `load_state_dict` needs to go on with exactly the batches that would come next.
+        """
+        return {"version": self._spec.version, **self._identity, "position": self._position()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position.
+
+        Args:
+            state: From `state_dict` of an object made from the same data with the same arguments.
+
+        Raises:
+            DataError: If data or arguments differ, or the source cannot be resumed.
+        """
+        unlike = [
+            f"{name} was {state.get(name)!r} and is {value!r}"
+            for name, value in self._identity.items()
+            if state.get(name) != value
+        ]
+        if unlike or "position" not in state or state.get("version") not in (1, STATE_VERSION):
+            raise DataError(
+                "state belongs to other batches than these: "
+                + ("; ".join(unlike) or "it has no position, or is of another version")
+                + ". Resume with the data and the arguments of the interrupted run."
+            )
+        self._spec = replace(self._spec, version=state["version"])
+        self._seek(state["position"])
+
+    @abstractmethod
+    def _position(self) -> dict[str, Any]:
+        """What distinguishes this moment from the start, as JSON-serialisable values."""
+
+    @abstractmethod
+    def _seek(self, position: dict[str, Any]) -> None:
+        """Go to what `_position` returned."""
+
+    def _generator(self, step: int) -> torch.Generator:
+        """The random generator of epoch or block number `step`."""
+        seed = self._spec.seed + step
+        if self._spec.version > 1:
+            # Unlike a sum, two seeds never share the order of two epochs.
+            sequence = np.random.SeedSequence([self._spec.seed % 2**64, step])
+            seed = int(sequence.generate_state(1, np.uint64)[0])
+        return torch.Generator().manual_seed(seed)
+
+    def _order(self, n: int, generator: torch.Generator) -> Int64[Tensor, " n"]:
+        """A permutation of `n` things, or their own order without `shuffle`."""
+        return torch.randperm(n, generator=generator) if self._spec.shuffle else torch.arange(n)

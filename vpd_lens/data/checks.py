@@ -1,0 +1,185 @@
+"""Are these tokens, and are they in the model's vocabulary?"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from vpd_lens.data.batches import PAD, Batch, BatchSpec
+from vpd_lens.errors import DataError
+
+CHUNK = 1 << 24
+"""Tokens checked at once: bounds the memory that a memory-mapped file takes."""
+
+
+def check_all_tokens(tokens: np.ndarray, d_vocab: int | None, lowest: int = 0) -> int:
+    """Check a whole source, in chunks, and return its checksum (CRC-32).
+
+    Args:
+        tokens: `[n_tokens]` or `[rows, pos]`, possibly memory-mapped.
+        d_vocab: Size of the vocabulary; None skips the range check.
+        lowest: The smallest value allowed; `PAD` for rows that were padded here.
+
+    Raises:
+        DataError: If these are not integers, not 1-D or 2-D, empty, or out of the vocabulary.
+    """
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise DataError(not_integers("source", str(tokens.dtype)))
+    if tokens.ndim not in (1, 2):
+        raise DataError(
+            f"source has shape {list(tokens.shape)}; expected tokens [rows, pos] or a stream "
+            "[n_tokens]. Reshape it."
+        )
+    if tokens.size == 0:
+        raise DataError(f"source has shape {list(tokens.shape)}: there are no tokens in it.")
+    rows = max(1, CHUNK // (tokens.shape[1] if tokens.ndim == 2 else 1))
+    starts = range(0, len(tokens), rows)
+    checksum = 0
+    for start in progress(starts, "Checking source", hide=len(starts) < 20):
+        chunk = np.ascontiguousarray(tokens[start : start + rows])
+        check_range(chunk, d_vocab, "source", start, lowest)
+        checksum = zlib.crc32(chunk.data, checksum)
+    return checksum
+
+
+def check_range(
+    tokens: np.ndarray, d_vocab: int | None, what: str, first: int = 0, lowest: int = 0
+) -> None:
+    """Check that all tokens, at least one, are in the vocabulary.
+
+    Args:
+        tokens: Integers.
+        d_vocab: Size of the vocabulary; None skips the check.
+        what: The data's name in messages.
+        first: Where `tokens` begins in the data, for the message.
+        lowest: The smallest value allowed.
+
+    Raises:
+        DataError: If one is not; says which and where.
+    """
+    if d_vocab is None or (int(tokens.min()) >= lowest and int(tokens.max()) < d_vocab):
+        return
+    where = np.argwhere((tokens < lowest) | (tokens >= d_vocab))[0]
+    value = int(tokens[tuple(where)])
+    where[0] += first
+    raise DataError(
+        f"{what} holds the token {value} at index {where.tolist()}; the model's vocabulary is 0 to "
+        f"{d_vocab - 1} (model.cfg.d_vocab = {d_vocab}). Was the data tokenised for another model?"
+    )
+
+
+def check_batch(given: Any, spec: BatchSpec) -> Batch:
+    """Check one batch from a user's iterable or function.
+
+    Args:
+        given: Tokens `[batch, pos]`, or anything `[batch, ...]` for a model without vocabulary: a
+            tensor, a numpy array, a `Batch`, or a mapping with `input_ids` and `attention_mask`.
+        spec: What was asked for. The number of rows is left to the caller.
+
+    Raises:
+        DataError: If it is no such batch or does not fit the model.
+    """
+    mask = None
+    if isinstance(given, Batch):
+        given, mask = given
+    elif isinstance(given, Mapping) and "input_ids" in given:
+        given, mask = given["input_ids"], given.get("attention_mask")
+    tokens = to_tensor(given) if isinstance(given, np.ndarray) else given
+    if not isinstance(tokens, Tensor):
+        raise DataError(
+            f"source gave a {type(given).__name__}; expected a token tensor [batch, pos], or a "
+            "mapping with input_ids and attention_mask. Map the iterable to its tensors, for "
+            "example (b['tokens'] for b in loader)."
+        )
+    tokens = tokens.detach().cpu()
+    integers = is_integer(tokens)
+    if spec.d_vocab is None and (not integers or tokens.ndim != 2):
+        if tokens.ndim < 2:
+            raise DataError(
+                f"source gave a batch of shape {list(tokens.shape)}; expected [batch, features]."
+            )
+        return Batch(tokens)
+    if not integers:
+        raise DataError(not_integers("a batch of source", str(tokens.dtype)))
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise DataError(
+            f"source gave a batch of shape {list(tokens.shape)}; expected tokens [batch, pos]."
+        )
+    length = tokens.shape[1]
+    if spec.seq_len is not None and length != spec.seq_len:
+        raise DataError(
+            f"source gave rows of {length} tokens; expected seq_len={spec.seq_len}. Batches are "
+            "passed through uncut: change the source, or seq_len."
+        )
+    if spec.n_ctx is not None and length > spec.n_ctx:
+        raise DataError(
+            f"source gave rows of {length} tokens, longer than the model's context "
+            f"model.cfg.n_ctx = {spec.n_ctx}. Cut them."
+        )
+    check_range(tokens.numpy(), spec.d_vocab, "a batch of source")
+    if mask is None:
+        return Batch(tokens.long())
+    real = torch.as_tensor(mask).detach().cpu().bool()
+    if real.shape != tokens.shape:
+        raise DataError(
+            f"source gave an attention mask of shape {list(real.shape)} for tokens of shape "
+            f"{list(tokens.shape)}; expected the same."
+        )
+    return Batch.of_rows(_padded_right(tokens.long(), real), spec.pad)
+
+
+def _padded_right(
+    tokens: Int64[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]
+) -> Int64[Tensor, "batch pos"]:
+    if not real.any(1).all():
+        raise DataError("source gave a row without a token: its attention mask is 0 everywhere.")
+    order = (~real).int().argsort(dim=1, stable=True)
+    return torch.where(real, tokens, PAD).gather(1, order)
+
+
+def padded_rows(rows: Iterable[np.ndarray], length: int) -> Int64[np.ndarray, "rows length"]:
+    """The first `length` tokens of each row, then `PAD`."""
+    cut = [row[:length] for row in rows]
+    if empty := [index for index, row in enumerate(cut) if not len(row)]:
+        raise DataError(f"source has no token in row {empty[0]}. Leave empty rows out.")
+    return np.stack([np.pad(row, (0, length - len(row)), constant_values=PAD) for row in cut])
+
+
+def to_tensor(array: np.ndarray) -> Tensor:
+    """An array as a tensor; integers of any width (also unsigned ones) as int64."""
+    if np.issubdtype(array.dtype, np.integer):
+        array = array.astype(np.int64)
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def checksum(tokens: Tensor) -> int:
+    """CRC-32 of a tensor's contents."""
+    return zlib.crc32(tokens.contiguous().numpy().data)
+
+
+def progress(steps: Any, title: str, hide: bool = False) -> Any:
+    """A progress bar on standard error that disappears when done."""
+    hide = hide or os.environ.get("RANK", "0") != "0"  # one bar for all processes of a job
+    return track(steps, title, transient=True, disable=hide, console=Console(stderr=True))
+
+
+def is_integer(tensor: Tensor) -> bool:
+    """Whether a tensor holds whole numbers."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def not_integers(what: str, dtype: str) -> str:
+    """The message about a dtype that cannot be tokens."""
+    return (
+        f"{what} has dtype {dtype}; expected integers (token numbers). For a toy model without "
+        "vocabulary pass an iterable or a function that gives float batches."
+    )

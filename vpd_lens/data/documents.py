@@ -1,0 +1,392 @@
+"""Hugging Face datasets: documents drawn, tokenised and packed while training goes on.
+
+Rows are made in blocks. A block is read until it has enough rows, then shuffled as a whole; what
+is left of the last document (less than a row) is carried over to the next block. So the position
+is small and exact: where the block began, what was carried into it, and how many of its rows are
+gone. Resuming reads that one block again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vpd_lens.data.arrays import token_row, with_bos
+from vpd_lens.data.batches import Batch, BatchSpec, TokenBatches
+from vpd_lens.data.checks import check_range, checksum, padded_rows
+from vpd_lens.data.text import TextEncoder
+from vpd_lens.errors import DataError
+
+READ = 256
+"""Examples read and tokenised at once."""
+
+BLOCK_ROWS = 1024
+"""Rows that are shuffled together, at least."""
+
+RowMaker = Callable[[list[dict[str, Any]], np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""(examples, tokens carried over) -> (rows `[n, seq_len]`, tokens left over)."""
+
+
+class DocumentBatches(TokenBatches):
+    """Batches from a `datasets.Dataset` or `IterableDataset`.
+
+    Args:
+        dataset: One split.
+        spec: What was asked for.
+        text_column: The column of text, if there are no tokens.
+        name: What to call the data.
+
+    Raises:
+        DataError: If columns, tokenizer or lengths do not fit.
+    """
+
+    def __init__(self, dataset: Any, spec: BatchSpec, text_column: str, name: str) -> None:
+        with readable("at its beginning"):
+            first = next(iter(dataset.with_format(None)), None)
+        if first is None:
+            raise DataError(f"source ({name}) is empty: it has no examples.")
+        column = _column(list(first), text_column, name)
+        count = len(dataset) if hasattr(dataset, "__len__") else None
+        size = "streamed documents" if count is None else f"{count} documents"
+        columns, bos = [column], None
+        if column == text_column and isinstance(first[column], str | None):
+            encoder = TextEncoder.of(spec)
+            bos = encoder.bos
+            length = spec.length(bos=bos is not None)
+            self._make_rows = _packer(encoder, spec, length - (bos is not None), column)
+            what = f"{size} of text (column {column!r}), {encoder.eos_policy}"
+        else:
+            spec.forbid_bos(f"tokenised already (column {column!r})")
+            n_tokens, what = len(token_row(first[column], column)), f"{size} of tokens"
+            if "attention_mask" in first:
+                columns.append("attention_mask")
+                length = spec.seq_len or spec.length(n_tokens)
+                what += f" (column {column!r}), padding by attention_mask"
+            else:
+                length = spec.length(n_tokens)
+                what += f" (column {column!r})"
+            self._make_rows = _cutter(spec, length, column)
+        # With the data's own order, a block need not be larger than a batch.
+        self._block_rows = BLOCK_ROWS if spec.shuffle else spec.batch_size
+        policy = "no BOS added" if bos is None else f"BOS ({bos}) before every row"
+        super().__init__(
+            spec,
+            length,
+            f"{name}: {what}, rows of {length}; {policy}",
+            {"documents": count, "column": column, "bos": bos, "block_rows": self._block_rows},
+        )
+        self._examples: _Examples = (
+            _StreamedExamples(dataset, columns)
+            if count is None
+            else _MappedExamples(dataset, columns, self._epoch_order)
+        )
+        self._bos = bos
+        self._begin({"epoch": 0, "examples": None, "carry": [], "block": 0, "rows": 0})
+
+    def _epoch_order(self, n: int, epoch: int) -> list[int]:
+        return self._order(n, self._generator(epoch)).tolist()
+
+    def _begin(self, start: dict[str, Any]) -> None:
+        """Go to the beginning of a block; it is read when the first row of it is wanted."""
+        self._examples.seek(start["epoch"], start["examples"])
+        self.epoch, self._n_block = start["epoch"], start["block"]
+        self._carry = np.array(start["carry"], np.int64)
+        self._rows_in_epoch = start["rows"]
+        self._start, self._row, self._ended = start, 0, False
+        self._block: Tensor = torch.empty(0, self.seq_len or 0, dtype=torch.long)
+
+    def _read_block(self) -> None:
+        self._start = {
+            "epoch": self.epoch,
+            "examples": self._examples.position(),
+            "carry": self._carry.tolist(),
+            "block": self._n_block,
+            "rows": self._rows_in_epoch,
+        }
+        pieces: list[np.ndarray] = [np.empty((0, self._block.shape[1]), np.int64)]
+        n_rows = 0
+        while n_rows < self._block_rows:
+            examples = self._examples.read(READ)
+            if examples:
+                rows, self._carry = self._make_rows(examples, self._carry)
+                pieces.append(rows)
+                n_rows += len(rows)
+                self._rows_in_epoch += len(rows)
+                continue
+            self._end_epoch()
+            if n_rows or self._ended:  # no row twice in a block
+                break
+        block = torch.from_numpy(np.concatenate(pieces[bool(n_rows) :]))
+        self._block, self._row = block[self._order(n_rows, self._generator(self._n_block))], 0
+        self._n_block += 1
+
+    def _end_epoch(self) -> None:
+        once = self._spec.once
+        if self._rows_in_epoch < (self.batch_size if self.epoch == 0 and not once else 1):
+            raise DataError(
+                f"source gave {self._rows_in_epoch} rows of {self.seq_len} tokens in a whole pass, "
+                f"fewer than batch_size={self.batch_size}. Pass a smaller batch_size or seq_len, "
+                "or more data; check that the documents are not empty."
+            )
+        self._ended = once
+        if not once:
+            self.epoch += 1
+            self._rows_in_epoch = 0
+            self._examples.seek(self.epoch, None)
+
+    def _draw(self) -> Batch:
+        pieces: list[Tensor] = []
+        missing = self.batch_size
+        while missing:
+            if self._row == len(self._block):
+                if self._ended:
+                    break
+                self._read_block()
+            rows = self._block[self._row : self._row + missing]
+            pieces.append(rows)
+            self._row += len(rows)
+            missing -= len(rows)
+        if missing == self.batch_size:
+            raise StopIteration
+        rows = torch.cat(pieces)
+        if self._bos is not None:
+            rows = with_bos(rows, self._bos)
+        return Batch.of_rows(rows, self._spec.pad).rows(self._spec.rows)
+
+    def _position(self) -> dict[str, Any]:
+        return {"start": self._start, "row": self._row, "crc32": checksum(self._block)}
+
+    def _seek(self, position: dict[str, Any]) -> None:
+        self._begin(position["start"])
+        if position["row"]:
+            self._read_block()
+            if checksum(self._block) != position["crc32"]:
+                raise DataError(
+                    "source gave other documents than before the interruption, so the run cannot "
+                    "go on with the same batches. Has the data changed, or was the dataset "
+                    "shuffled without a seed?"
+                )
+            self._row = position["row"]
+
+
+# ------------------------------------------------------------- from examples to rows
+
+
+def _column(columns: list[str], text_column: str, name: str) -> str:
+    for column in ("tokens", "input_ids", text_column):
+        if column in columns:
+            return column
+    raise DataError(
+        f"source ({name}) has the columns {columns}; expected 'tokens' or 'input_ids', or the text "
+        f"column {text_column!r}. Name the column of text with text_column=."
+    )
+
+
+def _packer(encoder: TextEncoder, spec: BatchSpec, window: int, column: str) -> RowMaker:
+    def pack(examples: list[dict[str, Any]], carry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        texts = [example[column] for example in examples]
+        for text in texts:
+            if text is not None and not isinstance(text, str):
+                raise DataError(
+                    f"source has a {type(text).__name__} in the column {column!r}; expected text."
+                )
+        stream = np.concatenate([carry, encoder.encode(texts)])
+        if len(stream):
+            check_range(stream, spec.d_vocab, "a document of source")
+        used = len(stream) // window * window
+        return stream[:used].reshape(-1, window), stream[used:]
+
+    return pack
+
+
+def _cutter(spec: BatchSpec, length: int, column: str) -> RowMaker:
+    def cut(examples: list[dict[str, Any]], carry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows = [token_row(example[column], column) for example in examples]
+        if "attention_mask" in examples[0]:
+            masks = [np.asarray(example["attention_mask"], bool) for example in examples]
+            rows = [row[mask] for row, mask in zip(rows, masks, strict=True)]
+        elif (shortest := min(map(len, rows))) < length:
+            raise DataError(
+                f"source has a row of {shortest} tokens in the column {column!r}, shorter than "
+                f"seq_len={length}. Pass seq_len={shortest} or less, add a column attention_mask "
+                "(short rows are padded then), or give the text instead, which is packed into "
+                "full rows."
+            )
+        check_range(np.concatenate(rows), spec.d_vocab, "a document of source")
+        return padded_rows(rows, length), carry
+
+    return cut
+
+
+# --------------------------------------------------------- examples in a definite order
+
+
+class _Examples(Protocol):
+    """The wanted columns of a dataset, epoch after epoch, from any position."""
+
+    def seek(self, epoch: int, position: Any) -> None:
+        """Go to a position in an epoch; None is its beginning."""
+
+    def read(self, n: int) -> list[dict[str, Any]]:
+        """Up to `n` more examples; none at the end of the epoch."""
+        ...
+
+    def position(self) -> Any:
+        """What `seek` needs to read on from here, JSON-serialisable."""
+
+
+@contextmanager
+def readable(where: str) -> Iterator[None]:
+    """Turn what goes wrong in reading a dataset into a `DataError` that says where."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(
+            f"source, a Hugging Face dataset, cannot be read {where}: {error}. Are all its files "
+            "complete, and is the network up?"
+        ) from error
+
+
+class _MappedExamples:
+    """A `datasets.Dataset`: random access, so every epoch is a new permutation."""
+
+    def __init__(
+        self, dataset: Any, columns: list[str], order: Callable[[int, int], list[int]]
+    ) -> None:
+        self._dataset = dataset.with_format(None).select_columns(columns)
+        self._order = order
+
+    def seek(self, epoch: int, position: int | None) -> None:
+        self._indices = self._order(len(self._dataset), epoch)
+        self._next = position or 0
+
+    def read(self, n: int) -> list[dict[str, Any]]:
+        indices = self._indices[self._next : self._next + n]
+        self._next += len(indices)
+        if not indices:
+            return []
+        with readable(f"at the examples {indices[:3]}..."):
+            values = self._dataset[indices]
+        return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+
+    def position(self) -> int:
+        return self._next
+
+
+class _StreamedExamples:
+    """A `datasets.IterableDataset`, in its own order.
+
+    Its own position is exact unless it was shuffled: a shuffle buffer is not part of it. Then the
+    position is a count, and resuming draws that many examples again.
+    """
+
+    def __init__(self, dataset: Any, columns: list[str]) -> None:
+        self._dataset, self._columns = dataset, columns
+        self._has_position = hasattr(dataset, "state_dict") and not _is_shuffled(
+            getattr(dataset, "_ex_iterable", None)
+        )
+
+    def seek(self, epoch: int, position: dict[str, Any] | None) -> None:
+        position = position or {"count": 0, "dataset": None}
+        # A new object each time: a loaded position would be where every later epoch begins.
+        self._current = self._dataset.with_format(None)
+        self._current.set_epoch(epoch)
+        skip = position["count"]
+        if position["dataset"] is not None:
+            self._current.load_state_dict(position["dataset"])
+            skip = 0
+        self._iterator: Iterator[dict[str, Any]] = islice(iter(self._current), skip, None)
+        self._start, self._n_read = position, 0
+
+    def read(self, n: int) -> list[dict[str, Any]]:
+        with readable(f"after {self._start['count'] + self._n_read} examples"):
+            examples = [
+                {name: example[name] for name in self._columns}
+                for example in islice(self._iterator, n)
+            ]
+        self._n_read += len(examples)
+        return examples
+
+    def position(self) -> dict[str, Any]:
+        if not self._n_read:  # the library takes over a loaded position at the first example only
+            return self._start
+        state = self._current.state_dict() if self._has_position else None
+        return {"count": self._start["count"] + self._n_read, "dataset": state}
+
+
+def _is_shuffled(iterable: Any) -> bool:
+    """Whether a shuffle buffer is anywhere in the chain that makes up an IterableDataset."""
+    if iterable is None:
+        return False
+    inner = [getattr(iterable, "ex_iterable", None), *getattr(iterable, "ex_iterables", [])]
+    return "Shuffled" in type(iterable).__name__ or any(map(_is_shuffled, inner))
+
+
+# ------------------------------------------------------------------ finding a dataset
+
+
+def is_dataset(source: Any) -> bool:
+    """Whether this is one split of a Hugging Face dataset, without importing the library."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(source, datasets.Dataset | datasets.IterableDataset)
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `save_to_disk` wrote this directory."""
+    one_split = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    return one_split or (path / "dataset_dict.json").is_file()
+
+
+def load_saved(path: Path, split: str | None = None) -> Any:
+    """A dataset written by `save_to_disk`, memory-mapped.
+
+    Raises:
+        DataError: If it cannot be read, or has splits and none of them is chosen.
+    """
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"The saved dataset {path} cannot be read: {error}") from error
+    if not isinstance(dataset, datasets.DatasetDict):
+        return dataset
+    if split not in dataset:
+        raise DataError(
+            f"The saved dataset {path} has the splits {list(dataset)}; expected one data set. "
+            f"Choose one with 'hf:{path}:SPLIT'."
+        )
+    return dataset[split]
+
+
+def load_hf(source: str) -> Any:
+    """Load `"hf:NAME"` or `"hf:NAME:split"`, streaming; NAME may be a local directory.
+
+    Raises:
+        DataError: If there is no such dataset or split.
+    """
+    import datasets
+
+    name, split = source.removeprefix("hf:"), "train"
+    if ":" in name and not Path(name).exists():
+        name, split = name.rsplit(":", 1)
+    if is_saved_dataset(Path(name)):
+        return load_saved(Path(name), split)
+    try:
+        return datasets.load_dataset(name, split=split, streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"source is {source!r}, but datasets.load_dataset({name!r}, split={split!r}) failed: "
+            f"{error}. Check name, split ('hf:NAME:SPLIT') and network; for other options load it "
+            "yourself and pass the dataset."
+        ) from error
