@@ -190,7 +190,7 @@ def test_leaving_out_any_kind_of_source_breaks_completeness() -> None:
 
 
 def test_targets_are_linear_in_each_other() -> None:
-    from vpd_lens.analysis.attribution import Direction, LogitDifference, Token
+    from vpd_lens.analysis.circuits import Direction, LogitDifference, Token
     from vpd_lens.sites import find_sites
 
     model = attached()
@@ -212,7 +212,7 @@ def test_targets_are_linear_in_each_other() -> None:
 
 
 def test_targets_that_look_alike_stay_apart() -> None:
-    from vpd_lens.analysis.attribution import Direction
+    from vpd_lens.analysis.circuits import Direction
 
     model = attached()
     vectors = torch.randn(2, 16, generator=torch.Generator().manual_seed(2))
@@ -228,7 +228,7 @@ def test_targets_that_look_alike_stay_apart() -> None:
 
 
 def test_named_targets_count_alike_and_likely_ones_by_probability() -> None:
-    from vpd_lens.analysis.attribution import TopTokens
+    from vpd_lens.analysis.circuits import TopTokens
 
     model = attached()
     graph = traced(model, (3, 7))
@@ -274,7 +274,7 @@ def test_the_limit_is_an_upper_bound() -> None:
 
 
 def test_a_direction_in_the_middle_sees_only_what_lies_before() -> None:
-    from vpd_lens.analysis.attribution import Direction
+    from vpd_lens.analysis.circuits import Direction
 
     model = attached()
     vector = torch.randn(16, generator=torch.Generator().manual_seed(2))
@@ -328,7 +328,7 @@ def test_only_attention_reaches_across_positions() -> None:
 
 
 def test_outputs_at_many_positions_are_traced_as_if_alone() -> None:
-    from vpd_lens.analysis.attribution import Token
+    from vpd_lens.analysis.circuits import Token
 
     model = attached(r"mlp|attn|unembed")
     targets = [Token(3, 1), Token(7, 4), Token(9, 4)]
@@ -343,7 +343,7 @@ def test_outputs_at_many_positions_are_traced_as_if_alone() -> None:
 
 
 def test_default_targets_hold_the_mass() -> None:
-    from vpd_lens.analysis.attribution import TopTokens
+    from vpd_lens.analysis.circuits import TopTokens
 
     model = attached()
     p, order = model(PROMPT[None])[0, -1].softmax(-1).sort(descending=True)
@@ -400,9 +400,8 @@ def test_pruning_by_influence_keeps_paths() -> None:
 
 
 def test_influence_of_a_chain_by_hand() -> None:
-    from vpd_lens.analysis.attribution.edges import Edges
-    from vpd_lens.analysis.attribution.influence import influence, scores
-    from vpd_lens.analysis.attribution.nodes import KINDS, Nodes
+    from vpd_lens.analysis.circuits.influence import influence, scores
+    from vpd_lens.analysis.circuits.tables import KINDS, Edges, Nodes
 
     # embed -> a -> output, error -> a, embed -> output; shares 3/4, 1/4 into a; 1/5, 4/5 out.
     kinds = ["embedding", "error", "subcomponent", "output"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import vpd_lens
 from tests.conftest import tiny_bridge
-from vpd_lens.analysis.attribution import Token
-from vpd_lens.analysis.attribution.cut_forward import CutForward
+from vpd_lens.analysis.circuits import Token
+from vpd_lens.analysis.circuits.cut_forward import CutForward
 from vpd_lens.analysis.dataset_attribution import DatasetAttributions, dataset_attributions
 from vpd_lens.analysis.dataset_attribution.batch import Directions
 from vpd_lens.analysis.dataset_attribution.choose import choose_routes

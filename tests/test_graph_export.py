@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import jsonschema
@@ -11,20 +12,19 @@ import torch
 from rich.console import Console
 
 from tests.conftest import tiny_bridge
-from vpd_lens.analysis.attribution import neuronpedia
-from vpd_lens.analysis.attribution.attribute import attribute
-from vpd_lens.analysis.attribution.circuit_tracer import to_circuit_tracer
-from vpd_lens.analysis.attribution.edges import Edges
-from vpd_lens.analysis.attribution.export import to_networkx
-from vpd_lens.analysis.attribution.graph import AttributionGraph
-from vpd_lens.analysis.attribution.graph_numbering import cantor_pair, numbering
-from vpd_lens.analysis.attribution.neuronpedia import to_neuronpedia
-from vpd_lens.analysis.attribution.nodes import KINDS, Nodes
-from vpd_lens.analysis.attribution.pairs_record import AttentionPair
-from vpd_lens.analysis.attribution.summary import html, summary
-from vpd_lens.analysis.targets import Direction, LogitDifference, Output, TopTokens
+from vpd_lens.analysis.circuits.attention import AttentionPair
+from vpd_lens.analysis.circuits.attribute import attribute
+from vpd_lens.analysis.circuits.graph import AttributionGraph
+from vpd_lens.analysis.circuits.summary import summary, summary_html
+from vpd_lens.analysis.circuits.tables import KINDS, Edges, Nodes
+from vpd_lens.analysis.circuits.targets import Direction, LogitDifference, Output, TopTokens
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.errors import ArtefactError, InputError
+from vpd_lens.interop import neuronpedia
+from vpd_lens.interop.circuit_tracer import to_circuit_tracer
+from vpd_lens.interop.graph_json import cantor_pair, numbering
+from vpd_lens.interop.networkx import to_networkx
+from vpd_lens.interop.neuronpedia import to_neuronpedia
 
 DATA = Path(__file__).parent / "data"
 GRAPH_SCHEMA = json.loads((DATA / "neuronpedia_graph-schema.json").read_text())
@@ -111,18 +111,27 @@ def read(path):
     return json.loads(Path(path).read_text())
 
 
+def parts(value):
+    """A graph as nested plain values and tensors, every field of every dataclass in it."""
+    if is_dataclass(value):
+        return {f.name: parts(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, tuple) and value and is_dataclass(value[0]):
+        return dict(enumerate(map(parts, value)))
+    return value
+
+
 def same(a, b):
-    assert (a.tokens, a.strings, a.settings) == (b.tokens, b.strings, b.settings)
-    assert a.nodes.places == b.nodes.places
-    for table, columns in (("nodes", Nodes.columns()), ("edges", Edges.__annotations__)):
-        for name in columns:
-            one, other = getattr(getattr(a, table), name), getattr(getattr(b, table), name)
-            assert one.dtype == other.dtype
-            assert torch.equal(one, other)
-    for one, other in zip(a.outputs, b.outputs, strict=True):
-        assert torch.equal(one.vector, other.vector)
-        fields = ("name", "position", "bias", "tokens", "layer", "probability")
-        assert [getattr(one, f) for f in fields] == [getattr(other, f) for f in fields]
+    a, b = (parts(value) if is_dataclass(value) else value for value in (a, b))
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            same(a[key], b[key])
+    else:
+        assert a == b
 
 
 # ------------------------------------------------------------------------- saving
@@ -140,7 +149,7 @@ def test_a_graph_without_edges_is_saved(graph, tmp_path):
 
 
 def test_the_circuit_is_saved(graph, tmp_path):
-    from vpd_lens.analysis.pruning import CircuitReport
+    from vpd_lens.analysis.circuits import CircuitReport
 
     p = {"ci": (0.1, 0.7)}
     graph.circuit = CircuitReport(
@@ -555,7 +564,7 @@ def test_pairs_of_unknown_nodes_are_refused(graph, tmp_path):
 
 
 def printed(graph):
-    console = Console(width=160, force_terminal=False)
+    console = Console(width=80, force_terminal=False)
     with console.capture() as capture:
         console.print(summary(graph))
     return capture.get()
@@ -581,14 +590,27 @@ def test_the_summary_says_what_is_in_the_graph(graph, real_graph):
 def test_an_empty_graph_has_a_summary(graph):
     empty = graph.filtered(torch.zeros(graph.n_nodes, dtype=torch.bool))
     assert "Outputs" in printed(empty)
-    assert "Outputs" in html(empty)
+    assert "Outputs" in summary_html(empty)
 
 
 def test_html_is_escaped_and_takes_the_page_s_colours(graph):
-    text = html(graph)
+    text = summary_html(graph)
     assert "&lt;b&gt;" in text
     assert "<b>" not in text
     assert "http" not in text
     assert not re.search(r"#[0-9a-f]{3}|:(white|black)\b", text)
     assert f"{graph.n_edges:,}" in text
-    assert text.count("<table") == text.count("</table>") == 4
+
+
+def test_names_are_whole_at_80_columns(graph):
+    for name in ("blocks.11.mlp.gate", "blocks.11.attn.o"):
+        graph.nodes.places = tuple(
+            place.replace("blocks.1.mlp.out", name) for place in graph.nodes.places
+        )
+    text = printed(graph)
+    assert max(map(len, text.splitlines())) <= 80
+    inner = graph.influence().nodes.masked_fill(graph.nodes.of_kind("output"), -1)
+    for node in inner.argsort(descending=True)[:10].tolist():
+        assert graph.nodes.name(node) in text
+        for source, _ in graph.incoming(node, top=1):
+            assert f"<- {source} " in text

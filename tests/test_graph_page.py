@@ -11,10 +11,9 @@ from playwright.sync_api import Error, expect
 
 import tests.browser
 from tests.browser import browser, open_file  # noqa: F401
-from vpd_lens.analysis.attribution.edges import Edges
-from vpd_lens.analysis.attribution.graph import AttributionGraph
-from vpd_lens.analysis.attribution.nodes import KINDS, Nodes
-from vpd_lens.analysis.targets import Output
+from vpd_lens.analysis.circuits.graph import AttributionGraph
+from vpd_lens.analysis.circuits.tables import KINDS, Edges, Nodes
+from vpd_lens.analysis.circuits.targets import Output
 from vpd_lens.errors import ArtefactError
 from vpd_lens.viz import graph_page
 
@@ -99,7 +98,7 @@ def graph():
 
 @pytest.fixture
 def opened(graph, tmp_path, open_file):  # noqa: F811
-    return open_file(graph_page.write(graph, tmp_path / "graph.html"))
+    return open_file(graph_page.to_html(graph, tmp_path / "graph.html"))
 
 
 def node(opened, name):
@@ -143,7 +142,7 @@ def test_payload_is_columns_of_what_the_graph_holds(graph):
 def test_a_harvest_of_another_decomposition_is_refused(graph, tmp_path):
     foreign = replace(graph, settings={**graph.settings, "decomposition": "another"})
     with pytest.raises(ArtefactError, match="another decomposition"):
-        graph_page.write(foreign, tmp_path / "graph.html", Harvest())
+        graph_page.to_html(foreign, tmp_path / "graph.html", Harvest())
     assert not list(tmp_path.iterdir())
 
 
@@ -170,7 +169,7 @@ def test_only_the_strongest_of_very_many_edges_are_kept(
     strongest = graph.edges.weight.abs().sort(descending=True).values[:40]
     weights = graph_page.payload(graph)["edges"]["weight"]
     assert [abs(weight) for weight in weights] == pytest.approx(strongest.tolist(), rel=1e-3)
-    opened = open_file(graph_page.write(graph, tmp_path / "graph.html"))
+    opened = open_file(graph_page.to_html(graph, tmp_path / "graph.html"))
     assert "150 edges; this page holds the strongest 40" in opened.page.inner_text("#top")
 
 
@@ -201,14 +200,14 @@ def edge_names(graph):
 
 
 def test_gradient_edges_come_with_a_warning(tmp_path, open_file):  # noqa: F811
-    path = graph_page.write(random_graph(frozen=False), tmp_path / "graph.html", title="<b>&")
+    path = graph_page.to_html(random_graph(frozen=False), tmp_path / "graph.html", title="<b>&")
     opened = open_file(path)
     assert "need not add up" in opened.page.inner_text("#top")
     assert opened.page.inner_text("h1") == "<b>&"
 
 
 def test_hostile_tokens_stay_text(graph, tmp_path, open_file):  # noqa: F811
-    path = graph_page.write(graph, tmp_path / "graph.html", Harvest())
+    path = graph_page.to_html(graph, tmp_path / "graph.html", Harvest())
     opened = open_file(path)
     page = opened.page
     with_card = next(n for n in graph.nodes.names() if ":4@" in n)
@@ -324,7 +323,7 @@ def test_what_is_left_over_is_behind_one_toggle(opened, graph):
 
 def test_about_the_300_strongest_edges_are_drawn_at_first(tmp_path, open_file):  # noqa: F811
     graph = random_graph(100, 1500)
-    opened = open_file(graph_page.write(graph, tmp_path / "graph.html"))
+    opened = open_file(graph_page.to_html(graph, tmp_path / "graph.html"))
     assert 295 <= len(opened.state("visibleEdges")) <= 305
 
 
@@ -405,7 +404,7 @@ def test_groups_leave_and_come_back_as_a_file(opened, graph, tmp_path):
 
 
 def test_search_finds_names_tokens_and_examples(graph, tmp_path, open_file):  # noqa: F811
-    opened = open_file(graph_page.write(graph, tmp_path / "graph.html", Harvest()))
+    opened = open_file(graph_page.to_html(graph, tmp_path / "graph.html", Harvest()))
     page, names = opened.page, graph.nodes.names()
     page.keyboard.press("/")
     page.keyboard.type("mlp.out:")
@@ -464,7 +463,7 @@ def test_light_and_dark_follow_the_system_until_switched(
     open_file,  # noqa: F811
     system,
 ):
-    opened = open_file(graph_page.write(graph, tmp_path / "graph.html"), color_scheme=system)
+    opened = open_file(graph_page.to_html(graph, tmp_path / "graph.html"), color_scheme=system)
     page = opened.page
 
     def is_dark():
@@ -503,7 +502,7 @@ def test_large_graphs_respond(
     seconds,
 ):
     graph = random_graph(n_subcomponents, n_edges, n_layers, n_tokens)
-    path = graph_page.write(graph, tmp_path / "graph.html")
+    path = graph_page.to_html(graph, tmp_path / "graph.html")
     began = time.perf_counter()
     opened = open_file(path)
     name = busiest(opened)

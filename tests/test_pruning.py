@@ -49,7 +49,7 @@ def test_prompts_pruned_together_are_pruned_as_if_alone(model: nn.Module) -> Non
 
 
 def test_nothing_counts_after_the_position(model: nn.Module) -> None:
-    from vpd_lens.analysis.targets import Token
+    from vpd_lens.analysis.circuits.targets import Token
 
     circuit = found(model, LONG, Token(4, position=2), method="ci")
     assert bool((circuit.of_prompt()[3:] == 0).all())
@@ -66,27 +66,29 @@ def test_a_higher_price_leaves_fewer_nodes(model: nn.Module, method: str) -> Non
 def test_objectives_against_torch(model: nn.Module) -> None:
     import torch.nn.functional as F
 
-    from vpd_lens.analysis.pruning.behaviour import behaviour_of
-    from vpd_lens.analysis.targets import LogitDifference
+    from vpd_lens.analysis.circuits.behaviour import behaviour_of
+    from vpd_lens.analysis.circuits.targets import LogitDifference
 
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 6, 29, generator=generator)
     behaviour = behaviour_of(model, [LONG, SHORT], 4, "ce")
-    here = torch.stack([logits[0, 5], logits[1, 2]])
+    here = behaviour.at_position(logits)[:, 0]
+    assert torch.equal(here, torch.stack([logits[0, 5], logits[1, 2]]))
     clean = torch.randn(2, 29, generator=generator)
     wanted = F.cross_entropy(here, torch.tensor([4, 4]), reduction="none")
-    torch.testing.assert_close(behaviour.loss(logits, clean, "ce"), wanted)
+    torch.testing.assert_close(behaviour.loss(here, clean, "ce"), wanted)
     kl = F.kl_div(here.log_softmax(-1), clean.log_softmax(-1), log_target=True, reduction="none")
-    torch.testing.assert_close(behaviour.loss(logits, clean, "kl"), kl.sum(-1))
-    torch.testing.assert_close(behaviour.probability(logits), here.softmax(-1)[:, 4])
+    torch.testing.assert_close(behaviour.loss(here, clean, "kl"), kl.sum(-1))
+    torch.testing.assert_close(behaviour.probability(here), here.softmax(-1)[:, 4])
     pair = behaviour_of(model, [LONG, SHORT], LogitDifference(4, 9), "logit_difference")
     drop = (clean[:, 4] - clean[:, 9]) - (here[:, 4] - here[:, 9])
-    torch.testing.assert_close(pair.loss(logits, clean, "logit_difference"), drop.clamp(min=0))
+    torch.testing.assert_close(pair.distance(here, clean, "logit_difference"), drop)
+    torch.testing.assert_close(pair.loss(here, clean, "logit_difference"), drop.clamp(min=0))
 
 
 def test_the_adversary_moves_what_it_may_and_finds_the_corner() -> None:
     """A linear loss has its maximum at 1 where the gradient is positive, and at 0 elsewhere."""
-    from vpd_lens.analysis.pruning.attack import attack
+    from vpd_lens.analysis.circuits.report import attack
     from vpd_lens.decomposition.masks import Sources
 
     generator = torch.Generator().manual_seed(3)
@@ -151,7 +153,7 @@ def test_a_pruned_graph_has_the_nodes_of_its_circuit(model: nn.Module, tmp_path:
 
 def test_the_graph_of_any_prompt_of_a_circuit_explains_its_behaviour(model: nn.Module) -> None:
     import vpd_lens
-    from vpd_lens.analysis.targets import Token
+    from vpd_lens.analysis.circuits.targets import Token
 
     circuit = found(model, [LONG, SHORT], [Token(4, 3), Token(6)], method="ci")
     for row, (prompt, position, token) in enumerate([(LONG, 3, 4), (SHORT, 2, 6)]):
@@ -167,26 +169,12 @@ def test_more_steps_never_look_safer(model: nn.Module) -> None:
         assert curve == sorted(curve, reverse=True)
 
 
-def test_a_logit_difference_needs_no_settings(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vpd_lens import prune
-    from vpd_lens.analysis.pruning import optimise
-    from vpd_lens.analysis.targets import LogitDifference
+def test_a_logit_difference_needs_no_settings() -> None:
+    from vpd_lens import PruneConfig
+    from vpd_lens.analysis.circuits import LogitDifference
 
-    seen = {}
-
-    class Stop(Exception):
-        pass
-
-    def search(vpd: Any, behaviour: Any, config: Any) -> None:
-        seen["objective"] = config.objective
-        raise Stop
-
-    monkeypatch.setattr(optimise, "_Search", search)
-    with pytest.raises(Stop):
-        prune(model, LONG, LogitDifference(4, 9), progress=False)
-    assert seen == {"objective": "logit_difference"}
+    assert PruneConfig.of_target(LogitDifference(4, 9)).objective == "logit_difference"
+    assert PruneConfig.of_target(4) == PruneConfig.of_target(None) == PruneConfig()
 
 
 @pytest.mark.parametrize(

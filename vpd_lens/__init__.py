@@ -20,11 +20,19 @@ if os.environ.get("VPD_LENS_TYPECHECK") == "1":
     install_import_hook("vpd_lens", "beartype.beartype")
 
 if TYPE_CHECKING:
-    from vpd_lens.analysis.attribution import AttributionGraph, attribute
+    from vpd_lens.analysis.circuits import (
+        Ablate,
+        AttributionGraph,
+        Patch,
+        PruneConfig,
+        Scale,
+        attribute,
+        edited,
+        intervene,
+        prune,
+    )
     from vpd_lens.analysis.dataset_attribution import DatasetAttributions, dataset_attributions
     from vpd_lens.analysis.harvest import Harvest, harvest
-    from vpd_lens.analysis.interventions import Ablate, Patch, Scale, edited, intervene
-    from vpd_lens.analysis.pruning import PruneConfig, prune
     from vpd_lens.config import CausalImportanceConfig, VPDConfig
     from vpd_lens.decomposing import decompose
     from vpd_lens.decomposition import Decomposition, Masks
@@ -37,28 +45,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Ablate": "vpd_lens.analysis.interventions",
-    "AttributionGraph": "vpd_lens.analysis.attribution",
+    "Ablate": "vpd_lens.analysis.circuits",
+    "AttributionGraph": "vpd_lens.analysis.circuits",
     "CausalImportanceConfig": "vpd_lens.config",
     "DatasetAttributions": "vpd_lens.analysis.dataset_attribution",
     "Decomposition": "vpd_lens.decomposition",
     "EvalReport": "vpd_lens.evaluation",
     "Harvest": "vpd_lens.analysis.harvest",
     "Masks": "vpd_lens.decomposition",
-    "Patch": "vpd_lens.analysis.interventions",
-    "PruneConfig": "vpd_lens.analysis.pruning",
-    "Scale": "vpd_lens.analysis.interventions",
+    "Patch": "vpd_lens.analysis.circuits",
+    "PruneConfig": "vpd_lens.analysis.circuits",
+    "Scale": "vpd_lens.analysis.circuits",
     "Site": "vpd_lens.sites",
     "VPDConfig": "vpd_lens.config",
-    "attribute": "vpd_lens.analysis.attribution",
+    "attribute": "vpd_lens.analysis.circuits",
     "dataset_attributions": "vpd_lens.analysis.dataset_attribution",
     "decompose": "vpd_lens.decomposing",
-    "edited": "vpd_lens.analysis.interventions",
+    "edited": "vpd_lens.analysis.circuits",
     "evaluate": "vpd_lens.evaluation",
     "harvest": "vpd_lens.analysis.harvest",
-    "intervene": "vpd_lens.analysis.interventions",
+    "intervene": "vpd_lens.analysis.circuits",
     "load": "vpd_lens.decomposition.saving",
-    "prune": "vpd_lens.analysis.pruning",
+    "prune": "vpd_lens.analysis.circuits",
     "remove": "vpd_lens.decomposition.attach",
     "train": "vpd_lens.training",
 }

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:this decomposition is untrained"
 def test_pairs_deltas_and_biases_add_up_to_the_score(
     build: Callable[..., nn.Module], case: str
 ) -> None:
-    from vpd_lens.analysis.attribution.attention_pairs import AttentionScores
+    from vpd_lens.analysis.circuits.attention import AttentionScores
     from vpd_lens.decomposition.attach import attach
 
     model = attach(build(case), n_subcomponents=5)
@@ -51,7 +51,7 @@ def test_pairs_deltas_and_biases_add_up_to_the_score(
 
 def test_a_graphs_pairs_are_nodes_of_it(build: Callable[..., nn.Module]) -> None:
     import vpd_lens
-    from vpd_lens.analysis.attribution.attention_pairs import attention_pairs
+    from vpd_lens.analysis.circuits.attention import attention_pairs
     from vpd_lens.decomposition.attach import attach
 
     model = attach(build("bridge-gpt2-default"), n_subcomponents=5)
@@ -67,7 +67,7 @@ def test_a_graphs_pairs_are_nodes_of_it(build: Callable[..., nn.Module]) -> None
 
 
 def test_a_model_that_hides_its_scores_is_refused(build: Callable[..., nn.Module]) -> None:
-    from vpd_lens.analysis.attribution.attention_pairs import AttentionScores
+    from vpd_lens.analysis.circuits.attention import AttentionScores
     from vpd_lens.decomposition.attach import attach
     from vpd_lens.errors import VPDError
 

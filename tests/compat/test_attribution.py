@@ -23,7 +23,7 @@ def attached(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) ->
 
 
 def traced(model: nn.Module, **settings: object) -> object:
-    from vpd_lens.analysis.attribution import attribute
+    from vpd_lens.analysis.circuits import attribute
 
     generator = torch.Generator().manual_seed(0)
     prompt = tokens(1)[0]

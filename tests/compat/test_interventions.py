@@ -138,7 +138,7 @@ def test_edits_take_effect_in_their_order(model: nn.Module) -> None:
 
 def test_a_cut_graph_is_judged_where_it_ends(model: nn.Module) -> None:
     import vpd_lens
-    from vpd_lens.analysis.targets import Token
+    from vpd_lens.analysis.circuits.targets import Token
     from vpd_lens.errors import InputError
 
     g = torch.rand(6, model.vpd.layout.total, generator=torch.Generator().manual_seed(0))

@@ -63,7 +63,7 @@ def graph_command(
         from rich import print as rich_print
 
         import vpd_lens
-        from vpd_lens.analysis.attribution import Token, TopTokens
+        from vpd_lens.analysis.circuits import Token, TopTokens
         from vpd_lens.analysis.harvest import Harvest
         from vpd_lens.decomposition.saving import load
         from vpd_lens.models import load_model

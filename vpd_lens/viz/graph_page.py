@@ -9,17 +9,18 @@ import re
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from markupsafe import Markup
 
-from vpd_lens.analysis.attribution.edges import Edges
-from vpd_lens.analysis.attribution.feature_files import Cards
-from vpd_lens.analysis.attribution.graph import AttributionGraph
-from vpd_lens.analysis.attribution.nodes import KINDS
+from vpd_lens.analysis.circuits.tables import KINDS, Edges
 from vpd_lens.evaluation.html import render_template
 from vpd_lens.files import write_text_atomically
+
+if TYPE_CHECKING:
+    from vpd_lens.analysis.circuits.graph import AttributionGraph
+    from vpd_lens.interop.circuit_tracer import Cards
 
 # More than a browser filters between two frames, and a few megabytes of page.
 MAX_EDGES = 60_000
@@ -42,7 +43,7 @@ SCRIPTS = (
 )
 
 
-def write(
+def to_html(
     graph: AttributionGraph,
     path: str | Path,
     harvest: Cards | None = None,

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vpd_lens.analysis.circuits.targets import decomposition_of
 from vpd_lens.analysis.dataset_attribution.engine import Engine
 from vpd_lens.analysis.dataset_attribution.passes import (
     Indices,
@@ -25,7 +26,6 @@ from vpd_lens.analysis.dataset_attribution.passes import (
     one_pass,
 )
 from vpd_lens.analysis.dataset_attribution.result import OUTPUT, DatasetAttributions, Settings
-from vpd_lens.analysis.prompts import decomposition_of
 from vpd_lens.data import token_batches
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.errors import ArtefactError, ConfigError, InputError

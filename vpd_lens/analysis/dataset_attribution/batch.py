@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vpd_lens.analysis.attribution.cut_forward import EMBEDDING, Cut, CutForward
+from vpd_lens.analysis.circuits.cut_forward import EMBEDDING, Cut, CutForward
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.sigmoids import lower_leaky
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vpd_lens.analysis.attribution.cut_forward import EMBEDDING, CutForward
+from vpd_lens.analysis.circuits.cut_forward import EMBEDDING, CutForward
 from vpd_lens.analysis.dataset_attribution.batch import Alive, Batch, Directions, observe
 from vpd_lens.analysis.dataset_attribution.routes import (
     Backward,

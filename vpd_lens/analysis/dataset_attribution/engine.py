@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vpd_lens.analysis.attribution.cut_forward import CutForward
+from vpd_lens.analysis.circuits.cut_forward import CutForward
 from vpd_lens.analysis.dataset_attribution.batch import Batch, Directions, observe
 from vpd_lens.analysis.dataset_attribution.choose import choose_routes
 from vpd_lens.analysis.dataset_attribution.result import OUTPUT, DatasetAttributions, Settings

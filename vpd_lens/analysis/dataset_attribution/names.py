@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vpd_lens.analysis.attribution.cut_forward import EMBEDDING
+from vpd_lens.analysis.circuits.cut_forward import EMBEDDING
 from vpd_lens.errors import InputError
 
 

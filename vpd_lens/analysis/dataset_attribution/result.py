@@ -12,7 +12,7 @@ from jaxtyping import Float, Float64, Int
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from vpd_lens.analysis.attribution.cut_forward import EMBEDDING
+from vpd_lens.analysis.circuits.cut_forward import EMBEDDING
 from vpd_lens.analysis.dataset_attribution.names import Node, find_node
 from vpd_lens.analysis.dataset_attribution.ranking import Sign, ranked
 from vpd_lens.decomposition import Decomposition

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vpd_lens.analysis.attribution.cut_forward import EMBEDDING
-from vpd_lens.analysis.attribution.frozen import LinearNorm
+from vpd_lens.analysis.circuits.cut_forward import EMBEDDING
+from vpd_lens.analysis.circuits.linear import LinearNorm
 from vpd_lens.analysis.dataset_attribution.batch import Batch
 
 # Numbers in a temporary of `ThroughNeurons`: large enough to be fast, small enough for caches.

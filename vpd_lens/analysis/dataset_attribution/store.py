@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vpd_lens.analysis.attribution.cut_forward import EMBEDDING
+from vpd_lens.analysis.circuits.cut_forward import EMBEDDING
 from vpd_lens.analysis.dataset_attribution.result import OUTPUT, DatasetAttributions, Settings
 from vpd_lens.errors import ArtefactError
 from vpd_lens.files import (

@@ -1,22 +1,79 @@
-"""A behaviour: prompts, and what the model does at one position of each."""
+"""A behaviour, prompts and what the model does at one position of each, and how to prune to it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from vpd_lens.analysis.prompts import prompt_tokens, token_id, token_text
-from vpd_lens.analysis.pruning.config import Objective
-from vpd_lens.analysis.targets import LogitDifference, Token, plain_target
+from vpd_lens.analysis.circuits.targets import (
+    LogitDifference,
+    Token,
+    plain_target,
+    prompt_tokens,
+    token_id,
+    token_text,
+)
 from vpd_lens.errors import InputError
 
+Method = Literal["adversarial", "stochastic", "ci"]
+Objective = Literal["ce", "kl", "logit_difference"]
 BehaviourTarget = str | int | Token | LogitDifference
 Prompts = str | Sequence[int] | Sequence[str | Sequence[int]] | Tensor
+
+
+class PruneConfig(BaseModel):
+    """How importances are optimised for one behaviour.
+
+    Attributes:
+        method: Under which masks the behaviour must survive: `"ci"` (the importances
+            themselves, for contrast only), `"stochastic"`, or `"adversarial"` (half stochastic,
+            half adversarial).
+        objective: `"ce"`: cross-entropy of the target token. `"kl"`: KL from the target model at
+            that position. `"logit_difference"`: minus the difference of two logits, up to the
+            target model's own.
+        coefficient: Weight of `sum g^p` over subcomponents and positions, per prompt: the price
+            of one node, whatever the length of the prompt.
+        p: Exponent of the importances.
+        steps: Optimisation steps.
+        lr: Peak learning rate of AdamW on the values before the sigmoid.
+        warmup: Share of the steps in which the rate grows from 0; then it follows a cosine to 0.
+        adversary_steps: Sign steps of the adversary, anew at every step.
+        adversary_step_size: Their size; the sources lie in [0, 1].
+        attack_steps: Sign steps of the attacks in the report.
+        attack_step_size: Their size, or what lets so few steps cross [0, 1] twice if that is more.
+        attack_restarts: Random starts of each; the report takes the worst.
+        draws: Random masks behind the report's stochastic probability.
+        seed: Seed of all random masks.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Method = "adversarial"
+    objective: Objective = "ce"
+    coefficient: float = Field(default=5e-3, ge=0)
+    p: float = Field(default=0.3, gt=0)
+    steps: int = Field(default=400, ge=1)
+    lr: float = Field(default=0.05, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    adversary_steps: int = Field(default=4, ge=1)
+    adversary_step_size: float = Field(default=1.0, gt=0)
+    attack_steps: tuple[Annotated[int, Field(ge=1)], ...] = (4, 20, 80)
+    attack_step_size: float = Field(default=0.1, gt=0)
+    attack_restarts: int = Field(default=3, ge=1)
+    draws: int = Field(default=16, ge=1)
+    seed: int = 0
+
+    @classmethod
+    def of_target(cls, target: Any, **settings: Any) -> PruneConfig:
+        """Settings whose objective fits a target; see `objective`."""
+        differs = isinstance(target, LogitDifference)
+        return cls(objective="logit_difference" if differs else "ce", **settings)
 
 
 @dataclass
@@ -55,40 +112,56 @@ class Behaviour:
         return Token(token, position) if other < 0 else LogitDifference(token, other, position)
 
     @property
-    def relevant(self) -> Tensor:
-        """Which positions can have an effect, `[prompt, pos]`."""
+    def relevant(self) -> Bool[Tensor, "prompt pos"]:
+        """Which positions can have an effect."""
         order = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return order <= self.positions[:, None]
 
-    def at_position(self, logits: Float[Tensor, "prompt pos vocab"]) -> Tensor:
-        """Logits at the behaviour's position, `[prompt, vocab]`."""
-        return logits[torch.arange(len(logits), device=logits.device), self.positions].float()
+    def at_position(self, x: Float[Tensor, "prompt pos d"]) -> Float[Tensor, "prompt 1 d"]:
+        """Logits, or what they are made from, at the behaviour's positions alone."""
+        return x[torch.arange(len(x), device=x.device), self.positions][:, None]
 
-    def probability(self, logits: Float[Tensor, "prompt pos vocab"]) -> Float[Tensor, " prompt"]:
+    def probability(self, logits: Float[Tensor, "prompt vocab"]) -> Float[Tensor, " prompt"]:
         """Probability of the target token."""
-        p = self.at_position(logits).softmax(-1)
-        return p.gather(1, self.target[:, None])[:, 0]
+        return logits.softmax(-1).gather(1, self.target[:, None])[:, 0]
 
-    def loss(
+    def distance(
         self,
-        logits: Float[Tensor, "prompt pos vocab"],
+        logits: Float[Tensor, "prompt vocab"],
         clean: Float[Tensor, "prompt vocab"],
         objective: Objective,
     ) -> Float[Tensor, " prompt"]:
-        """How far masked outputs are from the behaviour.
+        """How far masked outputs are from the behaviour, in nats or, of a difference, in logits.
+
+        Below 0 where a difference of logits is larger than the target model's. An adversary raises
+        this; what is minimised is `loss`.
 
         Args:
             logits: Under masks.
-            clean: The target model's, at the behaviour's position.
+            clean: The target model's.
             objective: See `PruneConfig`.
         """
-        here = self.at_position(logits)
         if objective == "kl":
-            q, p = here.log_softmax(-1), clean.log_softmax(-1)
+            q, p = logits.log_softmax(-1), clean.log_softmax(-1)
             return (p.exp() * (p - q)).sum(-1)
         if objective == "ce":
-            return -here.log_softmax(-1).gather(1, self.target[:, None])[:, 0]
-        return torch.relu(self._difference(clean) - self._difference(here))
+            return -logits.log_softmax(-1).gather(1, self.target[:, None])[:, 0]
+        return self._difference(clean) - self._difference(logits)
+
+    def loss(
+        self,
+        logits: Float[Tensor, "prompt vocab"],
+        clean: Float[Tensor, "prompt vocab"],
+        objective: Objective,
+    ) -> Float[Tensor, " prompt"]:
+        """The distance, where a difference of logits need not be larger than the target model's.
+
+        Args:
+            logits: Under masks.
+            clean: The target model's.
+            objective: See `PruneConfig`.
+        """
+        return torch.relu(self.distance(logits, clean, objective))
 
     def _difference(self, logits: Float[Tensor, "prompt vocab"]) -> Float[Tensor, " prompt"]:
         pair = torch.stack([self.target, self.other], dim=1)

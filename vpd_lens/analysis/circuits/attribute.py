@@ -1,8 +1,13 @@
 """`attribute`: from a prompt to a graph of subcomponents.
 
-Phases: read the prompt; causal importances; one forward of the target model, cut at its matrices
-(`cut_forward`); tables of nodes, edges into each matrix' nodes, edges into the outputs
-(`builder`, `edges`).
+1. Read the prompt; with `prune=`, find or take the circuit of its behaviour (`prune`).
+2. Causal importances: those of the circuit, those given, or the importance function's.
+3. Read the targets: which logits, differences or directions are explained (`targets`).
+4. One forward of the target model on copies of the prompt, cut at its matrices (`cut_forward`).
+5. Nodes: what every matrix writes at every position, taken apart (`build`, `tables`).
+6. Edges: one backward pass from each matrix' input, and from the outputs, serves many targets at
+   once; each stops at the cuts before it (`build`).
+7. The `AttributionGraph` of these (`graph`).
 
 Source: VPD, attribution graphs.
 """
@@ -16,20 +21,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vpd_lens.analysis.attribution.builder import GraphBuilder
-from vpd_lens.analysis.attribution.cut_forward import CutForward
-from vpd_lens.analysis.attribution.graph import AttributionGraph
-from vpd_lens.analysis.prompts import decomposition_of, prompt_tokens, token_text
-from vpd_lens.analysis.pruning import Circuit, PruneConfig
-from vpd_lens.analysis.pruning import prune as find_circuit
-from vpd_lens.analysis.pruning.behaviour import behaviour_of
-from vpd_lens.analysis.pruning.config import Method as PruneMethod
-from vpd_lens.analysis.targets import (
+from vpd_lens.analysis.circuits.behaviour import Method, PruneConfig, behaviour_of
+from vpd_lens.analysis.circuits.build import GraphBuilder
+from vpd_lens.analysis.circuits.cut_forward import CutForward
+from vpd_lens.analysis.circuits.graph import AttributionGraph
+from vpd_lens.analysis.circuits.prune import Circuit
+from vpd_lens.analysis.circuits.prune import prune as find_circuit
+from vpd_lens.analysis.circuits.targets import (
     LogitDifference,
     Target,
     Token,
+    decomposition_of,
     plain_target,
+    prompt_tokens,
     resolve_targets,
+    token_text,
 )
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.saving import fingerprint
@@ -89,7 +95,7 @@ def attribute(
             gate have no outgoing edges. `False` follows the gradients, as the paper does.
         delta: `"node"`: a delta is cut like a subcomponent, and is a node. `"through"`: gradients
             pass through the deltas, so an edge includes paths through them (the paper's code).
-        batch_size: Copies of the prompt per backward pass.
+        batch_size: Most copies of the prompt per backward pass; there are never more than targets.
         max_edges: Refuse to begin a graph that may have more edges.
         prepend_bos: Whether text gets a BOS token; `None`: the model's own default.
         progress: Show a progress bar.
@@ -118,12 +124,12 @@ def attribute(
         importance = circuit.of_prompt(row)
         target = _goal(circuit, row, target, vpd)
     logits, inputs = vpd.target(tokens[None])
-    g = importances(vpd, inputs, importance)
+    g = _importances(vpd, inputs, importance)
     unembed = find_sites(model, ["unembed"])[0]
     outputs = resolve_targets(model, target, logits[0], (unembed.weight, unembed.bias))
     forward = CutForward(vpd, frozen, through_delta=delta == "through")
-    builder = GraphBuilder(forward, tokens, g, threshold, batch_size, max_edges)
-    nodes, edges = builder.build(outputs, progress)
+    builder = GraphBuilder(forward, tokens, g, threshold, outputs, batch_size, max_edges)
+    nodes, edges = builder.build(progress)
     return AttributionGraph(
         tokens=tuple(tokens.tolist()),
         strings=tuple(token_text(model, token) for token in tokens.tolist()),
@@ -153,44 +159,41 @@ def _circuit(
         if row is None:
             raise InputError("prune is a circuit of another prompt; this is none of its prompts.")
         return prune, row
-    if isinstance(target, list | tuple) and len(target) == 1:
-        target = target[0]
-    target = plain_target(target)
+    target = _single(target)
     if target is not None and not isinstance(target, str | int | Token | LogitDifference):
         raise InputError(
             f"prune={prune!r} needs one behaviour: a token or a LogitDifference as target, not "
             f"{target!r}."
         )
     if not isinstance(prune, PruneConfig):
-        if prune not in get_args(PruneMethod):
-            raise InputError(f"prune={prune!r}; expected one of {get_args(PruneMethod)}.")
-        objective = "logit_difference" if isinstance(target, LogitDifference) else "ce"
-        prune = PruneConfig(method=prune, objective=objective)  # type: ignore[arg-type]
+        if prune not in get_args(Method):
+            raise InputError(f"prune={prune!r}; expected one of {get_args(Method)}.")
+        prune = PruneConfig.of_target(target, method=prune)
     return find_circuit(model, tokens, target, prune, progress=progress), 0
 
 
 def _goal(circuit: Circuit, row: int, target: Any, vpd: Decomposition) -> Target:
     """The circuit's own target, which a given one may only repeat."""
-    goal = circuit.behaviour.goal(row)
+    behaviour = circuit.behaviour
+    goal = behaviour.goal(row)
     if target is not None:
-        single = target[0] if isinstance(target, list | tuple) and len(target) == 1 else target
-        prompt = circuit.behaviour.tokens[row, : int(circuit.behaviour.lengths[row])]
-        named = behaviour_of(
-            vpd.model, prompt, plain_target(single), circuit.config.objective
-        ).goal(0)
+        prompt = behaviour.tokens[row, : int(behaviour.lengths[row])]
+        named = behaviour_of(vpd.model, prompt, _single(target), circuit.config.objective).goal(0)
         if named != goal:
             raise InputError(f"target={target!r}, but the circuit is of {goal}; leave target out.")
     return goal
 
 
-def importances(
+def _single(target: Any) -> Any:
+    """The target in a list of one, and numbers as `int`; anything else as it is."""
+    alone = isinstance(target, list | tuple) and len(target) == 1
+    return plain_target(target[0] if alone else target)
+
+
+def _importances(
     vpd: Decomposition, inputs: Sequence[Tensor], given: Tensor | None
 ) -> Float[Tensor, "pos C_total"]:
-    """The importances that decide what is a node.
-
-    Raises:
-        InputError: If those given do not fit the prompt.
-    """
+    """The importances that decide what is a node."""
     n_positions = inputs[0].shape[-2]
     if given is None:
         with torch.no_grad():

@@ -16,30 +16,42 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from vpd_lens.analysis.attribution.feature_files import Cards, write_feature_files
-from vpd_lens.analysis.attribution.graph_json import (
+from vpd_lens.analysis.circuits.tables import KINDS
+from vpd_lens.errors import ArtefactError
+from vpd_lens.files import atomic_directory, read_json, write_json, write_text_atomically
+from vpd_lens.interop.graph_json import (
+    Axis,
     checked_slug,
     checked_threshold,
-    feature_indices,
     graph_json,
+    numbering,
 )
-from vpd_lens.analysis.attribution.graph_numbering import Axis, numbering
-from vpd_lens.analysis.attribution.nodes import KINDS
-from vpd_lens.analysis.attribution.pairs_record import AttentionPair
-from vpd_lens.errors import ArtefactError
-from vpd_lens.files import read_json, write_text_atomically
 
 if TYPE_CHECKING:
-    from vpd_lens.analysis.attribution.graph import AttributionGraph
+    from vpd_lens.analysis.circuits.attention import AttentionPair
+    from vpd_lens.analysis.circuits.graph import AttributionGraph
 
 INDEX = "graph-metadata.json"
 
 
+@runtime_checkable
+class Cards(Protocol):
+    """What exports and pages need of a `vpd_lens.Harvest`."""
+
+    def check(self, fingerprint: str) -> None:
+        """Raise `ArtefactError` for another decomposition than the one harvested."""
+        ...
+
+    def card(self, site: str, index: int) -> dict[str, Any] | None:
+        """Everything about a subcomponent, or `None` if it never fired."""
+        ...
+
+
 def to_circuit_tracer(
     graph: AttributionGraph,
-    folder: Path,
+    folder: str | Path,
     slug: str,
     harvest: Cards | None = None,
     axis: Axis = "site",
@@ -52,7 +64,7 @@ def to_circuit_tracer(
         graph: The graph; prune it first if it has many thousands of edges.
         folder: The viewer's folder of graphs, which may hold others.
         slug: Name of the graph; a graph of this name is replaced.
-        harvest: Where examples of subcomponents come from, a `vpd_lens.analysis.harvest.Harvest`.
+        harvest: Where examples of subcomponents come from, a `vpd_lens.Harvest`.
         axis: What a layer of the viewer is: each matrix (`"site"`) or each block (`"block"`).
         node_threshold: Where the viewer's pruning slider begins; `None` for no slider.
         pairs: What subcomponents contribute to attention scores.
@@ -84,8 +96,7 @@ def to_circuit_tracer(
         # Those of an earlier graph of this name may be numbered otherwise.
         shutil.rmtree(folder / "features" / slug, ignore_errors=True)
     else:
-        features = feature_indices(graph, numbering(graph.nodes.places, axis))
-        write_feature_files(folder / "features" / slug, features, harvest)
+        _write_features(folder / "features" / slug, graph, axis, harvest)
     ids = [node["node_id"] for node in data["nodes"]]
     _write(folder / f"{slug}.vpd.json", _side_file(graph, ids))
     _write(folder / f"{slug}.json", {"metadata": metadata, **data})
@@ -106,25 +117,60 @@ def _with_entry(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _side_file(graph: AttributionGraph, ids: list[str]) -> dict[str, Any]:
     nodes = graph.nodes
-    columns = (nodes.kind, nodes.place, nodes.position, nodes.index)
-    values = (nodes.activation, nodes.importance)
-    rows = zip(*(column.tolist() for column in (*columns, *values)), strict=True)
-    records = [
-        {
-            "name": name,
-            "kind": KINDS[kind],
-            "site": nodes.places[place],
-            "position": position,
-            "index": index,
-            "activation": activation,
-            "importance": importance,
-        }
-        for name, (kind, place, position, index, activation, importance) in zip(
-            nodes.names(), rows, strict=True
-        )
-    ]
+    columns = {
+        "name": nodes.names(),
+        "kind": [KINDS[kind] for kind in nodes.kind.tolist()],
+        "site": [nodes.places[place] for place in nodes.place.tolist()],
+        **{key: getattr(nodes, key).tolist() for key in ("position", "index")},
+        **{key: getattr(nodes, key).tolist() for key in ("activation", "importance")},
+    }
+    rows = zip(*columns.values(), strict=True)
+    records = [dict(zip(columns, row, strict=True)) for row in rows]
     return {"settings": graph.settings, "nodes": dict(zip(ids, records, strict=True))}
 
 
 def _write(path: Path, data: Any) -> None:
     write_text_atomically(path, json.dumps(data, allow_nan=False) + "\n")
+
+
+# ------------------------------------------------- what subcomponents do in data
+
+
+def _write_features(folder: Path, graph: AttributionGraph, axis: Axis, harvest: Cards) -> None:
+    """One file per subcomponent of the graph in a folder, which is replaced."""
+    numbers, nodes = numbering(graph.nodes.places, axis), graph.nodes
+    own = nodes.of_kind("subcomponent")
+    places = (nodes.places[place] for place in nodes.place[own].tolist())
+    with atomic_directory(folder) as new:
+        for site, index in sorted(set(zip(places, nodes.index[own].tolist(), strict=True))):
+            # A file also for those that never fired, as the viewer fails on a missing one.
+            card = harvest.card(site, index) or {"density": 0, "examples": [], "output_tokens": []}
+            number = numbers.feature(site, index)
+            write_json(new / f"{number}.json", _feature(number, f"{site}:{index}", card))
+
+
+def _feature(number: int, name: str, card: dict[str, Any]) -> dict[str, Any]:
+    """A feature in the viewers' format, without the histogram, which a harvest does not have."""
+    examples = [_example(example) for example in card["examples"]]
+    highest = max((max(example["tokens_acts_list"]) for example in examples), default=1.0)
+    return {
+        "transcoder_id": name,
+        "index": number,
+        "examples_quantiles": [{"quantile_name": "Top examples", "examples": examples}],
+        "top_logits": [found["token"] for found in card["output_tokens"]],
+        "bottom_logits": [],
+        "act_min": 0.0,
+        "act_max": highest,
+        "activation_frequency": card["density"],
+    }
+
+
+def _example(example: dict[str, Any]) -> dict[str, Any]:
+    # The viewers colour from 0 up; a subcomponent that is unimportant at a token does nothing.
+    strengths = zip(example["importance"], example["activation"], strict=True)
+    return {
+        "tokens_acts_list": [importance * abs(activation) for importance, activation in strengths],
+        "train_token_ind": example["focus"],
+        "is_repeated_datapoint": False,
+        "tokens": list(example["tokens"]),
+    }

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpd_lens.analysis.attribution.graph_json import checked_slug, checked_threshold, graph_json
-from vpd_lens.analysis.attribution.pairs_record import AttentionPair
 from vpd_lens.errors import InputError
 from vpd_lens.files import write_text_atomically
+from vpd_lens.interop.graph_json import checked_slug, checked_threshold, graph_json
 
 if TYPE_CHECKING:
-    from vpd_lens.analysis.attribution.graph import AttributionGraph
+    from vpd_lens.analysis.circuits.attention import AttentionPair
+    from vpd_lens.analysis.circuits.graph import AttributionGraph
 
 # Of an upload, after compression.
 LIMIT_BYTES = 100 * 2**20
@@ -28,7 +28,7 @@ LIMIT_BYTES = 100 * 2**20
 
 def to_neuronpedia(
     graph: AttributionGraph,
-    path: Path,
+    path: str | Path,
     model_id: str,
     slug: str,
     pairs: Sequence[AttentionPair] | None = None,

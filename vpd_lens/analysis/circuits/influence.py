@@ -3,7 +3,7 @@
 Edges into a node are taken in absolute value and divided by their sum; the influence of a node is
 what reaches the outputs from it along all paths. The definitions, thresholds and scores are those
 of circuit tracing with transcoders (Ameisen et al. 2025), so that numbers can be compared; errors
-and deltas count as error nodes.
+and deltas count as error nodes. `total_effects` is signed, and in the outputs' own units.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from jaxtyping import Bool, Float
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from vpd_lens.analysis.attribution.edges import Edges
-from vpd_lens.analysis.attribution.nodes import Nodes
+from vpd_lens.analysis.circuits.tables import Edges, Nodes
 from vpd_lens.errors import InputError
 
 ERRORS = ("error", "delta")
@@ -137,6 +136,32 @@ def scores(nodes: Nodes, edges: Edges, weights: Weights = None) -> tuple[float, 
     return replacement, float((total * (1 - from_error)).sum() / total.sum())
 
 
+def total_effects(nodes: Nodes, edges: Edges, output: int) -> Float[Tensor, " n_nodes"]:
+    """The part of an output that each subcomponent accounts for, along all paths, to first order.
+
+    Edges are local: `w / (a_s g_s)` is the derivative of the target's activation by the source's.
+    The total derivative of an output by a node is the sum over all paths of products of these, and
+    the node's activation times it is the output's change when the node is ablated.
+
+    Args:
+        nodes: The nodes of a graph.
+        edges: Its edges.
+        output: Number of the output node.
+
+    Returns:
+        `a_s d(output)/d(a_s)` for subcomponents, NaN for other nodes. Effects of nodes on one path
+        overlap, so they do not add up to the output.
+    """
+    inner, activation = nodes.of_kind("subcomponent"), nodes.activation.double()
+    kept = inner[edges.source.long()]
+    local = Edges(edges.source[kept], edges.target[kept], edges.weight[kept].double())
+    slopes = local.weight / (activation * nodes.importance)[local.source.long()]
+    start = np.zeros(len(nodes))
+    start[output] = 1
+    effects = torch.from_numpy(_along_paths(start, slopes.numpy(), local, nodes)) * activation
+    return torch.where(inner, effects, torch.nan).float()
+
+
 def _shares(edges: Edges, n_nodes: int) -> np.ndarray:
     """Each edge's share of the absolute weight into its target."""
     weight, target = edges.weight.abs().double().numpy(), edges.target.numpy()
@@ -145,18 +170,21 @@ def _shares(edges: Edges, n_nodes: int) -> np.ndarray:
 
 
 def _reaching(nodes: Nodes, edges: Edges, weights: Weights) -> np.ndarray:
-    """`w + w A + w A^2 + ...`, with `w` the outputs' weights and `A` the shares."""
-    n = len(nodes)
+    """Influence of every node: the outputs' weights, and what flows back along all paths."""
     is_output = nodes.of_kind("output").numpy()
-    weight = np.zeros(n)
+    weight = np.zeros(len(nodes))
     weight[is_output] = nodes.importance.numpy()[is_output] if weights is None else weights.numpy()
     weight = weight / max(float(weight.sum()), 1e-30)
-    shares = csr_matrix(
-        (_shares(edges, n), (edges.target.numpy(), edges.source.numpy())), shape=(n, n)
-    )
-    total, wave = weight.copy(), weight
+    return weight + _along_paths(weight, _shares(edges, len(nodes)), edges, nodes)
+
+
+def _along_paths(start: np.ndarray, values: np.ndarray, edges: Edges, nodes: Nodes) -> np.ndarray:
+    """`w A + w A^2 + ...`, with `w` the start at some nodes and `A[target, source]` the values."""
+    ends = edges.target.numpy(), edges.source.numpy()
+    matrix = csr_matrix((values, ends), shape=(len(nodes), len(nodes)))
+    total, wave = np.zeros(len(nodes)), start
     for _ in range(len(nodes.places) + 1):  # a path visits each place at most once
-        wave = wave @ shares
+        wave = wave @ matrix
         if not wave.any():
             break
         total += wave

@@ -14,7 +14,7 @@ Source: VPD, attribution graphs (gradients stopped at every subcomponent activat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from vpd_lens.analysis.attribution.frozen import LinearNorm, NeuronGains, attended, norm_modules
+from vpd_lens.analysis.circuits.linear import LinearNorm, NeuronGains, attended, norm_modules
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.attachment import without_user_hooks
 from vpd_lens.errors import InputError, VPDError
@@ -41,14 +41,14 @@ class Cut:
         inputs: Input of each matrix by its name, with graph, `[row, pos, d_in]`; the rows are
             copies of the prompt, or the batch. `unembed` is always there.
         leaves: Zeros added to the output of each matrix (decomposed or not), to each norm with a
-            bias, and to the residual stream's beginning (`embed`); gradients end there.
+            bias, and to the residual stream's beginning (`embed`); gradients end there. That of
+            `unembed` has one position, since no matrix comes after it.
         constants: What of a leaf's place does not depend on the input, `[pos, d]` or `[d]`: the
             bias of a matrix or a norm.
         norms: Input and output of each norm.
         residuals: Residual stream after each block, with graph.
         embeddings: Token embeddings `[pos, d_model]`, of a batch `[row, pos, d_model]`.
         positions: What the residual stream begins with beyond those, or `None`.
-        logits: The target model's for the first row, `[pos, vocab]`.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -58,7 +58,6 @@ class Cut:
     residuals: list[Tensor] = field(default_factory=list)
     embeddings: Tensor = field(default_factory=lambda: torch.empty(0))
     positions: Tensor | None = None
-    logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class CutForward:
@@ -121,8 +120,8 @@ class CutForward:
             gains = NeuronGains(self.sites) if self.frozen else None
             stack.enter_context(_registered(self._norm_hooks(cut)))
             stack.enter_context(_registered(self._site_hooks(cut, gains)))
-            logits = self.vpd.run(None, batch)
-        cut.logits = logits[0].detach()
+            stack.enter_context(narrowed_unembedding(self.vpd.model, _one_position))
+            self.vpd.run(None, batch)
         if tokens.ndim == 1:
             cut.embeddings = cut.embeddings[0]
             cut.positions = None if cut.positions is None else cut.positions[0]
@@ -171,14 +170,15 @@ class CutForward:
 
     def _edit(self, cut: Cut, site: Site, gains: NeuronGains | None, y: Tensor) -> Tensor | None:
         x = cut.inputs[site.name]
-        if gains is not None:
+        if site.name == "unembed":
+            pass  # its output is narrowed, and no gradient comes from behind it
+        elif gains is not None:
             x = self._linear_input(cut, site, gains, x)
             cut.inputs[site.name] = x
             y = _same_value(y, self._linear_output(site, x))
         elif site.name in self.decomposed:
             y = self._cut_output(site, x, y)
-        leaf = torch.zeros_like(y).requires_grad_()
-        cut.leaves[site.name] = leaf
+        leaf = cut.leaves[site.name] = torch.zeros_like(y).requires_grad_()
         if site.bias is not None:
             cut.constants[site.name] = site.bias
         y = y + leaf
@@ -250,6 +250,36 @@ def _require_known_parts(model: nn.Module, names: set[str]) -> None:
                 f"frozen=True: {mlp} is no MLP of two or three matrices (a mixture of experts?), "
                 "so it has no linear form. Use frozen=False."
             )
+
+
+@contextmanager
+def narrowed_unembedding(model: nn.Module, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Compute logits only where they are needed: in long prompts they are most of the memory.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge.
+        select: From the unembedding's input `[row, pos, d_model]`, what it is to multiply. Hooks
+            on that input see all of it.
+    """
+    point = find_sites(model, ["unembed"])[0].inputs[-1]
+    module = point.module
+    if point.kind == "argument":
+        handles = [module.register_forward_pre_hook(lambda _, args: (select(args[0]), *args[1:]))]
+    else:
+        last = module.register_forward_hook(lambda _, args, x: select(x))
+        # A site's own hook moves itself to the end of the queue; this one goes behind it.
+        behind = partial(_move_last, last.id)
+        handles = [last, module.register_forward_pre_hook(behind)]
+    with _registered(handles):
+        yield
+
+
+def _move_last(hook_id: int, module: nn.Module, _args: tuple) -> None:
+    module._forward_hooks.move_to_end(hook_id)
+
+
+def _one_position(stream: Tensor) -> Tensor:
+    return stream[:1, -1:]
 
 
 @contextmanager

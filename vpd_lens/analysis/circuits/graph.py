@@ -5,27 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vpd_lens.analysis.attribution.edges import Edges
-from vpd_lens.analysis.attribution.effects import total_effects
-from vpd_lens.analysis.attribution.feature_files import Cards
-from vpd_lens.analysis.attribution.graph_numbering import Axis
-from vpd_lens.analysis.attribution.influence import Influence, influence, kept_by_influence, scores
-from vpd_lens.analysis.attribution.nodes import Nodes
-from vpd_lens.analysis.attribution.pairs_record import AttentionPair
-from vpd_lens.analysis.pruning.report import CircuitReport
-from vpd_lens.analysis.targets import Output
+from vpd_lens.analysis.circuits.influence import (
+    Influence,
+    influence,
+    kept_by_influence,
+    scores,
+    total_effects,
+)
+from vpd_lens.analysis.circuits.report import CircuitReport
+from vpd_lens.analysis.circuits.tables import Edges, Nodes
+from vpd_lens.analysis.circuits.targets import Output
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import ArtefactError, InputError
 
 if TYPE_CHECKING:
     import networkx
+    from rich.console import RenderableType
+
+    from vpd_lens.analysis.circuits.attention import AttentionPair
+    from vpd_lens.analysis.harvest import Harvest
 
 
 @dataclass
@@ -222,15 +227,16 @@ class AttributionGraph:
 
     # ----------------------------------------------------------------- leaving
 
-    def to_networkx(self) -> networkx.DiGraph:
-        """As a `networkx.DiGraph`, whose nodes are named as here and have their columns."""
-        from vpd_lens.analysis.attribution.export import to_networkx
-
-        return to_networkx(self)
-
     def save(self, path: str | Path) -> Path:
-        """Write a directory of `graph.safetensors` and `graph.json`, whole or not at all."""
-        from vpd_lens.analysis.attribution.saving import save
+        """Write a directory that `load` reads, whole or not at all.
+
+        Args:
+            path: The directory; an earlier one there is replaced once the new one is complete.
+
+        Raises:
+            InputError: If `settings` has values that JSON has not.
+        """
+        from vpd_lens.analysis.circuits.store import save
 
         return save(self, Path(path))
 
@@ -241,23 +247,29 @@ class AttributionGraph:
         Raises:
             ArtefactError: If it is missing, damaged, or too new.
         """
-        from vpd_lens.analysis.attribution.saving import load
+        from vpd_lens.analysis.circuits.store import load
 
         return load(Path(path))
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """As a `networkx.DiGraph`, whose nodes are named as here and have their columns."""
+        from vpd_lens.interop.networkx import to_networkx
+
+        return to_networkx(self)
 
     def to_circuit_tracer(
         self,
         folder: str | Path,
         slug: str,
-        harvest: Cards | None = None,
-        axis: Axis = "site",
+        harvest: Harvest | None = None,
+        axis: Literal["site", "block"] = "site",
         node_threshold: float | None = 0.8,
         pairs: Sequence[AttentionPair] | None = None,
     ) -> Path:
-        """Write the files of circuit-tracer's local viewer; see `circuit_tracer`."""
-        from vpd_lens.analysis.attribution.circuit_tracer import to_circuit_tracer
+        """Write the files of circuit-tracer's local viewer; see `vpd_lens.interop`."""
+        from vpd_lens.interop.circuit_tracer import to_circuit_tracer
 
-        return to_circuit_tracer(self, Path(folder), slug, harvest, axis, node_threshold, pairs)
+        return to_circuit_tracer(self, folder, slug, harvest, axis, node_threshold, pairs)
 
     def to_neuronpedia(
         self,
@@ -268,35 +280,36 @@ class AttributionGraph:
         node_threshold: float | None = 0.8,
         feature_json_base_url: str | None = None,
     ) -> Path:
-        """Write a graph for upload to Neuronpedia; see `neuronpedia`."""
-        from vpd_lens.analysis.attribution.neuronpedia import to_neuronpedia
+        """Write a graph for upload to Neuronpedia; see `vpd_lens.interop`."""
+        from vpd_lens.interop.neuronpedia import to_neuronpedia
 
-        return to_neuronpedia(
-            self, Path(path), model_id, slug, pairs, node_threshold, feature_json_base_url
-        )
+        settings = pairs, node_threshold, feature_json_base_url
+        return to_neuronpedia(self, path, model_id, slug, *settings)
 
-    def to_html(self, path: str | Path, harvest: Any = None, title: str | None = None) -> Path:
+    def to_html(
+        self, path: str | Path, harvest: Harvest | None = None, title: str | None = None
+    ) -> Path:
         """Write one self-contained page on which the graph can be explored.
 
         Args:
             path: The file.
-            harvest: A `Harvest` of the same decomposition, for examples on the page.
-            title: Heading; by default the prompt.
+            harvest: Of the same decomposition, for examples on the page.
+            title: Heading of the page.
         """
-        from vpd_lens.viz.graph_page import write
+        from vpd_lens.viz.graph_page import to_html
 
-        return write(self, Path(path), harvest, title)
+        return to_html(self, path, harvest, title)
 
-    def summary(self) -> Any:
+    def summary(self) -> RenderableType:
         """A rich renderable: sizes, scores, outputs and the most influential nodes."""
-        from vpd_lens.analysis.attribution.summary import summary
+        from vpd_lens.analysis.circuits.summary import summary
 
         return summary(self)
 
     def _repr_html_(self) -> str:
-        from vpd_lens.analysis.attribution.summary import html
+        from vpd_lens.analysis.circuits.summary import summary_html
 
-        return html(self)
+        return summary_html(self)
 
     def __repr__(self) -> str:
         n = int(self.nodes.of_kind("subcomponent").sum())

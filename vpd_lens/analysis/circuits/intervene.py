@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -11,10 +11,10 @@ from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor, nn
 
-from vpd_lens.analysis.attribution.graph import AttributionGraph
-from vpd_lens.analysis.interventions.edits import Edit, edited, require_in_prompt
-from vpd_lens.analysis.prompts import decomposition_of, prompt_tokens, token_id, token_text
-from vpd_lens.analysis.pruning.attack import attack
+from vpd_lens.analysis.circuits.edits import Edit, edited, require_in_prompt
+from vpd_lens.analysis.circuits.graph import AttributionGraph
+from vpd_lens.analysis.circuits.report import attack
+from vpd_lens.analysis.circuits.targets import decomposition_of, prompt_tokens, token_id, token_text
 from vpd_lens.decomposition import Decomposition, Masks
 from vpd_lens.decomposition.attachment import without_user_hooks
 from vpd_lens.decomposition.masks import AnyMasks, uniform_sources
@@ -41,7 +41,7 @@ class InterventionResult:
     edited: Float[Tensor, "pos vocab"]
     position: int
     tokens: tuple[int, ...]
-    model: nn.Module = field(repr=False)
+    model: nn.Module
 
     def probabilities(self, token: str | int) -> dict[str, float]:
         """Probability of a token by the target model, the regime, and the edited regime.
@@ -65,6 +65,13 @@ class InterventionResult:
     def kl(self) -> Float[Tensor, " pos"]:
         """KL of the edited predictions from the target model's, in nats, at each position."""
         return _kl(self.edited, self.target)
+
+    def __repr__(self) -> str:
+        token, p, before = self.top(1)[0]
+        return (
+            f"InterventionResult(position {self.position}: {token!r} {before:.3f} -> {p:.3f}, "
+            f"KL from the target {float(self.kl[self.position]):.3f})"
+        )
 
     def _distributions(self) -> dict[str, Tensor]:
         logits = {"target": self.target, "base": self.base, "edited": self.edited}

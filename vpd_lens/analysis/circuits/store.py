@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vpd_lens.analysis.attribution.edges import Edges
-from vpd_lens.analysis.attribution.nodes import Nodes
-from vpd_lens.analysis.pruning.report import CircuitReport
-from vpd_lens.analysis.targets import Output
+from vpd_lens.analysis.circuits.report import CircuitReport
+from vpd_lens.analysis.circuits.tables import Edges, Nodes
+from vpd_lens.analysis.circuits.targets import Output
 from vpd_lens.errors import ArtefactError, InputError
 from vpd_lens.files import (
     atomic_directory,
@@ -31,7 +31,7 @@ from vpd_lens.files import (
 )
 
 if TYPE_CHECKING:
-    from vpd_lens.analysis.attribution.graph import AttributionGraph
+    from vpd_lens.analysis.circuits.graph import AttributionGraph
 
 FORMAT_VERSION = 1
 
@@ -84,7 +84,7 @@ def load(path: Path) -> AttributionGraph:
     Raises:
         ArtefactError: If a file is missing, damaged or newer than this library.
     """
-    from vpd_lens.analysis.attribution.graph import AttributionGraph
+    from vpd_lens.analysis.circuits.graph import AttributionGraph
 
     folder = existing_directory(path)
     record = _read_record(folder / _RECORD)
@@ -143,15 +143,9 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _output_record(output: Output) -> dict[str, Any]:
-    return {
-        "name": output.name,
-        "position": output.position,
-        "bias": output.bias,
-        # As pairs: keys of JSON objects are text.
-        "tokens": list(output.tokens.items()),
-        "layer": output.layer,
-        "probability": output.probability,
-    }
+    record = {f.name: getattr(output, f.name) for f in fields(output) if f.name != "vector"}
+    # As pairs: keys of JSON objects are text.
+    return {**record, "tokens": list(output.tokens.items())}
 
 
 def _output(record: dict[str, Any], vector: Tensor) -> Output:

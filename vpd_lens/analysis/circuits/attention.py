@@ -12,6 +12,7 @@ Source: VPD, attention (data-dependent interaction).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,11 +20,33 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vpd_lens.analysis.attribution.cut_forward import Cut, CutForward
-from vpd_lens.analysis.attribution.graph import AttributionGraph
-from vpd_lens.analysis.attribution.pairs_record import AttentionPair
-from vpd_lens.analysis.prompts import decomposition_of, prompt_tokens
+from vpd_lens.analysis.circuits.cut_forward import Cut, CutForward
+from vpd_lens.analysis.circuits.graph import AttributionGraph
+from vpd_lens.analysis.circuits.targets import decomposition_of, prompt_tokens
 from vpd_lens.errors import InputError, VPDError
+
+
+@dataclass(frozen=True)
+class AttentionPair:
+    """The contribution of one pair of nodes to one pre-softmax attention score.
+
+    Attributes:
+        layer: Block.
+        head: Attention head.
+        query_position: Token that attends.
+        key_position: Token that is attended to.
+        query: Name of the query's node, such as `blocks.1.attn.q:31@5`.
+        key: Name of the key's node, such as `blocks.1.attn.k:8@2`.
+        weight: What the pair adds to the score.
+    """
+
+    layer: int
+    head: int
+    query_position: int
+    key_position: int
+    query: str
+    key: str
+    weight: float
 
 
 class AttentionScores:
@@ -78,10 +101,15 @@ class AttentionScores:
         of_q, of_k = (self.cut.leaves[place] for place in places)
         (by_q,) = torch.autograd.grad(scores[0, head, query, key], of_q, create_graph=True)
         by_q = by_q[0, query]
+        # Only the head's own part of q counts; all its rows of the form in one backward pass.
+        rows = by_q.detach().nonzero()[:, 0]
         form = by_q.new_zeros(len(by_q), of_k.shape[-1])
-        for row in by_q.detach().nonzero()[:, 0].tolist():
-            (by_k,) = torch.autograd.grad(by_q[row], of_k, retain_graph=True)
-            form[row] = by_k[0, key]
+        if len(rows):
+            each = torch.eye(len(by_q), dtype=by_q.dtype, device=by_q.device)[rows]
+            (by_k,) = torch.autograd.grad(
+                by_q, of_k, each, retain_graph=True, is_grads_batched=True
+            )
+            form[rows] = by_k[:, 0, key]
         return form.detach()
 
     def pairs(self, layer: int, head: int, query: int, key: int) -> Float[Tensor, "C_q C_k"]:

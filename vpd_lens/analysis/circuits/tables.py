@@ -1,4 +1,4 @@
-"""The nodes of an attribution graph, as columns."""
+"""The nodes and edges of an attribution graph, as columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from vpd_lens.errors import InputError
 
 KINDS = ("embedding", "position", "subcomponent", "error", "delta", "bias", "output")
-SUBCOMPONENT, OUTPUT = KINDS.index("subcomponent"), KINDS.index("output")
 
 
 @dataclass
@@ -114,3 +113,25 @@ class Nodes:
             f"no node named {name!r} in this graph; names are like 'blocks.0.mlp.in:31@5' "
             "(site:subcomponent@position), 'embed@5' and 'output:17@5'."
         )
+
+
+@dataclass
+class Edges:
+    """Edges as columns: from node, to node, weight."""
+
+    source: Int[Tensor, " n_edges"]
+    target: Int[Tensor, " n_edges"]
+    weight: Float[Tensor, " n_edges"]
+
+    @classmethod
+    def columns(cls) -> list[str]:
+        """Names of the columns."""
+        return [field.name for field in fields(cls)]
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Edges]) -> Edges:
+        """Several tables, one below the other."""
+        if not parts:
+            empty = torch.zeros(0, dtype=torch.int32)
+            return cls(empty, empty.clone(), torch.zeros(0))
+        return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in cls.columns()))

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vpd_lens.analysis.prompts import decomposition_of, prompt_tokens
+from vpd_lens.analysis.circuits.targets import decomposition_of, prompt_tokens
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.errors import InputError
 

@@ -1,0 +1,384 @@
+"""Nodes and edges of one prompt, from its cut forward.
+
+`CutForward` holds several copies (rows) of the prompt. A row receives the read directions of some
+target nodes as cotangents at its input, and the gradients at the cuts before it are what the
+targets' activations change by, per unit of those matrices' outputs. Where nothing between two cuts
+mixes positions (everything but attention itself), one row serves a target at every position.
+
+Which edges a backward pass can find is known beforehand, so their weights stay on the device until
+many are there: the number of transfers does not grow with the number of passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from rich.progress import Progress
+from torch import Tensor
+
+from vpd_lens.analysis.circuits.cut_forward import EMBEDDING, POSITIONS, CutForward
+from vpd_lens.analysis.circuits.tables import KINDS, Edges, Nodes
+from vpd_lens.analysis.circuits.targets import Output
+from vpd_lens.errors import InputError
+
+OUTPUTS = "output"
+# Two ids and a weight, held in parts and once more when these are joined.
+BYTES_PER_EDGE = 24
+# Candidate edges held on the device, most of them not 0.
+MOST_HELD = 2**24
+
+
+@dataclass
+class Contributor:
+    """What some nodes at one place contribute, per unit of gradient at the place's output.
+
+    Attributes:
+        numbers: Their numbers in the graph.
+        position: Where each of them is.
+        index: Which subcomponent each of them is; `None`: they are vectors, one at each position.
+        weighted: `g a` of each of the subcomponents.
+        write: Write directions `[C, d_out]` of the place's subcomponents, or one vector
+            `[pos, d_out]` for every position.
+    """
+
+    numbers: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    write: Float[Tensor, "m d_out"]
+    index: Int[Tensor, " n"] | None = None
+    weighted: Float[Tensor, " n"] | None = None
+
+    def weights(self, gradient: Float[Tensor, "row pos d_out"]) -> Float[Tensor, "row n"]:
+        """The weight of the edge from each node to each row's target at the node's position."""
+        if self.index is None:
+            return torch.linalg.vecdot(gradient, self.write)[:, : len(self.numbers)]
+        at = self.position.to(gradient.device)
+        return (gradient @ self.write.T)[:, at, self.index] * self.weighted
+
+
+@dataclass
+class Targets:
+    """Target nodes, distributed over the rows of backward passes.
+
+    Attributes:
+        row: Row of each target.
+        position: Position of each target.
+        column: Read direction of each target.
+        table: The node that a source at each position of each row acts on, or -1.
+    """
+
+    row: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    column: Int[Tensor, " n"]
+    table: Int[Tensor, "row pos"]
+
+    @classmethod
+    def packed(cls, numbers: Int[Tensor, "pos C"], one_position: bool) -> Targets:
+        """All targets of a matrix, in as few rows as possible.
+
+        Args:
+            numbers: Node of each read direction at each position, or -1.
+            one_position: Give each target a row of its own, because its sources lie at other
+                positions too.
+        """
+        position, column = (numbers >= 0).nonzero(as_tuple=True)
+        node, order = numbers[position, column], torch.arange(len(position))
+        if one_position:
+            return cls(order, position, column, node[:, None].expand(-1, len(numbers)))
+        count = position.bincount(minlength=len(numbers))
+        row = order - (count.cumsum(0) - count)[position]
+        table = torch.full((int(count.max()), len(numbers)), -1)
+        table[row, position] = node
+        return cls(row, position, column, table)
+
+
+class EdgeCollector:
+    """Edges whose weights wait on the device."""
+
+    def __init__(self) -> None:
+        self.found: list[Edges] = []
+        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.n_waiting = 0
+
+    def add(
+        self,
+        nodes: Contributor,
+        gradient: Float[Tensor, "row pos d_out"],
+        table: Int[Tensor, "row pos"],
+    ) -> None:
+        """The edges from some nodes to the targets of some rows; see `Targets.table`."""
+        weight = nodes.weights(gradient).flatten()
+        target = table[:, nodes.position].flatten()
+        source = nodes.numbers.expand(len(table), -1).flatten()
+        self.waiting.append((source.int(), target.int(), weight))
+        self.n_waiting += len(weight)
+        if self.n_waiting > MOST_HELD:
+            self._fetch()
+
+    def edges(self) -> Edges:
+        """All edges that are not 0."""
+        self._fetch()
+        return Edges.concatenated(self.found)
+
+    def _fetch(self) -> None:
+        if self.waiting:
+            columns = [torch.cat(column).cpu() for column in zip(*self.waiting, strict=True)]
+            keep = (columns[2] != 0) & (columns[1] >= 0)
+            self.found.append(Edges(*(column[keep] for column in columns)))
+        self.waiting, self.n_waiting = [], 0
+
+
+class GraphBuilder:
+    """Builds the graph of one prompt.
+
+    Args:
+        forward: How the model is cut.
+        tokens: The prompt.
+        importance: Causal importances, `[pos, C_total]`.
+        threshold: Subcomponents with an importance above it are nodes.
+        outputs: The output nodes; nothing after the last of them is in the graph.
+        batch_size: Most copies of the prompt in one backward pass.
+        max_edges: Limit of the number of edges.
+
+    Raises:
+        InputError: If the graph may become too large.
+    """
+
+    def __init__(
+        self,
+        forward: CutForward,
+        tokens: Int[Tensor, " pos"],
+        importance: Float[Tensor, "pos C_total"],
+        threshold: float,
+        outputs: Sequence[Output],
+        batch_size: int,
+        max_edges: int,
+    ) -> None:
+        self.forward, self.vpd = forward, forward.vpd
+        self.tokens, self.outputs = tokens, outputs
+        self.last = max(output.position for output in outputs)
+        layout = self.vpd.layout
+        g = torch.where(importance > threshold, importance, 0).float()
+        g[self.last + 1 :] = 0
+        self.importance = dict(zip(layout.names, layout.split(g), strict=True))
+        counts = layout.sum_per_site((g > 0).float()).cpu()  # [pos, n_sites]
+        self.counts = dict(zip(layout.names, counts.unbind(-1), strict=True))
+        self._require_small(max_edges)
+        self.copies = min(batch_size, self._most_rows())
+        self.tables: list[Nodes] = []
+        self.n_nodes = 0
+
+    def build(self, progress: bool) -> tuple[Nodes, Edges]:
+        """All nodes, and the edges between them.
+
+        Args:
+            progress: Show a progress bar.
+        """
+        self.cut = self.forward(self.tokens, self.copies)
+        names = (*self.cut.leaves, OUTPUTS)
+        self.places = {name: self._nodes_at(i, name) for i, name in enumerate(names[:-1])}
+        first_output = self.n_nodes
+        self._add_table("output", len(names) - 1, *self._output_columns())
+        nodes = Nodes.concatenated(names, self.tables)
+        self.collector = EdgeCollector()
+        with Progress(disable=not progress, transient=True) as bar:
+            matrices = [name for name, count in self.counts.items() if bool(count.any())]
+            for name in bar.track(matrices, description="Attributing"):
+                numbers = torch.full(self.importance[name].shape, -1)
+                own = self.places[name][0]
+                numbers[own.position, own.index.cpu()] = own.numbers  # type: ignore[union-attr]
+                targets = Targets.packed(numbers, self._one_position(name))
+                self._edges_into(self.cut.inputs[name], targets, self.vpd.v(name).detach())
+            self._edges_into_outputs(first_output)
+        return _without_idle(nodes, self.collector.edges())
+
+    # -------------------------------------------------------------------- size
+
+    def _one_position(self, name: str) -> bool:
+        return self.forward.mixes_positions or name.endswith(".attn.o")
+
+    def _most_rows(self) -> int:
+        """Rows that the matrix, or the outputs, with most of them can fill."""
+        needed = [
+            count.sum() if self._one_position(n) else count.max()
+            for n, count in self.counts.items()
+        ]
+        return max(1, len(self.outputs), *(int(n) for n in needed))
+
+    def _require_small(self, max_edges: int) -> None:
+        """At most so many edges as there are pairs of nodes that a path may join."""
+        before = torch.full((len(self.tokens),), 2.0)  # embedding and position
+        estimate, of_layer = 0.0, {}
+        for name in (site.name for site in self.forward.sites):
+            if name not in self.counts:
+                before = before + 2  # its bias, and that of a norm or of neurons
+                continue
+            targets = self.counts[name]
+            prefix, _, part = name.rpartition(".")
+            reads = [of_layer.get(f"{prefix}.{p}") for p in "qkv"]
+            if part == "o" and None not in reads and not self.forward.mixes_positions:
+                sources = torch.stack(reads).sum(0).cumsum(0)  # type: ignore[arg-type]
+            elif self._one_position(name):
+                sources = before.cumsum(0)
+            else:
+                sources = before
+            estimate += float((targets * sources).sum())
+            # Error, delta and bias of the matrix, and the bias of a norm or of neurons.
+            of_layer[name] = targets + 4
+            before = before + of_layer[name]
+        reached = before.cumsum(0) if self.forward.mixes_positions else before
+        estimate += sum(float(reached[output.position]) for output in self.outputs)
+        if estimate > max_edges:
+            raise InputError(
+                f"the graph may have {estimate:,.0f} edges (about "
+                f"{estimate * BYTES_PER_EDGE / 2**30:.1f} GiB), more than max_edges="
+                f"{max_edges:,}. Raise threshold, prune to a behaviour (prune='adversarial'), "
+                "use a shorter prompt, or raise max_edges."
+            )
+
+    # ------------------------------------------------------------------- nodes
+
+    def _nodes_at(self, place: int, name: str) -> list[Contributor]:
+        """The nodes at one matrix, norm or `embed`; of a decomposed matrix, subcomponents first."""
+        found: list[Contributor] = []
+        vectors = self._constants(name)
+        if name in self.importance:
+            g = self.importance[name]
+            x = self.cut.inputs[name][0].detach().float()
+            acts = x @ self.vpd.v(name).detach()
+            write = self.vpd.u(name).detach()
+            position, index = (g > 0).nonzero(as_tuple=True)
+            a, importance = acts[position, index], g[position, index]
+            columns = position.cpu(), index.cpu(), a.cpu(), importance.cpu()
+            numbers = self._add_table("subcomponent", place, *columns)
+            found.append(Contributor(numbers, columns[0], write, index, importance * a))
+            vectors["error"] = ((1 - g) * acts) @ write
+            if not self.forward.through_delta:
+                vectors["delta"] = x @ self.vpd.delta(name)
+        for kind, vector in vectors.items():
+            norm, embedded = vector[: self.last + 1].norm(dim=-1).cpu(), kind == "embedding"
+            position = torch.arange(len(norm))
+            index = self.tokens[: len(norm)].cpu() if embedded else torch.full_like(position, -1)
+            columns = position, index, norm, torch.full_like(norm, float(embedded))
+            numbers = self._add_table(kind, place, *columns)
+            found.append(Contributor(numbers, position, vector))
+        return found
+
+    def _constants(self, place: str) -> dict[str, Tensor]:
+        """What goes into a place's output whatever the subcomponents do, by kind of node."""
+        if place == EMBEDDING:
+            rest = self.cut.positions
+            return {"embedding": self.cut.embeddings.float()} | (
+                {} if rest is None else {"position": rest.float()}
+            )
+        constant = self.cut.constants.get(place)
+        if constant is None or not bool(constant.any()):
+            return {}
+        kind = "position" if place == POSITIONS else "bias"
+        return {kind: constant.float().expand(len(self.tokens), -1)}
+
+    def _add_table(
+        self,
+        kind: str,
+        place: int,
+        position: Tensor,
+        index: Tensor,
+        activation: Tensor,
+        importance: Tensor,
+    ) -> Int[Tensor, " n"]:
+        """Add nodes of one kind at one place, and return their numbers."""
+        same = (torch.full_like(position, value) for value in (KINDS.index(kind), place))
+        columns = position, index, activation.float(), importance.float()
+        self.tables.append(Nodes((), *same, *columns))
+        first, self.n_nodes = self.n_nodes, self.n_nodes + len(position)
+        return torch.arange(first, self.n_nodes)
+
+    def _output_columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        values = [
+            self._stream(o.layer)[0, o.position].detach().float() @ o.vector + o.bias
+            for o in self.outputs
+        ]
+        return (
+            torch.tensor([output.position for output in self.outputs]),
+            torch.tensor([output.token_id for output in self.outputs]),
+            torch.stack(values).cpu(),
+            torch.tensor([output.probability for output in self.outputs]),
+        )
+
+    # ------------------------------------------------------------------- edges
+
+    def _edges_into(
+        self, x: Float[Tensor, "row pos d_in"], targets: Targets, read: Float[Tensor, "d_in C"]
+    ) -> None:
+        """Edges into the target nodes of one matrix.
+
+        Args:
+            x: What the targets read, with graph.
+            targets: Which targets.
+            read: Their read directions.
+        """
+        leaves = [self.cut.leaves[name] for name in self.places]
+        for start in range(0, len(targets.table), self.copies):
+            table = targets.table[start : start + self.copies]
+            here = (targets.row >= start) & (targets.row < start + self.copies)
+            columns = targets.row[here] - start, targets.position[here], targets.column[here]
+            row, position, column = (c.to(x.device) for c in columns)
+            cotangents = torch.zeros_like(x)
+            cotangents[row, position] = read.T[column].to(x.dtype)
+            gradients = torch.autograd.grad(
+                x, leaves, cotangents, retain_graph=True, allow_unused=True
+            )
+            for found, gradient in zip(self.places.values(), gradients, strict=True):
+                for nodes in found if gradient is not None else ():
+                    self.collector.add(nodes, gradient[: len(table)].float(), table)
+
+    def _stream(self, layer: int | None) -> Tensor:
+        return self.cut.inputs["unembed"] if layer is None else self.cut.residuals[layer]
+
+    def _edges_into_outputs(self, first: int) -> None:
+        streams: dict[int | None, list[tuple[int, int, Tensor]]] = {}
+        for node, output in enumerate(self.outputs, first):
+            vector: Tensor | None = output.vector
+            if output.tokens:
+                self._edges_from_unembed(output, node)
+                vector = self._vector_past_unembed(output)
+            if vector is not None:
+                streams.setdefault(output.layer, []).append((node, output.position, vector))
+        for layer, members in streams.items():
+            numbers = torch.full((len(self.tokens), len(members)), -1)
+            for column, (node, position, _) in enumerate(members):
+                numbers[position, column] = node
+            read = torch.stack([vector for _, _, vector in members], dim=1)
+            targets = Targets.packed(numbers, self.forward.mixes_positions)
+            self._edges_into(self._stream(layer), targets, read)
+
+    def _edges_from_unembed(self, output: Output, node: int) -> None:
+        """From the unembedding's bias and, if it is decomposed, its subcomponents."""
+        unembed = self.cut.leaves["unembed"]
+        gradient = unembed.new_zeros(1, len(self.tokens), unembed.shape[-1], dtype=torch.float32)
+        for token, coefficient in output.tokens.items():
+            gradient[0, output.position, token] = coefficient
+        table = torch.full((1, len(self.tokens)), -1)
+        table[0, output.position] = node
+        for nodes in self.places["unembed"]:
+            self.collector.add(nodes, gradient, table)
+
+    def _vector_past_unembed(self, output: Output) -> Tensor | None:
+        """What of a logit's vector is not cut at the unembedding; `None` for nothing."""
+        if "unembed" not in self.forward.decomposed:
+            return output.vector
+        if not self.forward.through_delta:
+            return None
+        coefficients = output.vector.new_tensor(list(output.tokens.values()))
+        return self.vpd.delta("unembed")[:, list(output.tokens)] @ coefficients
+
+
+def _without_idle(nodes: Nodes, edges: Edges) -> tuple[Nodes, Edges]:
+    """Drop what contributes nothing to anything, unless it is a subcomponent or an output."""
+    used = nodes.of_kind("subcomponent", "output", "embedding")
+    used[edges.source.long()] = True
+    renumbered = (used.cumsum(0) - 1).int()
+    source, target = renumbered[edges.source.long()], renumbered[edges.target.long()]
+    return nodes.where(used), Edges(source, target, edges.weight)

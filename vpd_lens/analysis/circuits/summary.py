@@ -1,0 +1,111 @@
+"""A graph at a glance: on a terminal of 80 columns, and the same text in a notebook."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from vpd_lens.analysis.circuits.tables import KINDS
+
+if TYPE_CHECKING:
+    from vpd_lens.analysis.circuits.graph import AttributionGraph
+
+_TOP = 10
+_BAR = 24
+# Colours and font are those of the page around it.
+_HTML = "<pre style='line-height:1.2;overflow-x:auto;background:none;color:inherit'>{code}</pre>"
+
+
+def summary(graph: AttributionGraph) -> Group:
+    """Sizes, scores, outputs, the most influential nodes and L0 by block, for `rich.print`.
+
+    Args:
+        graph: The graph.
+    """
+    prompt = Panel(Text("".join(graph.strings), style="bold"), title="Attribution graph")
+    return Group(prompt, _sizes(graph), _outputs(graph), _most_influential(graph), _l0(graph))
+
+
+def summary_html(graph: AttributionGraph) -> str:
+    """The same for a notebook.
+
+    Args:
+        graph: The graph.
+    """
+    console = Console(record=True, file=io.StringIO(), width=100, force_jupyter=False)
+    console.print(summary(graph))
+    return console.export_html(inline_styles=True, code_format=_HTML)
+
+
+def _sizes(graph: AttributionGraph) -> Table:
+    counts = Counter(graph.nodes.kind.tolist())
+    kinds = ", ".join(f"{counts[i]:,} {kind}" for i, kind in enumerate(KINDS) if counts[i])
+    table = _table("Graph")
+    table.add_row("tokens", f"{len(graph.tokens):,}")
+    table.add_row("nodes", f"{graph.n_nodes:,} ({kinds})")
+    table.add_row("edges", f"{graph.n_edges:,}")
+    table.add_row("completeness", f"{graph.completeness():.4f}")
+    table.add_row("replacement score", f"{graph.replacement_score():.4f}")
+    table.add_row("completeness score", f"{graph.completeness_score():.4f}")
+    return table
+
+
+def _outputs(graph: AttributionGraph) -> Table:
+    table = _table("Outputs", "output", ">position", ">probability", ">value")
+    values = graph.nodes.activation[graph.nodes.of_kind("output")].tolist()
+    for output, value in zip(graph.outputs, values, strict=True):
+        figures = str(output.position), f"{output.probability:.4f}", f"{value:+.4f}"
+        table.add_row(Text(repr(output.name)), *figures)  # as Text: brackets are no markup
+    return table
+
+
+def _most_influential(graph: AttributionGraph) -> Table:
+    nodes, influence = graph.nodes, graph.influence().nodes
+    inner = influence.masked_fill(nodes.of_kind("output"), -1)
+    headings = "node, and its strongest input", ">influence", ">importance", ">activation"
+    table = _table("Most influential nodes", *headings)
+    for node in inner.argsort(descending=True, stable=True)[:_TOP].tolist():
+        if inner[node] <= 0:
+            break
+        name = Text(f"{nodes.name(node)}  {graph.strings[int(nodes.position[node])]!r}")
+        for source, weight in graph.incoming(node, top=1):
+            name.append(f"\n  <- {source} {weight:+.3g}")
+        figures = (influence[node], nodes.importance[node], nodes.activation[node])
+        table.add_row(name, *(f"{float(value):.3f}" for value in figures))
+    return table
+
+
+def _l0(graph: AttributionGraph) -> Table:
+    """Subcomponents per position, by block; those outside of blocks by their matrix."""
+    inner = graph.nodes.where(graph.nodes.of_kind("subcomponent"))
+    per_place = Counter(inner.place.tolist())
+    per_block: Counter[str] = Counter()
+    for i, place in enumerate(graph.nodes.places):
+        if per_place[i]:
+            parts = place.split(".")
+            per_block[".".join(parts[:2]) if parts[0] == "blocks" else place] += per_place[i]
+    longest = max(per_block.values(), default=1)
+    table = _table("Subcomponents per position (L0)", "block", ">L0", "")
+    for block, count in per_block.items():
+        bar = "█" * max(1, round(_BAR * count / longest))
+        table.add_row(block, f"{count / len(graph.tokens):.1f}", bar)
+    return table
+
+
+def _table(title: str, *headings: str) -> Table:
+    """A table; columns whose heading begins with > are numbers."""
+    table = Table(
+        title=title, title_justify="left", show_header=bool(headings), box=box.SIMPLE_HEAD
+    )
+    for heading in headings:
+        number = heading.startswith(">")
+        side = "right" if number else "left"
+        table.add_column(heading.removeprefix(">"), justify=side, no_wrap=number, overflow="fold")
+    return table

@@ -1,0 +1,1 @@
+"""Formats of other tools: what a graph is written as for circuit-tracer, Neuronpedia, networkx."""

@@ -1,0 +1,329 @@
+"""Nodes and links of the graph JSON that circuit-tracer and Neuronpedia both read.
+
+| here | `feature_type` | why |
+|---|---|---|
+| subcomponent | `cross layer transcoder` | has a panel of examples in both viewers |
+| error, delta | `mlp reconstruction error` | counted as error in both viewers' scores |
+| bias, position | `bias` | keeps its label, is no error, has no examples |
+| embedding | `embedding` | |
+| output | `logit` | |
+
+The viewers know layers, each with numbered features. A layer is a matrix here (`axis="site"`) or a
+block (`axis="block"`); the matrices of one block then share its feature numbers in turn, so that
+layer, feature and position stay unique.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from vpd_lens.analysis.circuits.tables import KINDS
+from vpd_lens.analysis.circuits.targets import Output
+from vpd_lens.errors import InputError
+
+if TYPE_CHECKING:
+    from vpd_lens.analysis.circuits.attention import AttentionPair
+    from vpd_lens.analysis.circuits.graph import AttributionGraph
+
+Axis = Literal["site", "block"]
+
+FEATURE_TYPES = {
+    "subcomponent": "cross layer transcoder",
+    "error": "mlp reconstruction error",
+    "delta": "mlp reconstruction error",
+    "bias": "bias",
+    "position": "bias",
+    "embedding": "embedding",
+    "output": "logit",
+}
+# Nodes that are no features have numbers below 0, distinct within a layer: the viewers merge
+# nodes of the same layer, number and position, and may drop them as too common.
+_UNNUMBERED = ("error", "delta", "bias", "position")
+_MATRIX = re.compile(r".+\.attn\.[qkvo]|.+\.mlp\.(in|gate|out)|unembed")
+# Of pairs behind attention scores; the viewer lists all of them, for every node anew.
+_TOP = 20
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """Numbers of layers and features.
+
+    Attributes:
+        layer: Layer of each place between the embedding and the outputs.
+        rank: Which of its layer's places it is, the matrices first.
+        width: How many matrices each layer has.
+    """
+
+    layer: dict[str, int]
+    rank: dict[str, int]
+    width: dict[int, int]
+
+    def layer_of(self, place: str) -> str:
+        """The viewers' name of a place's layer: a number, or `E` for the embedding."""
+        return str(self.layer.get(place, "E"))
+
+    def number(self, kind: str, place: str, index: int) -> int:
+        """Number of a node of a matrix, norm or activation, unique in its layer and position."""
+        rank = self.rank.get(place, 0)
+        if kind == "subcomponent":
+            return index * self.width[self.layer[place]] + rank
+        return -1 - (rank * len(_UNNUMBERED) + _UNNUMBERED.index(kind))
+
+    def feature(self, place: str, index: int) -> int:
+        """Number of a subcomponent among those of all layers: a Cantor pairing."""
+        return cantor_pair(self.layer[place], self.number("subcomponent", place, index))
+
+
+def numbering(places: Sequence[str], axis: Axis) -> Numbering:
+    """How the places of a graph are numbered, which depends on the model and the axis only.
+
+    Args:
+        places: `Nodes.places`, in the order of the forward pass.
+        axis: What a layer is: `"site"` (each matrix) or `"block"`.
+
+    Raises:
+        InputError: If the axis is neither.
+    """
+    if axis not in ("site", "block"):
+        raise InputError(f"axis={axis!r}; expected 'site' or 'block'.")
+    inner = [place for place in places if place not in ("embed", "output")]
+    matrices = [place for place in inner if _MATRIX.fullmatch(place)]
+    layer: dict[str, int] = {}
+    count = block = 0
+    for place in inner:
+        # Norms and activation functions belong to the matrix that reads them, and places outside
+        # of blocks, such as the last norm, to the block before them.
+        match = re.match(r"blocks\.(\d+)\.", place)
+        block = int(match[1]) if match else block
+        layer[place] = block if axis == "block" else min(count, max(len(matrices) - 1, 0))
+        count += place in matrices
+    seen: Counter[int] = Counter()
+    rank: dict[str, int] = {}
+    for place in [*matrices, *(place for place in inner if place not in matrices)]:
+        rank[place] = seen[layer[place]]
+        seen[layer[place]] += 1
+    return Numbering(layer, rank, Counter(layer[place] for place in matrices))
+
+
+def cantor_pair(x: int, y: int) -> int:
+    """The Cantor pairing of two natural numbers: one number for each pair."""
+    return (x + y) * (x + y + 1) // 2 + y
+
+
+def graph_json(
+    graph: AttributionGraph, axis: Axis, pairs: Sequence[AttentionPair] | None
+) -> dict[str, Any]:
+    """Everything of the graph JSON but its metadata.
+
+    Args:
+        graph: The graph.
+        axis: What a layer is.
+        pairs: What subcomponents contribute to attention scores.
+
+    Raises:
+        InputError: If the graph has values that JSON has no numbers for, or no outputs.
+    """
+    _require_finite(graph, pairs or ())
+    numbers = numbering(graph.nodes.places, axis)
+    nodes = _nodes(graph, numbers)
+    ids = [node["node_id"] for node in nodes]
+    edges = graph.edges
+    columns = (edges.source.tolist(), edges.target.tolist(), edges.weight.tolist())
+    data = {
+        "qParams": {
+            "pinnedIds": [],
+            "supernodes": [],
+            "linkType": "both",
+            "clickedId": next(n["node_id"] for n in nodes if n["is_target_logit"]),
+            "sg_pos": "",
+        },
+        "nodes": nodes,
+        "links": [
+            {"source": ids[source], "target": ids[target], "weight": weight}
+            for source, target, weight in zip(*columns, strict=True)
+        ],
+    }
+    if pairs is not None:
+        known = dict(zip(graph.nodes.names(), nodes, strict=True))
+        data["qk_only_nodes"] = _trace_pairs(known, pairs, numbers)
+    return data
+
+
+def checked_slug(slug: str, name: str = "slug") -> str:
+    """A name that both viewers accept in addresses and files.
+
+    Raises:
+        InputError: If it has other characters, or is that of another file of the viewers.
+    """
+    if not re.fullmatch(r"[a-zA-Z0-9_-][a-zA-Z0-9_.-]*", slug):
+        raise InputError(
+            f"{name}={slug!r}; expected letters, digits, '_', '-' and '.' only, the first of them "
+            "no '.', as the viewers have it in addresses and file names."
+        )
+    if slug == "graph-metadata" or slug.endswith(".vpd"):
+        raise InputError(f"{name}={slug!r} is the name of another file; choose another.")
+    return slug
+
+
+def checked_threshold(threshold: float | None) -> float | None:
+    """A share of influence at which the viewers' slider begins.
+
+    Raises:
+        InputError: If it is not in (0, 1].
+    """
+    if threshold is not None and not 0 < threshold <= 1:
+        raise InputError(
+            f"node_threshold={threshold}; expected a share, above 0 and at most 1, or None for a "
+            "viewer without slider."
+        )
+    return threshold
+
+
+def _require_finite(graph: AttributionGraph, pairs: Sequence[AttentionPair]) -> None:
+    columns = {
+        "activations": graph.nodes.activation,
+        "edges": graph.edges.weight,
+        "attention pairs": torch.tensor([pair.weight for pair in pairs]),
+    }
+    for name, column in columns.items():
+        if count := int((~column.isfinite()).sum()):
+            raise InputError(
+                f"{count} {name} of this graph are not finite, and JSON has no such numbers. Look "
+                "for NaN or infinity in the model's weights."
+            )
+    if not graph.outputs:
+        raise InputError("this graph has no outputs; the viewers need at least one.")
+
+
+# ----------------------------------------------------------------------- nodes
+
+
+def _nodes(graph: AttributionGraph, numbers: Numbering) -> list[dict[str, Any]]:
+    nodes, orders = graph.nodes, itertools.count()
+    columns = (nodes.kind, nodes.place, nodes.position, nodes.index, nodes.activation)
+    values = (*columns, graph.influence().cumulative)
+    result = []
+    for row in zip(*(column.tolist() for column in values), strict=True):
+        kind, place, position, index, activation, influence = row
+        kind, place = KINDS[kind], nodes.places[place]
+        if kind == "output":
+            order = next(orders)
+            node = _output_node(graph.outputs[order], order, numbers)
+        elif kind == "embedding":
+            text = f'Emb: "{graph.strings[position]}"'
+            node = _node(kind, "E", index, position, text) | {"feature": position}
+        else:
+            node = _place_node(numbers, kind, place, index, position)
+        if kind == "subcomponent":
+            node["clerp"] += " (-)" if activation < 0 else " (+)"
+        result.append(node | {"activation": activation, "influence": influence})
+    return result
+
+
+def _output_node(output: Output, order: int, numbers: Numbering) -> dict[str, Any]:
+    # Differences and directions have no token; two of them still need two numbers.
+    number = output.token_id if output.token_id >= 0 else -1 - order
+    # The viewers read the probability out of the label.
+    clerp = f'Output "{output.name}" (p={output.probability:.3f})'
+    last = max(numbers.layer.values(), default=-1) + 2
+    node = _node("output", str(last), number, output.position, clerp)
+    return node | {"token_prob": output.probability, "is_target_logit": order == 0}
+
+
+def _place_node(
+    numbers: Numbering, kind: str, place: str, index: int, position: int
+) -> dict[str, Any]:
+    """A node of a matrix, norm or activation function, labelled with its name."""
+    number, layer = numbers.number(kind, place, index), numbers.layer_of(place)
+    if kind != "subcomponent":
+        return _node(kind, layer, number, position, f"{place} {kind}")
+    node = _node(kind, layer, number, position, f"{place}:{index}")
+    return node | {"feature": numbers.feature(place, index)}
+
+
+def _node(kind: str, layer: str, number: int, position: int, clerp: str) -> dict[str, Any]:
+    return {
+        "node_id": f"{layer}_{number}_{position}",
+        "feature": number,
+        "layer": layer,
+        "ctx_idx": position,
+        "feature_type": FEATURE_TYPES[kind],
+        "token_prob": 0.0,
+        "is_target_logit": False,
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "jsNodeId": f"{layer}_{number}-{position}",
+        "clerp": clerp,
+    }
+
+
+# ------------------------------------------------------------- attention pairs
+
+
+def _trace_pairs(
+    nodes: dict[str, dict[str, Any]], pairs: Sequence[AttentionPair], numbers: Numbering
+) -> dict[str, dict[str, Any]]:
+    """Give attention's nodes the pairs behind the scores that they depend on.
+
+    A subcomponent of an o matrix depends on the scores of its position as query. Of layers whose o
+    matrix has no nodes, those of the v matrix get the pairs of their position as key. Heads are
+    summed, as a node may belong to several.
+
+    Args:
+        nodes: Records of the graph's nodes by name; gain `qk_tracing_results`.
+        pairs: Contributions to attention scores.
+        numbers: For the records of nodes that only pairs refer to, which are returned by id.
+    """
+    site_of = {name: name.rpartition(":")[0] for name in nodes}
+    groups: dict[tuple[str, int], list[AttentionPair]] = defaultdict(list)
+    for pair in pairs:
+        o, v = (f"blocks.{pair.layer}.attn.{letter}" for letter in "ov")
+        has_o = o in site_of.values()
+        groups[(o, pair.query_position) if has_o else (v, pair.key_position)].append(pair)
+    absent = {
+        end: _absent(end, numbers) for p in pairs for end in (p.query, p.key) if end not in nodes
+    }
+    known = {name: node["node_id"] for name, node in (nodes | absent).items()}
+    results = {key: _contributors(group, known) for key, group in groups.items()}
+    for name, node in nodes.items():
+        if (key := (site_of[name], node["ctx_idx"])) in results:
+            node["qk_tracing_results"] = results[key]
+    return {node["node_id"]: node for node in absent.values()}
+
+
+def _contributors(pairs: Iterable[AttentionPair], ids: dict[str, str]) -> dict[str, list[Any]]:
+    def largest(ends: Callable[[AttentionPair], tuple[str, ...]]) -> list[list[Any]]:
+        total: dict[tuple[str, ...], float] = defaultdict(float)
+        for pair in pairs:
+            total[ends(pair)] += pair.weight
+        found = sorted(total.items(), key=lambda item: -abs(item[1]))[:_TOP]
+        return [[*(ids[name] for name in names), weight] for names, weight in found]
+
+    return {
+        "pair_wise_contributors": largest(lambda pair: (pair.query, pair.key)),
+        "top_q_marginal_contributors": largest(lambda pair: (pair.query,)),
+        "top_k_marginal_contributors": largest(lambda pair: (pair.key,)),
+    }
+
+
+def _absent(name: str, numbers: Numbering) -> dict[str, Any]:
+    """The record of a node that attention pairs name but that is not in the graph.
+
+    Raises:
+        InputError: If it is no name of a node at one of the graph's matrices.
+    """
+    match = re.fullmatch(r"(.+?)(?::(\d+)|\.(error|delta|bias))@(\d+)", name)
+    if match is None or match[1] not in numbers.layer:
+        raise InputError(
+            f"pairs name a node {name!r}, which is not in this graph and not of one of its "
+            "matrices; expected names like 'blocks.1.attn.q:31@5'."
+        )
+    kind = match[3] or "subcomponent"
+    return _place_node(numbers, kind, match[1], int(match[2] or -1), int(match[4]))

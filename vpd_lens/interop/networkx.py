@@ -1,0 +1,43 @@
+"""An attribution graph as a `networkx.DiGraph`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vpd_lens.analysis.circuits.tables import KINDS
+
+if TYPE_CHECKING:
+    import networkx
+
+    from vpd_lens.analysis.circuits.graph import AttributionGraph
+
+
+def to_networkx(graph: AttributionGraph) -> networkx.DiGraph:
+    """The graph with nodes named as in `graph.nodes.names()`.
+
+    Args:
+        graph: The graph.
+
+    Returns:
+        Nodes have `kind`, `site`, `position`, `token` (the prompt's, as text), `index`,
+        `activation`, `importance` and `influence`; edges have `weight`.
+    """
+    import networkx
+
+    nodes, edges, names = graph.nodes, graph.edges, graph.nodes.names()
+    columns = {
+        "kind": [KINDS[kind] for kind in nodes.kind.tolist()],
+        "site": [nodes.places[place] for place in nodes.place.tolist()],
+        "position": nodes.position.tolist(),
+        "token": [graph.strings[position] for position in nodes.position.tolist()],
+        "index": nodes.index.tolist(),
+        "activation": nodes.activation.tolist(),
+        "importance": nodes.importance.tolist(),
+        "influence": graph.influence().nodes.tolist(),
+    }
+    result = networkx.DiGraph()
+    for name, *values in zip(names, *columns.values(), strict=True):
+        result.add_node(name, **dict(zip(columns, values, strict=True)))
+    ends = ([names[node] for node in side.tolist()] for side in (edges.source, edges.target))
+    result.add_weighted_edges_from(zip(*ends, edges.weight.tolist(), strict=True))
+    return result
