@@ -8,8 +8,8 @@ from typing import Any
 from markupsafe import Markup
 
 from vpd_lens.evaluation import plots
-from vpd_lens.evaluation.html import render_template
 from vpd_lens.evaluation.report import EvalReport
+from vpd_lens.viz.html import render_template
 
 _MODES = {
     "target": "the original model, for comparison",

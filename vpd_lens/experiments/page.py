@@ -7,11 +7,11 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from vpd_lens.evaluation.html import render_template
 from vpd_lens.experiments.figures import legend
 from vpd_lens.experiments.record import RunRecord
 from vpd_lens.experiments.section import Section, shown
 from vpd_lens.files import write_text_atomically
+from vpd_lens.viz.html import render_template
 
 
 def write_page(

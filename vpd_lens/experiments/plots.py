@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from vpd_lens.evaluation.site_axis import PALETTE
-from vpd_lens.evaluation.svg import MUTED, draw, legend_above
+from vpd_lens.viz.svg import MUTED, PALETTE, draw, legend_above
 
 _FULL = (10.2, 3.2)
 

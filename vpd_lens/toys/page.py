@@ -7,11 +7,11 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vpd_lens.evaluation.html import render_template
-from vpd_lens.evaluation.svg import MUTED, draw
 from vpd_lens.toys.experiment import ToyRecord
 from vpd_lens.toys.measure import SiteFigures
 from vpd_lens.toys.presets import METHODS
+from vpd_lens.viz.html import render_template
+from vpd_lens.viz.svg import MUTED, draw
 
 TRUE, FOUND = "#d98a2b", "#3f87d6"
 

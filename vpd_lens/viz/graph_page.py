@@ -15,8 +15,8 @@ import torch
 from markupsafe import Markup
 
 from vpd_lens.analysis.circuits.tables import KINDS, Edges
-from vpd_lens.evaluation.html import render_template
 from vpd_lens.files import write_text_atomically
+from vpd_lens.viz.html import render_template
 
 if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.graph import AttributionGraph

@@ -17,8 +17,8 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from vpd_lens.analysis.harvest import Harvest, Summary
-from vpd_lens.evaluation.html import render_template
 from vpd_lens.files import write_text_atomically
+from vpd_lens.viz.html import render_template
 
 _BINS = 48
 

@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 INK, MUTED, GRID = "#010203", "#040506", "#070809"
 _CSS = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--grid)"}
 
+PALETTE = ("#4c86d9", "#2fa39a", "#67a33f", "#c99a1e", "#d9703f", "#c2568f", "#8b6fd0")
+
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.size": 8.5,

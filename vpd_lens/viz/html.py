@@ -17,7 +17,7 @@ def render_template(package: str, template: str, **values: Any) -> str:
         template: Its file name. It puts `{{ style }}` between `<style>` tags.
         **values: What the template refers to; everything but `Markup` is escaped.
     """
-    style = files("vpd_lens.evaluation").joinpath("page.css").read_text(encoding="utf-8")
+    style = files("vpd_lens.viz").joinpath("page.css").read_text(encoding="utf-8")
     source = files(package).joinpath(template).read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
