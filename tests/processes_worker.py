@@ -22,7 +22,7 @@ from vpd_lens.errors import NonFiniteLossError, ProcessError, TrainingInterrupte
 from vpd_lens.training import adversary, losses, step, train, trainer
 from vpd_lens.training.joining import join
 from vpd_lens.training.processes import ALONE
-from vpd_lens.training.sharding import is_sharded, shard_importance, whole
+from vpd_lens.training.sharding import is_sharded, sharded_importance, whole
 from vpd_lens.training.step import Stepper
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -79,7 +79,7 @@ def one_step(changes, processes):
     uneven = {r"0\.attn\.q": 7, ".": 12}  # shards of different sizes
     attach(model, n_subcomponents=uneven, importance=IMPORTANCE)
     if cfg.shard_importance:
-        shard_importance(model.vpd, processes)
+        sharded_importance(model.vpd, processes, True).__enter__()
     stepper = Stepper(model.vpd, cfg, processes)
     for optimiser in stepper.optimisers:
         optimiser.step = lambda: None
@@ -106,7 +106,7 @@ def same_step():
             cases += [{"micro_batches": 2}, {"micro_batches": 2, "shard_importance": True}]
         for changes in cases:
             compare(one_step({**base, **changes}, processes), expected, f"{scope} {changes}")
-    processes.leave()
+    processes.close()
 
 
 def compare(found, expected, case):
@@ -214,7 +214,7 @@ def unsharded():
         shutil.copytree("sharded-broken", "unsharded")
         shutil.rmtree("unsharded/checkpoint")
         shutil.copytree("sharded-checkpoint", "unsharded/checkpoint")
-    processes.leave()
+    processes.close()
     plain, _, stepper = trained("unsharded", **{**KINDS["sharded"], "shard_importance": False})
     assert not any(map(is_sharded, stepper.parameters["importance"]))
     expected, _, _ = torch.load(f"sharded-whole/process-{RANK}.pt")

@@ -147,7 +147,9 @@ def test_overrides(write_run, base, tmp_path):
     assert config["optimiser"]["clip_importance"] == 1.0  # the preset's, not replaced
     assert config["minimality"]["p_end"] == 0.5
     assert config["sites"] == "mlp"
-    sites = json.loads((tmp_path / "a: #b" / "decomposition" / "config.json").read_text())["sites"]
+    sites = json.loads((tmp_path / "a: #b" / "decomposition" / "record.json").read_text())[
+        "record"
+    ]["sites"]
     assert sites == [f"blocks.{i}.mlp.{kind}" for i in (0, 1) for kind in ("in", "out")]
 
 
@@ -229,14 +231,17 @@ def test_interrupted_and_resumed(write_run, tmp_path):
     assert "stopped by SIGTERM" in errors
     assert "--resume" in errors
     assert "Traceback" not in errors
-    done = json.loads((out / "checkpoint" / "checkpoint.json").read_text())["step"]
+    done = record(out / "checkpoint")["step"]
     assert 1 <= done < 12
     assert not (out / "decomposition").exists()
     assert_one_line(call("info", out, code=2), "--resume")
     assert_one_line(call("train", path, "--resume", "--set", "seed=1", code=2), "seed")
     call("train", path, "--resume", "--quiet")
     assert steps_of(out) == list(range(1, 13))
-    assert json.loads((out / "decomposition" / "config.json").read_text())["trained_steps"] == 12
+    assert (
+        json.loads((out / "decomposition" / "record.json").read_text())["record"]["trained_steps"]
+        == 12
+    )
 
 
 def test_wandb_offline(write_run, tmp_path, monkeypatch):
@@ -245,7 +250,7 @@ def test_wandb_offline(write_run, tmp_path, monkeypatch):
     files = list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 1
     assert files[0].stat().st_size > 0
-    state = json.loads((tmp_path / "out" / "checkpoint" / "checkpoint.json").read_text())
+    state = record(tmp_path / "out" / "checkpoint")
     assert state["extra"]["wandb_id"] in files[0].name
 
 
@@ -306,6 +311,10 @@ def test_graph_of_the_wrong_things(finished, base, tmp_path):
     assert_one_line(result, "is 2 tokens")
     result = call("graph", "w5", "--target", "w6", "--prune", "magic", *where, code=2)
     assert_one_line(result, "magic")
+
+
+def record(folder):
+    return json.loads((folder / "record.json").read_text())["record"]
 
 
 def test_info_needs_neither_model_nor_transformer_lens(finished):

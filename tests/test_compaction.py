@@ -8,15 +8,17 @@ import pytest
 import torch
 from conftest import tiny_bridge
 
-from vpd_lens import load
+from vpd_lens import load, storage
 from vpd_lens.decomposition import CausalImportanceConfig, Divergence, Masks, compiled
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.folding import Columns, fold, unfold
 from vpd_lens.decomposition.pgd import pgd_sources
+from vpd_lens.description import DecompositionRecord
 from vpd_lens.errors import ArtefactError, ConfigError, InputError, TrainingInterrupted
 from vpd_lens.evaluation.metrics import delta_sizes
 from vpd_lens.native import native_transformer
 from vpd_lens.training import VPDConfig, losses, train
+from vpd_lens.training.checkpoint import CheckpointRecord
 from vpd_lens.training.compaction import compact, compact_when_due, survivors
 from vpd_lens.training.losses import faithfulness
 from vpd_lens.training.step import Stepper, warm_up_faithfulness
@@ -434,14 +436,14 @@ def test_a_crash_after_a_compaction_resumes_from_before_it(tokens, tmp_path, mon
         train(broken, tokens, run, output=tmp_path / "broken", progress=False)
     monkeypatch.undo()
     assert broken.vpd.layout.total < 84
-    assert checkpoint(tmp_path / "broken")["n_subcomponents"] == [5, 5, 7, 7, 9, 9] * 2
+    assert checkpoint(tmp_path / "broken").n_subcomponents == (5, 5, 7, 7, 9, 9) * 2
     train(broken, tokens, run, output=tmp_path / "broken", resume=True, progress=False)
     assert all(map(torch.equal, straight.vpd.parameters(), broken.vpd.parameters()))
     assert all(map(torch.equal, straight.vpd.buffers(), broken.vpd.buffers()))
 
 
 def checkpoint(folder):
-    return json.loads((folder / "checkpoint" / "checkpoint.json").read_text())
+    return storage.read(folder / "checkpoint", CheckpointRecord).record
 
 
 def test_a_checkpoint_of_other_sizes_is_refused(tokens, tmp_path):
@@ -458,10 +460,10 @@ def test_a_checkpoint_older_than_a_field_of_the_configuration_is_resumed(tokens,
     folder = tmp_path / "run"
     model = tiny_bridge()
     train(model, tokens, config(), output=folder, progress=False)
-    path = folder / "checkpoint" / "checkpoint.json"
-    record = json.loads(path.read_text())
-    del record["config"]["compaction"]
-    path.write_text(json.dumps(record))
+    path = folder / "checkpoint" / "record.json"
+    content = json.loads(path.read_text())
+    del content["record"]["config"]["compaction"], content["sha256"]
+    path.write_text(json.dumps(content | {"sha256": storage._digest(content)}))
     resumed = tiny_bridge()
     train(resumed, tokens, config(), output=folder, resume=True, progress=False)
     assert all(map(torch.equal, model.vpd.parameters(), resumed.vpd.parameters()))
@@ -533,16 +535,16 @@ def test_saving_keeps_what_was_folded_and_where_it_was(tokens, tmp_path):
     for one in (vpd, again):
         unfold(one)
     assert all(map(torch.equal, vpd.parameters(), again.parameters()))
-    assert "original_indices" not in json.loads((vpd.save(folder) / "config.json").read_text())
+    assert not storage.read(vpd.save(folder), DecompositionRecord).record.original_indices
 
 
 def test_column_numbers_that_do_not_fit_are_refused(tmp_path):
     model = decomposed()
     fold(model.vpd, some(model.vpd))
     folder = model.vpd.save(tmp_path / "saved")
-    record = json.loads((folder / "config.json").read_text())
-    record["original_indices"]["blocks.0.attn.q"]["kept"][0] += 1
-    (folder / "config.json").write_text(json.dumps(record))
+    record = storage.read(folder, DecompositionRecord).record
+    record.original_indices["blocks.0.attn.q"].kept[0] += 1
+    storage.write(folder, record, {})
     other = tiny_bridge()
     with pytest.raises(ArtefactError, match=r"original_indices of blocks\.0\.attn\.q"):
         load(folder, other)

@@ -95,7 +95,7 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", arguments)
     quickstart.main()
     assert (tmp_path / "vpd" / "report.html").stat().st_size > 10_000
-    assert (tmp_path / "vpd" / "decomposition" / "config.json").exists()
+    assert (tmp_path / "vpd" / "decomposition" / "record.json").exists()
     first = (tmp_path / "vpd" / "report.json").read_text()
     quickstart.main()
     assert (tmp_path / "vpd" / "report.json").read_text() == first

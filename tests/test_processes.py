@@ -16,13 +16,15 @@ import torch
 import yaml
 from conftest import tiny_bridge
 from processes_worker import KINDS, RUN, TOKENS, Crash, crash, trained
+from safetensors.torch import load_file
 from test_training import config, state
 
 from vpd_lens import load
 from vpd_lens.data import token_batches
 from vpd_lens.errors import ConfigError
-from vpd_lens.files import read_json, read_tensors
 from vpd_lens.models import save_model
+from vpd_lens.storage import read
+from vpd_lens.training.checkpoint import CheckpointRecord
 from vpd_lens.training.processes import ALONE, Processes
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -117,7 +119,7 @@ def metrics_step(kind):
 def test_a_checkpoint_holds_the_sources_of_all_rows(jobs):
     folder, *_ = jobs
     for kind, joined in (("sequence", torch.cat), ("batch", same)):
-        tensors = read_tensors(folder / f"{kind}-whole" / "checkpoint" / "state.safetensors")
+        tensors = load_file(folder / f"{kind}-whole" / "checkpoint" / "state.safetensors")
         own = [torch.load(folder / f"{kind}-whole" / f"process-{rank}.pt")[1] for rank in (0, 1)]
         for index, name in enumerate(("components", "delta")):
             expected = joined([leaves[index] for leaves in own])
@@ -162,13 +164,13 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(jobs):
     first, second = ((folder / "stopped" / f"process-{r}.txt").read_text() for r in (0, 1))
     assert first == second
     assert first.startswith("stopped by SIGTERM after step 4 of 20")
-    assert read_json(folder / "stopped" / "checkpoint" / "checkpoint.json")["step"] == 4
+    assert read(folder / "stopped" / "checkpoint", CheckpointRecord).record.step == 4
 
 
 @pytest.mark.slow
 def test_without_checkpoint_every_the_clock_says_when(jobs):
     folder, *_ = jobs
-    assert read_json(folder / "clocked" / "checkpoint" / "checkpoint.json")["step"] == 3
+    assert read(folder / "clocked" / "checkpoint", CheckpointRecord).record.step == 3
 
 
 @pytest.mark.slow

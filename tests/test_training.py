@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import tiny_bridge
 
-from vpd_lens import load, remove
+from vpd_lens import load, remove, storage
 from vpd_lens.decomposing import decompose
 from vpd_lens.decomposition import CausalImportanceConfig, Divergence
 from vpd_lens.decomposition.attach import attach
@@ -20,6 +20,7 @@ from vpd_lens.decomposition.masks import uniform_sources
 from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import ArtefactError, ConfigError, NonFiniteLossError
 from vpd_lens.training import OptimiserConfig, VPDConfig, train
+from vpd_lens.training.checkpoint import CheckpointRecord
 from vpd_lens.training.diagnostics import Diagnostics, TrainingWarning
 from vpd_lens.training.initialisation import align
 from vpd_lens.training.losses import faithfulness, importance_power_sum, minimality
@@ -332,10 +333,10 @@ def test_resuming_after_a_crash_is_bit_identical(tokens, tmp_path, changes):
     train(resumed, tokens, run, output=tmp_path / "broken", resume=True, progress=False)
     assert all(map(torch.equal, state(straight.vpd), state(resumed.vpd)))
     # Resuming what is finished changes nothing, its metrics included.
-    record = tmp_path / "broken" / "decomposition" / "metrics.json"
-    metrics = json.loads(record.read_text())
+    record = tmp_path / "broken" / "decomposition" / "record.json"
+    before = record.read_text()
     train(resumed, tokens, run, output=tmp_path / "broken", resume=True, progress=False)
-    assert json.loads(record.read_text()) == metrics
+    assert record.read_text() == before
     steps = [
         [
             json.loads(line)["step"]
@@ -392,7 +393,11 @@ class Process:
 
 
 def stopped_at(folder):
-    return json.loads((folder / "run" / "checkpoint" / "checkpoint.json").read_text())["step"]
+    return checkpoint_of(folder / "run").step
+
+
+def checkpoint_of(run):
+    return storage.read(run / "checkpoint", CheckpointRecord).record
 
 
 def test_a_killed_process_resumes_bit_identically(tokens, tmp_path):
@@ -437,24 +442,6 @@ def test_checkpoint_of_another_configuration_or_model_is_refused(tokens, tmp_pat
         train(tiny_bridge(), tokens, config(), **options)
 
 
-def test_an_interrupted_checkpoint_write_keeps_the_previous_one(tokens, tmp_path, monkeypatch):
-    folder = tmp_path / "run"
-    train(tiny_bridge(), tokens, config(), output=folder, progress=False)
-    before = {f.name: f.read_bytes() for f in (folder / "checkpoint").iterdir()}
-    stepper = fresh_stepper()
-
-    def full_disk(*_args, **_kwargs):
-        raise OSError("no space left on device")
-
-    from vpd_lens.training import checkpoints
-
-    monkeypatch.setattr(checkpoints, "write_json", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        checkpoints.save_checkpoint(folder / "checkpoint", stepper, 3, {}, {})
-    assert before == {f.name: f.read_bytes() for f in (folder / "checkpoint").iterdir()}
-    assert sorted(p.name for p in folder.iterdir() if p.name.startswith(".")) == []
-
-
 def test_a_non_finite_loss_stops_the_run_and_names_the_term(tokens, tmp_path):
     run = config(checkpoint_every=2)
     model = tiny_bridge()
@@ -471,8 +458,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_term(tokens, tmp_path):
             train(model, tokens, run, output=tmp_path / "run", progress=False)
     finally:
         Stepper.step = original
-    record = json.loads((tmp_path / "run" / "checkpoint" / "checkpoint.json").read_text())
-    assert record["step"] == 4
+    assert checkpoint_of(tmp_path / "run").step == 4
     resumed = tiny_bridge()
     train(resumed, tokens, run, output=tmp_path / "run", resume=True, progress=False)
     assert all(torch.isfinite(p).all() for p in resumed.vpd.parameters())
@@ -527,8 +513,7 @@ def test_wandb_offline_writes_a_run(tokens, tmp_path, monkeypatch):
     )
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     assert file.stat().st_size > 0
-    record = json.loads((tmp_path / "run" / "checkpoint" / "checkpoint.json").read_text())
-    assert record["extra"]["wandb_id"] in file.name
+    assert checkpoint_of(tmp_path / "run").extra["wandb_id"] in file.name
 
 
 def test_cuda_asked_for_and_absent(tokens, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from vpd_lens.decomposition import CausalImportanceConfig
-from vpd_lens.decomposition.attach import attach
+from vpd_lens.decomposition.attach import attach, removed_if_untrained
 from vpd_lens.decomposition.divergence import CustomDivergence, DivergenceKind
 from vpd_lens.decomposition.subcomponents import CountSpec
 from vpd_lens.errors import AttachError, ConfigError
@@ -98,7 +98,8 @@ def decompose(
         base.seed,
     )
     if data is not None:
-        train(model, data, base, **training)
+        with removed_if_untrained(model):
+            train(model, data, base, **training)
     return model
 
 

@@ -1,66 +1,162 @@
-"""What a saved decomposition is, read from its directory without its model."""
+"""What a saved decomposition is: its record, readable without torch's model or TransformerLens."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from vpd_lens.files import existing_directory, read_json
-from vpd_lens.saved_config import read_config
+from vpd_lens.config import CausalImportanceConfig
+from vpd_lens.storage import Artefact, Record, read
+
+
+class BaseModelRecord(BaseModel):
+    """What identifies a base model.
+
+    Attributes:
+        transformer_lens_version: With which the decomposition was made.
+        torch_version: With which it was made.
+        model_class: Its class.
+        kind: `"bridge"`, `"hooked_transformer"` or `"module"`.
+        model_name: Its name, if it has one.
+        dtype: Of its weights.
+        default_prepend_bos: Its BOS policy.
+        normalization_type: As in its configuration, which folding of layer norms changes.
+        compatibility_mode: Whether a bridge is in compatibility mode.
+        weights: SHA-256 of every decomposed weight.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    transformer_lens_version: str
+    torch_version: str
+    model_class: str
+    kind: str
+    model_name: str | None
+    dtype: str
+    default_prepend_bos: bool | None
+    normalization_type: str | None
+    compatibility_mode: bool
+    weights: dict[str, str]
+
+
+class Indices(BaseModel):
+    """Column numbers, from before anything was folded, of a site's subcomponents.
+
+    Attributes:
+        kept: Those of V, ascending.
+        folded: Those of what was folded into the delta, in the order of folding.
+    """
+
+    kept: list[int]
+    folded: list[int]
+
+
+class SubcomponentsRecord(Record):
+    """Which subcomponents there are, and of which model.
+
+    Attributes:
+        sites: Names of the sites.
+        n_subcomponents: Of each, what V and U have.
+        original_indices: Of every site, once anything has been folded.
+        base_model: The model they belong to.
+    """
+
+    sites: tuple[str, ...]
+    n_subcomponents: tuple[int, ...]
+    original_indices: dict[str, Indices] = Field(default_factory=dict)
+    base_model: BaseModelRecord
+
+    @model_validator(mode="after")
+    def _count(self) -> SubcomponentsRecord:
+        if len(self.sites) != len(self.n_subcomponents):
+            raise ValueError(f"{len(self.sites)} sites, {len(self.n_subcomponents)} sizes")
+        for name, size, original in zip(
+            self.sites, self.n_subcomponents, self.indices, strict=True
+        ):
+            kept, numbers = original.kept, sorted([*original.kept, *original.folded])
+            if kept != sorted(kept) or len(kept) != size or numbers != list(range(len(numbers))):
+                raise ValueError(
+                    f"original_indices of {name}: {len(kept)} kept and {len(original.folded)} "
+                    f"folded column numbers do not count its {size} subcomponents"
+                )
+        return self
+
+    @property
+    def indices(self) -> list[Indices]:
+        """`original_indices` of every site in order, whether or not anything was folded."""
+        return [
+            self.original_indices.get(name, Indices(kept=list(range(size)), folded=[]))
+            for name, size in zip(self.sites, self.n_subcomponents, strict=True)
+        ]
+
+
+class DecompositionRecord(SubcomponentsRecord):
+    """A decomposition, apart from its tensors.
+
+    Attributes:
+        importance: Its causal importance function.
+        divergence: Its divergence; `"custom"` for a callable.
+        trained_steps: Training steps behind it.
+        training: The `VPDConfig` of the last training.
+        metrics: What was measured.
+    """
+
+    kind: ClassVar[str] = "decomposition"
+
+    importance: CausalImportanceConfig
+    divergence: str
+    trained_steps: int
+    training: dict[str, Any] | None
+    metrics: dict[str, Any] = Field(default_factory=dict)
 
 
 def describe(path: str | Path) -> Group:
     """Sites and sizes, training configuration, base model and metrics, for `rich.print`.
 
     Args:
-        path: The directory that `vpd.save` wrote.
+        path: The directory that `vpd.save` wrote, or the output of a finished training run.
 
     Raises:
         ArtefactError: If it is missing, damaged or newer than this library.
     """
-    folder = existing_directory(Path(path))
-    config = read_config(folder)
-    base = read_json(folder / "base_model.json")
-    metrics = read_json(folder / "metrics.json")
-    parts: list[Any] = [_heading(folder, config, base), _sites(config)]
-    if config["training"]:
-        parts.append(_pairs("Training", _flat(config["training"])))
-    parts.append(_pairs("Base model", {k: v for k, v in base.items() if k != "weights"}))
-    if metrics:
-        parts.append(_pairs("Metrics", _flat(metrics)))
+    artefact = read(path, DecompositionRecord)
+    record = artefact.record
+    parts: list[Any] = [_heading(artefact), _sites(record)]
+    if record.training:
+        parts.append(_pairs("Training", _flat(record.training)))
+    parts.append(_pairs("Base model", record.base_model.model_dump(exclude={"weights"})))
+    if record.metrics:
+        parts.append(_pairs("Metrics", _flat(record.metrics)))
     return Group(*parts)
 
 
-def _heading(folder: Path, config: dict[str, Any], base: dict[str, Any]) -> Text:
-    steps = config["trained_steps"]
-    state = f"trained for {steps:,} steps" if steps else "untrained"
-    model = base.get("model_name") or base.get("model_class")
+def _heading(artefact: Artefact[DecompositionRecord]) -> Text:
+    record, base = artefact.record, artefact.record.base_model
+    state = f"trained for {record.trained_steps:,} steps" if record.trained_steps else "untrained"
     return Text(
-        f"{folder}\nVPD decomposition of {model}, {state}, "
-        f"written by vpd-lens {config['vpd_lens_version']}\n"
-        f"{len(config['sites'])} sites, {sum(config['n_subcomponents']):,} subcomponents, "
-        f"{config['importance'].get('kind', 'default')} importance function, "
-        f"{config['divergence']} divergence\n"
+        f"{artefact.folder}\nVPD decomposition of {base.model_name or base.model_class}, {state}, "
+        f"written by vpd-lens {artefact.vpd_lens_version}\n"
+        f"{len(record.sites)} sites, {sum(record.n_subcomponents):,} subcomponents, "
+        f"{record.importance.kind} importance function, {record.divergence} divergence\n"
     )
 
 
-def _sites(config: dict[str, Any]) -> Table:
+def _sites(record: DecompositionRecord) -> Table:
     table = Table(title="Sites", title_justify="left")
     table.add_column("site")
     table.add_column("subcomponents", justify="right")
-    indices = config.get("original_indices", {})
-    if indices:
+    if record.original_indices:
         table.add_column("folded", justify="right")
         table.add_column("original indices")
-    for name, count in zip(config["sites"], config["n_subcomponents"], strict=True):
-        row = (
-            [f"{len(indices[name]['folded']):,}", _ranges(indices[name]["kept"])] if indices else []
-        )
-        table.add_row(Text(name), f"{count:,}", *row)
+    for name, original in zip(record.sites, record.indices, strict=True):
+        folded = [f"{len(original.folded):,}", _ranges(original.kept)]
+        row = folded if record.original_indices else []
+        table.add_row(Text(name), f"{len(original.kept):,}", *row)
     return table
 
 

@@ -83,8 +83,8 @@ class VPDConfig(Config):
     log_every: Count = 50
     """Steps between logged metrics."""
     checkpoint_every: Natural = 0
-    """Steps between checkpoints; 0 writes only the last and on interruption, and on many
-    processes, of which one may die, one every 15 minutes."""
+    """Steps between checkpoints; 0: one every five minutes. The last step and an interruption
+    write one, too."""
 
     @model_validator(mode="after")
     def _consistent(self) -> VPDConfig:

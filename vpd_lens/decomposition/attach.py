@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -70,6 +71,20 @@ def remove(model: Model) -> Model:
         raise AttachError("This model carries no decomposition; there is nothing to remove.")
     model.__dict__["vpd"].attachment.detach()
     return model
+
+
+@contextmanager
+def removed_if_untrained(model: nn.Module) -> Iterator[None]:
+    """Take the decomposition off again if the block fails before any training step.
+
+    So that a corrected call finds the model as it was.
+    """
+    try:
+        yield
+    except BaseException:
+        if "vpd" in model.__dict__ and model.__dict__["vpd"].trained_steps == 0:
+            remove(model)
+        raise
 
 
 def _require_working_cache(model: nn.Module) -> None:

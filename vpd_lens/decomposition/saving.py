@@ -1,13 +1,11 @@
-"""Save a decomposition to a directory, and load it onto the model it belongs to.
+"""Save a decomposition, and load it onto the model it belongs to (see `vpd_lens.storage`).
 
 | file | content |
 |---|---|
 | `subcomponents.safetensors` | `<site>.V` `[d_in, C]`, `<site>.U` `[C, d_out]`, fp32; where \
 subcomponents were folded into the delta, theirs as `<site>.folded_V`, `<site>.folded_U` |
 | `causal_importance.safetensors` | parameters of the causal importance function |
-| `config.json` | format version, sites, sizes, how it was trained, checksums of the tensors |
-| `base_model.json` | versions, model class, dtype, BOS policy, processing, weight hashes |
-| `metrics.json` | what was measured, if anything |
+| `record.json` | sites, sizes, how it was trained and measured, what its base model is |
 | `README.md` | a model card |
 """
 
@@ -17,73 +15,62 @@ import hashlib
 import importlib.metadata
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor, nn
 
-from vpd_lens.config import CausalImportanceConfig
+from vpd_lens import storage
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.handle import Decomposition
-from vpd_lens.errors import ArtefactError
-from vpd_lens.files import (
-    FORMAT_VERSION,
-    atomic_directory,
-    existing_directory,
-    file_hash,
-    read_json,
-    read_tensors,
-    weight_hash,
-    write_json,
+from vpd_lens.description import (
+    BaseModelRecord,
+    DecompositionRecord,
+    Indices,
+    SubcomponentsRecord,
 )
-from vpd_lens.saved_config import read_config
+from vpd_lens.errors import ArtefactError
 from vpd_lens.sites import model_kind
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_TENSOR_FILES = ("subcomponents.safetensors", "causal_importance.safetensors")
+Shapes = dict[str, tuple[int, ...]]
 
 
 def save(vpd: Decomposition, path: str | Path, metrics: dict[str, Any] | None = None) -> Path:
-    """Write a decomposition to a directory, whole or not at all.
+    """Write a decomposition to a folder, whole or not at all.
 
     Args:
         vpd: The decomposition.
-        path: The directory; an earlier one there is replaced only once the new one is complete.
-        metrics: Anything measured, stored beside it as `metrics.json`.
+        path: The folder; an earlier one there is replaced only once the new one is complete.
+        metrics: Anything measured, stored in the record.
 
     Returns:
-        The directory.
+        The folder.
+
+    Raises:
+        ArtefactError: If something else is there, or it cannot be written.
     """
-    path = Path(path)
-    with atomic_directory(path) as folder:
-        save_file(subcomponent_tensors(vpd), folder / _TENSOR_FILES[0])
-        save_file(_contiguous(vpd.importance.state_dict()), folder / _TENSOR_FILES[1])
-        write_json(folder / "base_model.json", base_model_record(vpd))
-        write_json(folder / "metrics.json", metrics or {})
-        (folder / "README.md").write_text(_model_card(vpd))
-        write_json(
-            folder / "config.json",
-            {
-                "format_version": FORMAT_VERSION,
-                "vpd_lens_version": importlib.metadata.version("vpd-lens"),
-                "sites": list(vpd.layout.names),
-                "n_subcomponents": list(vpd.layout.sizes),
-                "importance": vpd.importance_config.model_dump(mode="json"),
-                "divergence": vpd.divergence if isinstance(vpd.divergence, str) else "custom",
-                "trained_steps": vpd.trained_steps,
-                "training": vpd.training_config,
-                "sha256": {name: file_hash(folder / name) for name in _TENSOR_FILES},
-                **folded_record(vpd),
-            },
-        )
-    return path
+    record = DecompositionRecord(
+        **subcomponents_record(vpd),
+        importance=vpd.importance_config,
+        divergence=vpd.divergence if isinstance(vpd.divergence, str) else "custom",
+        trained_steps=vpd.trained_steps,
+        training=vpd.training_config,
+        metrics=metrics or {},
+    )
+    tensors = {
+        "subcomponents": subcomponent_tensors(vpd),
+        "causal_importance": vpd.importance.state_dict(),
+    }
+    card = _model_card(record)
+    return storage.write(path, record, tensors, lambda new: (new / "README.md").write_text(card))
 
 
 def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
     """Attach a saved decomposition to the model it was made from.
 
     Args:
-        path: The directory that `vpd.save` wrote.
+        path: The folder that `vpd.save` wrote, or the output of a finished training run.
         model: The base model, processed and in the dtype as it was then.
         divergence: The output divergence, needed if a custom one was used in training.
 
@@ -95,168 +82,174 @@ def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
             weight of `model` differs; the message names the site. The model is left untouched.
         AttachError: If the model is decomposed already or a site does not exist.
     """
-    folder = existing_directory(Path(path))
-    config = read_config(folder)
-    for name, expected in config["sha256"].items():
-        if file_hash(folder / name) != expected:
-            raise ArtefactError(
-                f"{folder / name}: its content does not match the checksum in config.json; the "
-                "file is truncated or was changed. Restore it from a copy."
-            )
-    if config["divergence"] == "custom" and divergence is None:
+    artefact = storage.read(path, DecompositionRecord)
+    record = artefact.record
+    if record.divergence == "custom" and divergence is None:
         raise ArtefactError(
             "This decomposition was trained with a custom divergence; pass it as divergence=..."
         )
-    tensors = read_tensors(folder / _TENSOR_FILES[0])
-    importance = read_tensors(folder / _TENSOR_FILES[1])
-    base = read_json(folder / "base_model.json")
-    counts = dict(zip(config["sites"], config["n_subcomponents"], strict=True))
+    counts = dict(zip(record.sites, record.n_subcomponents, strict=True))
     attach(
         model,
-        sites=config["sites"],
+        sites=list(record.sites),
         n_subcomponents=lambda site: counts[site.name],
-        importance=CausalImportanceConfig(**config["importance"]),
-        divergence=divergence or config["divergence"],
+        importance=record.importance,
+        divergence=divergence or record.divergence,  # type: ignore[arg-type]
         check=False,
     )
     vpd: Decomposition = model.__dict__["vpd"]
     try:
-        check_weights(vpd, base)
-        load_subcomponents(vpd, tensors, config)
-        vpd.importance.load_state_dict(importance)
-    except (ArtefactError, KeyError, RuntimeError) as error:
+        check_base_model(vpd, record.base_model)
+        subcomponents, importance = recorded_shapes(record, vpd)
+        load_subcomponents(vpd, artefact.tensors("subcomponents", subcomponents), record)
+        vpd.importance.load_state_dict(artefact.tensors("causal_importance", importance))
+    except BaseException:
         vpd.attachment.detach()
-        if isinstance(error, ArtefactError):
-            raise
-        raise ArtefactError(f"{folder}: its tensors do not fit its config.json: {error}") from None
-    vpd.trained_steps = config["trained_steps"]
-    vpd.training_config = config["training"]
+        raise
+    vpd.trained_steps = record.trained_steps
+    vpd.training_config = record.training
     return model
+
+
+def base_model_record(vpd: Decomposition) -> BaseModelRecord:
+    """What identifies a decomposition's model, as it is now."""
+    cfg = getattr(vpd.model, "cfg", None)
+    return BaseModelRecord(
+        transformer_lens_version=importlib.metadata.version("transformer-lens"),
+        torch_version=importlib.metadata.version("torch"),
+        model_class=type(vpd.model).__name__,
+        kind=model_kind(vpd.model),
+        model_name=getattr(cfg, "model_name", None),
+        dtype=str(vpd.sites[0].weight.dtype).removeprefix("torch."),
+        default_prepend_bos=getattr(cfg, "default_prepend_bos", None),
+        normalization_type=getattr(cfg, "normalization_type", None),
+        compatibility_mode=bool(getattr(vpd.model, "compatibility_mode", False)),
+        weights={site.name: storage.tensor_hash(site.weight) for site in vpd.sites},
+    )
+
+
+def check_base_model(vpd: Decomposition, then: BaseModelRecord) -> None:
+    """Compare a decomposition's model with a record.
+
+    Raises:
+        ArtefactError: Naming the sites whose weights differ, and the likely cause.
+    """
+    now = base_model_record(vpd)
+    different = [name for name, weight in now.weights.items() if then.weights.get(name) != weight]
+    if not different:
+        return
+    changed = [
+        f"{key}: {getattr(then, key)!r} then, {getattr(now, key)!r} now"
+        for key in ("model_name", "kind", "dtype", "normalization_type", "compatibility_mode")
+        if getattr(then, key) != getattr(now, key)
+    ]
+    hint = f" What else differs: {'; '.join(changed)}." if changed else ""
+    raise ArtefactError(
+        f"{len(different)} of {len(now.weights)} decomposed weights of this model differ from "
+        f"those the decomposition was made for: {', '.join(different[:6])}"
+        f"{', ...' if len(different) > 6 else ''}.{hint} Load the same checkpoint with the "
+        "same processing (fold_ln, compatibility mode) and dtype."
+    )
+
+
+def subcomponents_record(vpd: Decomposition) -> dict[str, Any]:
+    """The fields of a `SubcomponentsRecord`."""
+    parts = vpd.subcomponents
+    sites = zip(vpd.layout.names, parts.original, parts.folded, strict=True)
+    indices = {name: Indices(kept=kept, folded=gone.indices) for name, kept, gone in sites}
+    return {
+        "sites": vpd.layout.names,
+        "n_subcomponents": vpd.layout.sizes,
+        "original_indices": indices if any(i.folded for i in indices.values()) else {},
+        "base_model": base_model_record(vpd),
+    }
+
+
+def recorded_shapes(record: SubcomponentsRecord, vpd: Decomposition) -> tuple[Shapes, Shapes]:
+    """The shapes of the recorded subcomponents, and of the importance function's parameters.
+
+    Args:
+        record: Says how many there are.
+        vpd: A decomposition of the same sites, whatever is folded in it.
+    """
+    subcomponents: Shapes = {}
+    for site, original in zip(vpd.sites, record.indices, strict=True):
+        d_in, d_out = site.shape
+        for prefix, numbers in (("", original.kept), ("folded_", original.folded)):
+            if numbers or not prefix:
+                subcomponents[f"{site.name}.{prefix}V"] = (d_in, len(numbers))
+                subcomponents[f"{site.name}.{prefix}U"] = (len(numbers), d_out)
+    importance = {name: tuple(t.shape) for name, t in vpd.importance.state_dict().items()}
+    names = {id(parameter): name for name, parameter in vpd.importance.named_parameters()}
+    sizes = record.n_subcomponents
+    for parameter, dim, index, _ in vpd.importance.per_subcomponent():
+        shape = list(parameter.shape)
+        shape[dim] = sum(sizes) if index is None else sizes[index]
+        importance[names[id(parameter)]] = tuple(shape)
+    return subcomponents, importance
 
 
 def subcomponent_tensors(vpd: Decomposition) -> dict[str, Tensor]:
     """`{<site>.V, <site>.U}` of every site, and `folded_V`, `folded_U` where there are any."""
     parts, tensors = vpd.subcomponents, {}
     for name, v, u, folded in zip(vpd.layout.names, parts.v, parts.u, parts.folded, strict=True):
-        tensors[f"{name}.V"] = v
-        tensors[f"{name}.U"] = u
+        tensors |= {f"{name}.V": v, f"{name}.U": u}
         if folded.indices:
-            tensors[f"{name}.folded_V"] = folded.v
-            tensors[f"{name}.folded_U"] = folded.u
-    return _contiguous(tensors)
+            tensors |= {f"{name}.folded_V": folded.v, f"{name}.folded_U": folded.u}
+    return tensors
 
 
-def folded_record(vpd: Decomposition) -> dict[str, Any]:
-    """Original column numbers, by site, of what is there and what was folded; or nothing."""
-    parts = vpd.subcomponents
-    if not any(folded.indices for folded in parts.folded):
-        return {}
-    sites = zip(vpd.layout.names, parts.original, parts.folded, strict=True)
-    return {
-        "original_indices": {
-            name: {"kept": kept, "folded": folded.indices} for name, kept, folded in sites
-        }
-    }
-
-
+@torch.no_grad()
 def load_subcomponents(
-    vpd: Decomposition, tensors: dict[str, Tensor], record: dict[str, Any]
+    vpd: Decomposition, tensors: dict[str, Tensor], record: SubcomponentsRecord
 ) -> None:
     """Copy `V` and `U` of every site in place, and what was folded.
 
     Args:
         vpd: A decomposition of the same sizes.
-        tensors: As from `subcomponent_tensors`.
-        record: Holds what `folded_record` made.
-
-    Raises:
-        ArtefactError: If the column numbers do not fit the tensors.
+        tensors: As from `subcomponent_tensors`, of the shapes that the record says.
+        record: Which columns they are.
     """
-    parts, indices = vpd.subcomponents, record.get("original_indices", {})
-    for index, (name, folded) in enumerate(zip(vpd.layout.names, parts.folded, strict=True)):
-        parts.v[index].data.copy_(tensors[f"{name}.V"])
-        parts.u[index].data.copy_(tensors[f"{name}.U"])
-        if name not in indices:
-            continue
-        kept, gone = indices[name]["kept"], indices[name]["folded"]
+    parts = vpd.subcomponents
+    for index, (name, original) in enumerate(zip(record.sites, record.indices, strict=True)):
+        parts.v[index].copy_(tensors[f"{name}.V"])
+        parts.u[index].copy_(tensors[f"{name}.U"])
+        parts.original[index], folded = list(original.kept), parts.folded[index]
+        folded.indices = list(original.folded)
         folded.v = tensors.get(f"{name}.folded_V", folded.v[:, :0]).to(vpd.device)
         folded.u = tensors.get(f"{name}.folded_U", folded.u[:0]).to(vpd.device)
-        numbers = list(range(vpd.layout.sizes[index] + folded.v.shape[1]))
-        if kept != sorted(kept) or sorted([*kept, *gone]) != numbers:
-            raise ArtefactError(
-                f"original_indices of {name}: {len(kept)} kept and {len(gone)} folded column "
-                f"numbers do not count its {len(numbers)} subcomponents. The record was changed."
-            )
-        parts.original[index], folded.indices = kept, gone
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def base_model_record(vpd: Decomposition) -> dict[str, Any]:
-    """What identifies the base model: versions, class, processing, dtype, weight hashes."""
-    model = vpd.model
-    cfg = getattr(model, "cfg", None)
-    return {
-        "transformer_lens_version": importlib.metadata.version("transformer-lens"),
-        "torch_version": importlib.metadata.version("torch"),
-        "model_class": type(model).__name__,
-        "kind": model_kind(model),
-        "model_name": getattr(cfg, "model_name", None),
-        "dtype": str(vpd.sites[0].weight.dtype).removeprefix("torch."),
-        "default_prepend_bos": getattr(cfg, "default_prepend_bos", None),
-        "normalization_type": getattr(cfg, "normalization_type", None),
-        "compatibility_mode": bool(getattr(model, "compatibility_mode", False)),
-        "weights": {site.name: weight_hash(site.weight) for site in vpd.sites},
-    }
+_FINGERPRINTS: WeakKeyDictionary[Decomposition, tuple[Any, str]] = WeakKeyDictionary()
 
 
 def fingerprint(vpd: Decomposition) -> str:
-    """SHA-256 of all V and U, by which results recognise the decomposition they belong to."""
-    directions = [*vpd.subcomponents.v, *vpd.subcomponents.u]
-    return hashlib.sha256("".join(weight_hash(part) for part in directions).encode()).hexdigest()
+    """SHA-256 of all V and U, by which results recognise the decomposition they belong to.
 
-
-def check_weights(vpd: Decomposition, base: dict[str, Any]) -> None:
-    """Compare the model's weights with the recorded hashes.
-
-    Raises:
-        ArtefactError: Naming the sites that differ, and the likely cause.
+    Computed anew only when a tensor has changed.
     """
-    recorded = base.get("weights", {})
-    different = [
-        site.name for site in vpd.sites if recorded.get(site.name) != weight_hash(site.weight)
-    ]
-    if not different:
-        return
-    now = base_model_record(vpd)
-    changed = [
-        f"{key}: {base.get(key)!r} then, {now[key]!r} now"
-        for key in ("model_name", "kind", "dtype", "normalization_type", "compatibility_mode")
-        if base.get(key) != now[key]
-    ]
-    hint = f" What else differs: {'; '.join(changed)}." if changed else ""
-    raise ArtefactError(
-        f"{len(different)} of {len(vpd.sites)} decomposed weights of this model differ from those "
-        f"the decomposition was made for: {', '.join(different[:6])}"
-        f"{', ...' if len(different) > 6 else ''}.{hint} Load the same checkpoint with the same "
-        "processing (fold_ln, compatibility mode) and dtype."
-    )
+    directions = [*vpd.subcomponents.v, *vpd.subcomponents.u]
+    # Changes through `.data` leave the version as it is; the sum notices those.
+    total = float(torch.stack([part.detach().sum() for part in directions]).sum())
+    versions = [total, *((part.data_ptr(), part.shape, part._version) for part in directions)]
+    known, value = _FINGERPRINTS.get(vpd, (None, ""))
+    if known != versions:
+        hashes = "".join(storage.tensor_hash(part) for part in directions)
+        value = hashlib.sha256(hashes.encode()).hexdigest()
+        _FINGERPRINTS[vpd] = versions, value
+    return value
 
 
-def _model_card(vpd: Decomposition) -> str:
-    base = base_model_record(vpd)
+def _model_card(record: DecompositionRecord) -> str:
+    base = record.base_model
     rows = "\n".join(
         f"| `{name}` | {size} |"
-        for name, size in zip(vpd.layout.names, vpd.layout.sizes, strict=True)
+        for name, size in zip(record.sites, record.n_subcomponents, strict=True)
     )
     return (
-        f"# VPD decomposition of {base['model_name'] or base['model_class']}\n\n"
-        f"Trained for {vpd.trained_steps} steps with vpd_lens "
-        f"{importlib.metadata.version('vpd-lens')}. Base model: {base['model_class']}, "
-        f"{base['dtype']}.\n\n"
-        '```python\nimport vpd_lens\n\nmodel = vpd_lens.load("path/to/this/folder", base_model)\n'
-        "```\n\n"
-        f"| site | subcomponents |\n|---|---|\n{rows}\n"
+        f"# VPD decomposition of {base.model_name or base.model_class}\n\n"
+        f"Trained for {record.trained_steps} steps with vpd_lens "
+        f"{importlib.metadata.version('vpd-lens')}. Base model: {base.model_class}, {base.dtype}."
+        '\n\n```python\nimport vpd_lens\n\nmodel = vpd_lens.load("path/to/this/folder", base_model)'
+        f"\n```\n\n| site | subcomponents |\n|---|---|\n{rows}\n"
     )

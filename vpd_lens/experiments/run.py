@@ -27,9 +27,10 @@ from vpd_lens.decomposition.saving import load
 from vpd_lens.errors import ArtefactError, TrainingInterrupted
 from vpd_lens.evaluation import evaluate
 from vpd_lens.experiments.record import RunRecord
-from vpd_lens.files import existing_directory, read_json, weight_hash
 from vpd_lens.models import load_model
+from vpd_lens.storage import read, tensor_hash
 from vpd_lens.training import train
+from vpd_lens.training.checkpoint import CheckpointRecord
 
 
 @dataclass(frozen=True)
@@ -160,10 +161,9 @@ def load_decomposed(run: Run, output: Path) -> nn.Module:
 def _has_checkpoint(folder: Path, config: VPDConfig) -> bool:
     """Whether `folder` has a checkpoint of this configuration."""
     try:
-        checkpoint = existing_directory(folder / "checkpoint")
+        return read(folder / "checkpoint", CheckpointRecord).record.config == config
     except ArtefactError:
         return False
-    return read_json(checkpoint / "checkpoint.json").get("config") == config.model_dump(mode="json")
 
 
 def _move_aside(folder: Path) -> None:
@@ -179,7 +179,7 @@ def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _weights_hash(model: nn.Module) -> str:
-    hashes = [weight_hash(site.weight) for site in model.__dict__["vpd"].sites]
+    hashes = [tensor_hash(site.weight) for site in model.__dict__["vpd"].sites]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vpd_lens.errors import ConfigError, ProcessError
-from vpd_lens.files import read_json
 
 Value = TypeVar("Value")
 
@@ -160,20 +158,28 @@ class Processes:
         if self.world > 1:
             dist.barrier(group=self.control)
 
-    def leave(self) -> None:
+    def all_here(self, seconds: float = 10.0) -> bool:
+        """Whether all processes call this within some seconds: whether they fail together."""
+        if self.world > 1:
+            try:
+                dist.monitored_barrier(self.control, timedelta(seconds=seconds))
+            except RuntimeError:
+                return False
+        return True
+
+    def close(self) -> None:
         """Go on alone: what a process does from now on, the others do not wait for."""
-        self.wait()
         if self.owned:
             dist.destroy_process_group()
         elif self.control not in (None, dist.group.WORLD):
             dist.destroy_process_group(self.control)
 
     @contextmanager
-    def contact(self, checkpoint: Path) -> Iterator[None]:
+    def contact(self, what_is_left: Callable[[], str]) -> Iterator[None]:
         """Explain the errors that a process sees when another one dies or falls silent.
 
         Args:
-            checkpoint: Where the run's checkpoint is, if there is one.
+            what_is_left: Says how to go on.
 
         Raises:
             ProcessError: Instead of them.
@@ -192,7 +198,7 @@ class Processes:
             )
             raise ProcessError(
                 f"process {self.rank} of {self.world} lost contact with another one, which {cause} "
-                + _what_is_left(checkpoint)
+                + what_is_left()
             ) from None
 
 
@@ -233,13 +239,3 @@ def _is_lost_contact(error: RuntimeError) -> bool:
 def _first_line(error: Exception) -> str:
     line = str(error).partition("\n")[0].partition(". This is typically")[0]
     return re.sub(r"^\[[^]]*\] ", "", line)  # the place in PyTorch's source
-
-
-def _what_is_left(checkpoint: Path) -> str:
-    if not (checkpoint / "checkpoint.json").exists():
-        return "The run has no checkpoint yet: start it again, with another output directory."
-    step = read_json(checkpoint / "checkpoint.json")["step"]
-    return (
-        f"The last checkpoint, after step {step}, is in {checkpoint}: start the job again with "
-        "resume=True, or vpd-lens train with --resume."
-    )

@@ -8,36 +8,52 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from vpd_lens.decomposition import Decomposition
+from vpd_lens.errors import ProcessError
 from vpd_lens.training.processes import Processes
 
 
-def shard_importance(vpd: Decomposition, processes: Processes) -> Callable[[], None]:
-    """Share out the parameters of the causal importance function, block by block.
+@contextmanager
+def sharded_importance(vpd: Decomposition, processes: Processes, on: bool) -> Iterator[None]:
+    """Share out the parameters of the causal importance function, block by block, for a while.
+
+    Afterwards `vpd` has an ordinary one again, with the trained parameters; also after an error,
+    unless only some of the processes have met it.
 
     Args:
         vpd: Its `importance` is sharded in place.
         processes: Who gets the shards; a single one keeps everything.
-
-    Returns:
-        A function for all processes to call together, which puts an ordinary importance function
-        with the trained parameters back into `vpd`.
+        on: Whether to do so.
     """
-    if processes.world == 1:
-        return lambda: None
+    if processes.world == 1 or not on:
+        yield
+        return
+    module, device = vpd.importance, vpd.device
+    blank = _without_values(module)
+    _shard(module, device)
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, ProcessError) or not processes.all_here():
+            raise
+        _restore(vpd, blank, module)
+        raise
+    _restore(vpd, blank, module)
+
+
+def _shard(module: nn.Module, device: torch.device) -> None:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     # The step only reads what the function returns.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
-    module, device = vpd.importance, vpd.device
-    blank = _without_values(module)
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
     for block in getattr(module, "blocks", ()):
         fully_shard(block, mesh=mesh)
@@ -48,12 +64,11 @@ def shard_importance(vpd: Decomposition, processes: Processes) -> Callable[[], N
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
 
-    def restore() -> None:
-        plain = blank.to_empty(device=device)
-        plain.load_state_dict({k: whole(t) for k, t in module.state_dict().items()})
-        vpd.importance = plain
 
-    return restore
+def _restore(vpd: Decomposition, blank: nn.Module, sharded: nn.Module) -> None:
+    plain = blank.to_empty(device=vpd.device)
+    plain.load_state_dict({k: whole(t) for k, t in sharded.state_dict().items()})
+    vpd.importance = plain
 
 
 def is_sharded(tensor: Tensor) -> bool:

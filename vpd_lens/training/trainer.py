@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from vpd_lens.config import VPDConfig
 from vpd_lens.data import token_batches
 from vpd_lens.decomposition import Decomposition
-from vpd_lens.decomposition.attach import attach
+from vpd_lens.decomposition.attach import attach, removed_if_untrained
 from vpd_lens.decomposition.saving import base_model_record, save
-from vpd_lens.errors import ConfigError, DataError, TrainingInterrupted
-from vpd_lens.training.checkpoints import load_checkpoint, save_checkpoint
+from vpd_lens.errors import ArtefactError, ConfigError, DataError, TrainingInterrupted
+from vpd_lens.storage import disk_errors, existing_folder
+from vpd_lens.training.checkpoint import Checkpoint, save_checkpoint
 from vpd_lens.training.compaction import compact_when_due, sizes
 from vpd_lens.training.cost.guard import explained_out_of_memory, require_memory
 from vpd_lens.training.cost.workload import Workload
@@ -30,12 +32,12 @@ from vpd_lens.training.initialisation import align
 from vpd_lens.training.interruption import stop_requests
 from vpd_lens.training.joining import join
 from vpd_lens.training.logging import MetricsLog, SilentLog, last_metrics
-from vpd_lens.training.sharding import shard_importance
+from vpd_lens.training.sharding import sharded_importance
 from vpd_lens.training.step import Losses, Stepper, require_finite, warm_up_faithfulness
 
-# Between the checkpoints of many processes where `checkpoint_every` asks for none: what is lost
-# when one of them dies.
-CHECKPOINT_SECONDS = 900.0
+# Between checkpoints where `checkpoint_every` asks for none: what is lost when a process dies. A
+# state that takes long to write is written less often.
+CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 300.0, 0.05
 
 
 @dataclass
@@ -71,9 +73,15 @@ def train(
 ) -> TrainingResult:
     """Train the decomposition of a model (attaching one if it has none).
 
+    A decomposition that has been trained before goes on from where it is, with the schedules of
+    the new run; it is not aligned or warmed up again. Should a run fail before its first step, a
+    decomposition that it has attached is taken off again.
+
     Resuming continues bit-identically on CPU: parameters, optimiser, sources, random generator
     and data position are restored. On CUDA the same holds as far as its kernels are
-    deterministic.
+    deterministic; on another kind of device, or with another number of processes, random masks
+    are drawn anew. A run that was stopped before its first checkpoint starts over, with or
+    without `resume`.
 
     In a script that `torchrun` or `accelerate` has started on many processes, all of them call
     this with the same arguments, and train together; see `docs/processes.md`.
@@ -94,7 +102,10 @@ def train(
         Where the results lie and the last metrics. The trained decomposition is `model.vpd`.
 
     Raises:
-        ConfigError: If CUDA is asked for and absent, or `output` already holds another run.
+        ConfigError: If CUDA is asked for and absent, `output` already holds another run, or
+            holds none that could be resumed.
+        ArtefactError: If the checkpoint is damaged or of another run, or `output` cannot be
+            written.
         DataError: If the data cannot be read or does not fit the model.
         NonFiniteLossError: If a loss becomes NaN or infinite; the last checkpoint is kept.
         OutOfMemoryError: If the run clearly needs more memory than there is, or runs out of it.
@@ -102,123 +113,146 @@ def train(
         TrainingInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     config = config or VPDConfig.small()
-    processes = join(config.device, model)
-    rows = processes.rows(config.batch_size, config.micro_batches)
-    folder = processes.from_first(Path(output) if output is not None else _default_folder())
-    _move(model, processes.device)
-    if "vpd" not in model.__dict__:
-        sites = config.sites if isinstance(config.sites, str) else list(config.sites)
-        attach(model, sites, config.n_subcomponents, config.importance, example, seed=config.seed)
-    vpd: Decomposition = model.__dict__["vpd"]
-    vpd.follow_device()
-    batches = token_batches(
-        data,
-        model=model,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        prepend_bos=prepend_bos,
-        rows=rows,
-    )
-    work = Workload.of(vpd, config, batches.seq_len, processes.world)
-    estimate = require_memory(work, vpd.device)
-    if processes.world > 1:
-        processes.require_same(
-            model=json.dumps(base_model_record(vpd)["weights"]),
-            data=json.dumps(batches.state_dict(), sort_keys=True),
-            configuration=f"{config} resume={resume}",
+    with ExitStack() as stack:
+        processes = join(config.device, model)
+        stack.callback(processes.close)
+        rows = processes.rows(config.batch_size, config.micro_batches)
+        folder = processes.from_first(Path(output) if output is not None else _default_folder())
+        _move(model, processes.device)
+        if "vpd" not in model.__dict__:
+            sites = config.sites if isinstance(config.sites, str) else list(config.sites)
+            counts, importance, seed = config.n_subcomponents, config.importance, config.seed
+            attach(model, sites, counts, importance, example, seed=seed)
+            stack.enter_context(removed_if_untrained(model))
+        vpd: Decomposition = model.__dict__["vpd"]
+        vpd.follow_device()
+        batches = token_batches(
+            data,
+            model=model,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            seed=config.seed,
+            prepend_bos=prepend_bos,
+            rows=rows,
         )
-        processes.first_(list(vpd.parameters()))
-    unshard = shard_importance(vpd, processes) if config.shard_importance else None
-    stepper = Stepper(vpd, config, processes)
-    checkpoint = folder / "checkpoint"
-    start, extra = 0, {}
-    if resume:
-        start, position, extra = load_checkpoint(checkpoint, stepper)
-        batches.load_state_dict(position)
-    elif processes.from_first((folder / "metrics.jsonl").exists()):
-        raise ConfigError(
-            f"output={str(folder)!r} already holds a run. Pass resume=True to continue it, or "
-            "another directory."
-        )
-    if processes.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        config.to_yaml(folder / "config.yaml")
-    if wandb is not None and "wandb_id" in extra:
-        wandb = {"id": extra["wandb_id"], "resume": "allow", **wandb}
-    with (
-        MetricsLog(folder, config.steps, start, progress, wandb, config.model_dump())
-        if processes.first
-        else SilentLog() as log,
-        _evaluation_mode(model),
-        explained_out_of_memory(work, vpd.device),
-    ):
-        log.say(estimate)
-        if log.run is not None:
-            extra["wandb_id"] = log.run.id
-        if not resume:
-            if config.initialisation == "aligned" and vpd.trained_steps == 0:
-                align(vpd.subcomponents, vpd.sites)
-            warm_up_faithfulness(stepper)
-            processes.first_(stepper.parameters["subcomponents"])
-        run = _Run(stepper, batches, log, checkpoint, extra)
-        history, seconds = run.loop(start)
-    vpd.trained_steps = config.steps
-    vpd.training_config = config.model_dump(mode="json")
-    if unshard is not None:
-        unshard()
-    metrics = history[-1] if history else last_metrics(folder)
-    if processes.first:
-        save(vpd, folder / "decomposition", metrics)
-    processes.leave()
-    return TrainingResult(folder, config.steps, seconds, metrics, history)
+        work = Workload.of(vpd, config, batches.seq_len, processes.world)
+        estimate = require_memory(work, vpd.device)
+        found = processes.from_first(_found(folder))
+        _require_startable(folder, found, resume)
+        if processes.world > 1:
+            processes.require_same(
+                model=json.dumps(base_model_record(vpd).weights),
+                data=json.dumps(batches.state_dict(), sort_keys=True),
+                configuration=f"{config} resume={resume}",
+            )
+            processes.first_(list(vpd.parameters()))
+        with (
+            sharded_importance(vpd, processes, config.shard_importance),
+            _evaluation_mode(model),
+            explained_out_of_memory(work, vpd.device),
+        ):
+            run = _Run(Stepper(vpd, config, processes), batches, folder)
+            if found == "checkpoint":
+                run.resume()
+            with run.open_log(progress, wandb) as log:
+                log.say(estimate)
+                if found == "started":
+                    log.say(f"{folder} holds a run without a checkpoint; it starts over.")
+                if not run.start:
+                    run.prepare()
+                seconds = run.loop(log)
+        vpd.trained_steps = run.trained_before + config.steps
+        vpd.training_config = config.model_dump(mode="json")
+        metrics = run.history[-1] if run.history else last_metrics(folder)
+        if processes.first:
+            save(vpd, folder / "decomposition", metrics)
+        processes.wait()
+    return TrainingResult(folder, config.steps, seconds, metrics, run.history)
 
 
 class _Run:
-    """The loop of one call of `train`."""
+    """One call of `train`: what it begins from, the loop, and its checkpoints.
 
-    def __init__(
-        self,
-        stepper: Stepper,
-        batches: Any,
-        log: MetricsLog | SilentLog,
-        checkpoint: Path,
-        extra: dict,
-    ) -> None:
-        self.stepper = stepper
-        self.processes = stepper.processes
-        self.config = stepper.config
-        self.batches = batches
-        self.log = log
-        self.checkpoint = checkpoint
-        self.extra = extra
-        self.saved_at = time.monotonic()
+    Args:
+        stepper: All that a step changes.
+        batches: This process's rows of the data.
+        folder: Output of the run.
 
-    def loop(self, start: int) -> tuple[list[dict[str, float]], float]:
+    Attributes:
+        start: Steps that were finished before.
+        trained_before: Steps behind the decomposition when the run began.
+        extra: What else a checkpoint keeps: the wandb run.
+        history: All metrics logged.
+        saved: The step of the last checkpoint; `None`: there is none.
+    """
+
+    def __init__(self, stepper: Stepper, batches: Any, folder: Path) -> None:
+        self.stepper, self.batches, self.folder = stepper, batches, folder
+        self.vpd, self.config, self.processes = stepper.vpd, stepper.config, stepper.processes
+        self.checkpoint = folder / "checkpoint"
+        self.start, self.trained_before = 0, stepper.vpd.trained_steps
+        self.extra: dict[str, Any] = {}
+        self.history: list[dict[str, float]] = []
+        self.saved: int | None = None
+        self.next_save = time.monotonic() + CHECKPOINT_SECONDS
+
+    def resume(self) -> None:
+        """Take up the checkpoint; nothing is changed unless all of it fits."""
+        found = Checkpoint.open(self.checkpoint, self.stepper)
+        self.batches.load_state_dict(found.record.data)
+        found.restore(self.stepper)
+        self.start = self.saved = found.record.step
+        self.trained_before, self.extra = found.record.trained_before, dict(found.record.extra)
+
+    def prepare(self) -> None:
+        """Before the first step of all: align the subcomponents, and fit `V U` to the weights."""
+        if self.trained_before == 0:
+            if self.config.initialisation == "aligned":
+                align(self.vpd.subcomponents, self.vpd.sites)
+            warm_up_faithfulness(self.stepper)
+        self.processes.first_(self.stepper.parameters["subcomponents"])
+
+    def open_log(self, progress: bool, wandb: dict[str, Any] | None) -> MetricsLog | SilentLog:
+        """Where metrics go: to `folder` on the first process, nowhere on the others."""
+        if not self.processes.first:
+            return SilentLog()
+        if wandb is not None and "wandb_id" in self.extra:
+            wandb = {"id": self.extra["wandb_id"], "resume": "allow", **wandb}
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.config.to_yaml(self.folder / "config.yaml")
+            config = self.config.model_dump()
+            log = MetricsLog(self.folder, self.config.steps, self.start, progress, wandb, config)
+        if log.run is not None:
+            self.extra["wandb_id"] = log.run.id
+        return log
+
+    def loop(self, log: MetricsLog | SilentLog) -> float:
+        """Train up to the last step, and return the seconds that it took."""
         config, stepper = self.config, self.stepper
         c_total = sum(stepper.vpd.subcomponents.original_sizes)
         window = _Window(c_total, config.steps, warn=self.processes.first)
-        history: list[dict[str, float]] = []
         begun = time.perf_counter()
-        with stop_requests() as requests, self.processes.contact(self.checkpoint):
-            for step in range(start, config.steps):
+        with stop_requests() as requests, self.processes.contact(self._what_is_left):
+            for step in range(self.start, config.steps):
                 batch = next(self.batches)  # this process's rows
                 if batch.real is not None:
                     raise DataError("data has padding; training on padded rows is not supported.")
-                if step == start and self.processes.world > 1:
+                if step == self.start and self.processes.world > 1:
                     self._data_state()
                 losses, importance = stepper.step(batch.tokens, step)
                 window.add(losses)
                 done = step + 1
-                self.log.advance(done)
+                self.vpd.trained_steps = self.trained_before + done
+                log.advance(done)
                 if folded := compact_when_due(stepper, importance, done):
-                    self.log.say(
+                    log.say(
                         f"step {done}: {folded} dead subcomponents folded into the deltas, "
                         f"{stepper.vpd.layout.total} left"
                     )
                 if done % config.log_every == 0 or done == config.steps:
-                    history.append(window.summary(done, importance, stepper))
-                    self.log.write(done, history[-1])
+                    self.history.append(window.summary(done, importance, stepper))
+                    log.write(done, self.history[-1])
                 stop, due = self._agree(requests, done)
                 if due or done == config.steps or stop:
                     window.require_finite()
@@ -227,17 +261,14 @@ class _Run:
                     raise TrainingInterrupted(
                         f"stopped by {stop} after step {done} of {config.steps}; a checkpoint "
                         f"is in {self.checkpoint}. To go on: train(..., output="
-                        f"{str(self.checkpoint.parent)!r}, resume=True), or vpd-lens train with "
-                        "--resume."
+                        f"{str(self.folder)!r}, resume=True), or vpd-lens train with --resume."
                     )
-        return history, time.perf_counter() - begun
+        return time.perf_counter() - begun
 
     def _agree(self, requests: list[signal.Signals], done: int) -> tuple[str, bool]:
         """The signal that any process has received, and whether a checkpoint is due."""
         every = self.config.checkpoint_every
-        due = bool(every) and done % every == 0
-        if self.processes.world > 1 and not every:
-            due = self.processes.first and time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
+        due = done % every == 0 if every else time.monotonic() > self.next_save
         number, due = self.processes.largest([requests[0] if requests else 0, due])
         return (signal.Signals(number).name if number else ""), bool(due)
 
@@ -247,9 +278,26 @@ class _Run:
         return state
 
     def _save(self, done: int) -> None:
-        save_checkpoint(self.checkpoint, self.stepper, done, self._data_state(), self.extra)
+        begun = time.monotonic()
+        save_checkpoint(
+            self.checkpoint,
+            self.stepper,
+            step=done,
+            trained_before=self.trained_before,
+            data=self._data_state(),
+            extra=self.extra,
+        )
         self.processes.wait()
-        self.saved_at = time.monotonic()
+        now, self.saved = time.monotonic(), done
+        self.next_save = now + max(CHECKPOINT_SECONDS, (now - begun) / CHECKPOINT_SHARE)
+
+    def _what_is_left(self) -> str:
+        if self.saved is None:
+            return "The run has no checkpoint yet: start it again."
+        return (
+            f"The last checkpoint, after step {self.saved}, is in {self.checkpoint}: start the "
+            "job again with resume=True, or vpd-lens train with --resume."
+        )
 
 
 class _Window:
@@ -315,6 +363,37 @@ def _move(model: nn.Module, device: str) -> None:
         model.to(device)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device={device!r} cannot be used: {error}") from None
+
+
+def _found(folder: Path) -> str:
+    """What an earlier run has left: `"checkpoint"`, `"decomposition"`, `"started"` or nothing."""
+    for name in ("checkpoint", "decomposition"):
+        try:
+            existing_folder(folder / name)
+        except ArtefactError:
+            continue
+        return name
+    started = any(os.path.exists(folder / name) for name in ("metrics.jsonl", "config.yaml"))
+    return "started" if started else ""
+
+
+def _require_startable(folder: Path, found: str, resume: bool) -> None:
+    """Refuse to overwrite a run, and to continue one that is not there."""
+    if found == "checkpoint" and not resume:
+        raise ConfigError(
+            f"output={str(folder)!r} already holds a run. Pass resume=True to continue it, or "
+            "another directory."
+        )
+    if found == "decomposition":
+        raise ConfigError(
+            f"output={str(folder)!r} holds the result of a run whose checkpoint is gone. Name "
+            "another directory; vpd_lens.load reads the result."
+        )
+    if not found and resume:
+        raise ConfigError(
+            f"resume=True, but output={str(folder)!r} holds no run and no checkpoint. Leave resume "
+            "out, or check the path."
+        )
 
 
 def _default_folder() -> Path:

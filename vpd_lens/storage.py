@@ -1,0 +1,447 @@
+"""One format for all that is saved: a record, tensors, and a checksum of every file.
+
+| file | content |
+|---|---|
+| `record.json` | `kind`, `format_version`, `vpd_lens_version`; the `record` itself; `files`: the \
+SHA-256 of each; `sha256`: that of all this |
+| `<name>.safetensors` | tensors by name |
+| further files | such as a tokenizer's, listed in `files` too; `README.md` alone is not |
+
+A folder is written beside its destination, flushed to disk and renamed, so that an interruption
+leaves either the old one or the new one. Whatever is wrong with a folder or with the disk is an
+`ArtefactError` that names the part. What version 1 of the format wrote is known at the end of
+this file and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vpd_lens.errors import ArtefactError, InputError
+
+FORMAT_VERSION = 2
+RECORD, _CARD = "record.json", "README.md"
+_RESTORE = "Restore it from a copy, or make it again."
+
+
+class Record(BaseModel):
+    """What an artefact says in JSON; every kind of artefact is a subclass.
+
+    Attributes:
+        kind: What it is, in one or two words: `"decomposition"`, `"graph"`.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", ser_json_inf_nan="constants", protected_namespaces=()
+    )
+    kind: ClassVar[str]
+
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True)
+class Artefact(Generic[R]):
+    """A folder that has been opened: its record is checked, its other files are when read.
+
+    Attributes:
+        folder: Where it lies.
+        record: What it says.
+        files: SHA-256 of every other file; empty where version 1 recorded none.
+        vpd_lens_version: What wrote it.
+    """
+
+    folder: Path
+    record: R
+    files: Mapping[str, str]
+    vpd_lens_version: str
+
+    def file(self, name: str) -> Path:
+        """The path of one of its files.
+
+        Raises:
+            ArtefactError: If its content does not match its checksum, or there is none of it.
+        """
+        path = self.folder / name
+        if name not in self.files:
+            raise ArtefactError(f"{path}: {RECORD} lists no checksum of it. {_RESTORE}")
+        if self.files[name] and file_hash(path) != self.files[name]:
+            raise ArtefactError(
+                f"{path}: its content does not match its checksum; it is truncated or was "
+                f"changed. {_RESTORE}"
+            )
+        return path
+
+    def tensors(
+        self, name: str, shapes: Mapping[str, Sequence[int]] | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of `<name>.safetensors`, on the CPU and mapped from the file.
+
+        Args:
+            name: The file's name without its ending.
+            shapes: The names and shapes that it must have; `None`: any.
+
+        Raises:
+            ArtefactError: If the file is missing, damaged, or has other tensors.
+        """
+        path = self.file(f"{name}.safetensors")
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ArtefactError(f"{path}: not readable as safetensors ({error}).") from None
+        if shapes is not None:
+            require_shapes(path, tensors, shapes)
+        return tensors
+
+
+def require_shapes(
+    where: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
+) -> None:
+    """Check that tensors are exactly those expected.
+
+    Raises:
+        ArtefactError: Naming one that is missing, unknown, or of another shape.
+    """
+    for name in sorted(shapes.keys() | tensors.keys()):
+        got = list(tensors[name].shape) if name in tensors else "missing"
+        expected = list(shapes[name]) if name in shapes else "no such tensor"
+        if got != expected:
+            raise ArtefactError(
+                f"{where}: its tensors do not fit its record: {name!r} is {got}, expected "
+                f"{expected}. They were changed, or belong to something else."
+            )
+
+
+def write(
+    path: str | Path,
+    record: Record,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    beside: Callable[[Path], object] | None = None,
+) -> Path:
+    """Write an artefact, whole or not at all.
+
+    Args:
+        path: Its folder; an earlier one of the same kind is replaced once this one is complete.
+        record: What it says.
+        tensors: Tensors by name, for each `<name>.safetensors`.
+        beside: Writes further files into the folder that it is given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ArtefactError: If the folder holds anything else, or cannot be written; it is as before.
+        InputError: If the record has values that JSON has not.
+    """
+    path = Path(path)
+    with disk_errors(path):
+        _require_replaceable(path, record.kind)
+    try:
+        fields = record.model_dump(mode="json")
+    except ValueError as error:
+        raise InputError(
+            f"this {record.kind} cannot be written as JSON ({error}). Put plain numbers, text, "
+            "lists and dictionaries there."
+        ) from None
+    with atomic_folder(path) as folder:
+        for name, part in tensors.items():
+            save_file(_plain(part), folder / f"{name}.safetensors")
+        if beside is not None:
+            beside(folder)
+        written = sorted(file for file in folder.rglob("*") if file.is_file())
+        names = [file.relative_to(folder).as_posix() for file in written]
+        content = {
+            "kind": record.kind,
+            "format_version": FORMAT_VERSION,
+            "vpd_lens_version": importlib.metadata.version("vpd-lens"),
+            "record": fields,
+            "files": {name: file_hash(folder / name) for name in names if name != _CARD},
+        }
+        write_json(folder / RECORD, {**content, "sha256": _digest(content)})
+        for file in written:  # safetensors lets nobody else read what it writes
+            shutil.copymode(folder / RECORD, file)
+    return path
+
+
+def read(path: str | Path, record_type: type[R]) -> Artefact[R]:
+    """Open an artefact, and check its record.
+
+    Args:
+        path: Its folder, or the output of a training run that has it inside.
+        record_type: What it should be.
+
+    Raises:
+        ArtefactError: If it is missing, something else, damaged, incomplete or too new.
+    """
+    kind = record_type.kind
+    folder = _folder_of(Path(path), kind)
+    file = folder / (RECORD if (folder / RECORD).is_file() else _VERSION_1[kind].record)
+    content = read_json(file)
+    version = content.get("format_version")
+    if version not in (1, FORMAT_VERSION):
+        raise ArtefactError(
+            f"{file}: format version {version!r}, which is newer than this library reads "
+            f"({FORMAT_VERSION}). Upgrade vpd-lens."
+        )
+    try:
+        if version == 1:
+            content = _from_version_1(folder, kind, content)
+        elif content.pop("sha256") != _digest(content):
+            raise ArtefactError(f"{file}: does not match its own checksum. {_RESTORE}")
+        record = record_type.model_validate(content["record"])
+        artefact = Artefact(folder, record, content["files"], content["vpd_lens_version"])
+    except ValidationError as error:
+        raise ArtefactError(f"{file}: damaged, or changed by hand: {_problems(error)}.") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtefactError(f"{file}: damaged, or changed by hand ({error!r}).") from None
+    for part in folder.glob("*.safetensors"):
+        if part.name not in artefact.files:
+            artefact.file(part.name)
+    for name in artefact.files:
+        if not (folder / name).is_file():
+            raise ArtefactError(f"{folder / name}: missing. {_RESTORE}")
+    return artefact
+
+
+def existing_folder(path: Path) -> Path:
+    """`path`, or the previous version if an interruption fell between two renames.
+
+    Raises:
+        ArtefactError: If neither exists.
+    """
+    for folder in (path, path.with_name(f".{path.name}.old")):
+        if os.path.isdir(folder):  # unlike Path.is_dir, False if the name is too long
+            return folder
+    raise ArtefactError(f"{path}: there is no such directory. Check the path.")
+
+
+def _kind_of(folder: Path) -> str | None:
+    if (folder / RECORD).is_file():
+        return str(read_json(folder / RECORD).get("kind"))
+    for kind, first in _VERSION_1.items():
+        file = folder / first.record
+        if file.is_file() and "format_version" in read_json(file):  # others have a config.json, too
+            return kind
+    return None
+
+
+def _folder_of(path: Path, kind: str) -> Path:
+    folder = existing_folder(path)
+    found = _kind_of(folder)
+    if found == kind:
+        return folder
+    in_run = [name for name in ("decomposition", "checkpoint") if _kind_of(folder / name) == name]
+    if found is None and kind in in_run:
+        return folder / kind
+    what = f" It holds a {found}." if found is not None else ""
+    if found is None and in_run:
+        what = " It is a run that is not finished: train on with resume=True."
+    raise ArtefactError(f"{path}: there is no {kind} in it.{what}")
+
+
+def _require_replaceable(path: Path, kind: str) -> None:
+    if not path.exists():
+        return
+    try:
+        replaceable = path.is_dir() and (_kind_of(path) == kind or not any(path.iterdir()))
+    except ArtefactError:
+        return  # a damaged one of ours
+    if not replaceable:
+        raise ArtefactError(
+            f"{path}: something else is there, which writing a {kind} would delete. Name another "
+            "place, or delete it."
+        )
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU and contiguous; copies only of what shares memory, which safetensors refuses."""
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return plain
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _problems(error: ValidationError) -> str:
+    words = {"extra_forbidden": "there is no such field", "missing": "the field is missing"}
+    return "; ".join(
+        f"{'.'.join(map(str, problem['loc'])) or 'record'}: "
+        f"{words.get(problem['type'], problem['msg'])}"
+        for problem in error.errors()[:5]
+    )
+
+
+# ------------------------------------------------------------------- files and folders
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends without an exception.
+
+    Args:
+        path: The destination; an existing folder there is replaced.
+
+    Raises:
+        ArtefactError: If the disk is full, read-only or the like; nothing is left behind.
+    """
+    temporary, previous = (path.with_name(f".{path.name}.{end}") for end in ("new", "old"))
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in (*temporary.rglob("*"), temporary):
+                _flush(file)
+            if path.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+                path.rename(previous)
+            temporary.rename(path)
+            _flush(path.parent)
+            shutil.rmtree(previous, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all, in a folder that is made if need be.
+
+    Raises:
+        ArtefactError: If the disk is full, read-only or the like; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            _flush(temporary)
+            temporary.replace(path)
+            _flush(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write indented JSON; see `write_text`."""
+    write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Say of an error of the operating system what could not be written, and what to do.
+
+    Raises:
+        ArtefactError: Instead of it.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ArtefactError(
+            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); what was "
+            "there is as before. Free some space, or name another place."
+        ) from error
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ArtefactError: If the file is missing, damaged or not an object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path}: missing or damaged ({error}). {_RESTORE}") from None
+    if not isinstance(data, dict):
+        raise ArtefactError(f"{path}: expected a JSON object, got {type(data).__name__}.")
+    return data
+
+
+def file_hash(path: Path, block_size: int = 1 << 20) -> str:
+    """SHA-256 of a file, read block by block.
+
+    Raises:
+        ArtefactError: If it cannot be read.
+    """
+    digest, block = hashlib.sha256(), memoryview(bytearray(block_size))
+    try:
+        with path.open("rb", buffering=0) as file:
+            while size := file.readinto(block):
+                digest.update(block[:size])
+    except OSError as error:
+        raise ArtefactError(f"{path}: cannot be read ({error.strerror}).") from None
+    return digest.hexdigest()
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's values in row order, in its own dtype."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+
+
+# ------------------------------------------------------ version 1 (vpd_lens 0.1), upgraded
+
+
+@dataclass(frozen=True)
+class _First:
+    """How version 1 wrote a kind: its record, what is a field of that now, and checksums."""
+
+    record: str
+    hashes: Callable[[Any], dict[str, str]]
+    fields: tuple[str, ...] = ()
+
+
+def _one(name: str) -> Callable[[Any], dict[str, str]]:
+    return lambda sha256: {f"{name}.safetensors": sha256}
+
+
+_VERSION_1 = {
+    "decomposition": _First("config.json", dict, ("base_model", "metrics")),
+    "checkpoint": _First("checkpoint.json", _one("state")),
+    "graph": _First("graph.json", _one("graph")),
+    "harvest": _First(
+        "harvest.json",
+        lambda sha256: {f"{name}.safetensors": value for name, value in sha256.items()},
+    ),
+    "dataset attributions": _First("attributions.json", _one("attributions")),
+    "model": _First("model.json", lambda _: {"model.safetensors": ""}),  # it had none
+}
+
+
+def _from_version_1(folder: Path, kind: str, content: dict[str, Any]) -> dict[str, Any]:
+    first, envelope = _VERSION_1[kind], ("format_version", "vpd_lens_version", "sha256")
+    record = {name: value for name, value in content.items() if name not in envelope}
+    record |= {name: read_json(folder / f"{name}.json") for name in first.fields}
+    sha256 = None if kind == "model" else content["sha256"]
+    return {"vpd_lens_version": "0.1.0", "record": record, "files": first.hashes(sha256)}

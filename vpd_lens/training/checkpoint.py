@@ -1,0 +1,272 @@
+"""Training checkpoints: everything needed to continue bit-identically (see `vpd_lens.storage`).
+
+`state.safetensors` holds `subcomponents/...`, `importance/...`, `optimiser/<n>/<parameter>/...`,
+`generator` (and `generator/<rank>`), `window`; with an adversary `sources/...`, `adversary/...`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vpd_lens import storage
+from vpd_lens.config import VPDConfig
+from vpd_lens.decomposition.folding import Columns, fold, unfold
+from vpd_lens.decomposition.saving import (
+    Shapes,
+    check_base_model,
+    load_subcomponents,
+    recorded_shapes,
+    subcomponent_tensors,
+    subcomponents_record,
+)
+from vpd_lens.description import SubcomponentsRecord
+from vpd_lens.errors import ArtefactError
+from vpd_lens.training.adversary import PER_ROW, PersistentAdversary
+from vpd_lens.training.sharding import sharded_like, whole
+from vpd_lens.training.step import Stepper
+
+# Fields that do not change what a step computes.
+_MAY_CHANGE = {"log_every", "checkpoint_every", "device", "shard_importance"}
+
+
+class CheckpointRecord(SubcomponentsRecord):
+    """Where a training run stands, apart from its tensors.
+
+    Attributes:
+        step: Finished steps of the run.
+        config: The run.
+        trained_before: Training steps behind the decomposition when the run began.
+        data: The position in the data.
+        extra: Anything else to keep (the wandb run).
+    """
+
+    kind: ClassVar[str] = "checkpoint"
+
+    step: int
+    config: VPDConfig
+    trained_before: int = 0
+    data: dict[str, Any]
+    extra: dict[str, Any]
+
+
+def save_checkpoint(path: Path, stepper: Stepper, **progress: Any) -> None:
+    """Write the state between two steps.
+
+    All processes of a job call it together; the first one writes. What is in the file does not
+    depend on their number, but for a random generator each.
+
+    Args:
+        path: Folder of the checkpoint; the previous one survives an interruption.
+        stepper: Parameters, optimiser, sources and random generator.
+        **progress: `step`, `trained_before`, `data` and `extra` of the `CheckpointRecord`.
+
+    Raises:
+        ArtefactError: If it cannot be written.
+    """
+    vpd, processes = stepper.vpd, stepper.processes
+    tensors = _prefixed("subcomponents/", subcomponent_tensors(vpd))
+    tensors |= _prefixed("importance/", vpd.importance.state_dict())
+    for index, optimiser in enumerate(stepper.optimisers):
+        tensors |= _optimiser_tensors(f"optimiser/{index}/", optimiser)
+    states = processes.gathered(stepper.generator.get_state()[None])
+    tensors |= {_generator_name(rank): state for rank, state in enumerate(states)}
+    tensors["window"] = processes.gathered(stepper.window.total[None])
+    if stepper.adversary is not None:
+        tensors |= _source_tensors(stepper.adversary)
+    state = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor)
+        if processes.first:  # one tensor at a time, so that the others need no memory for all
+            state[name] = tensor.detach().cpu()
+    if processes.first:
+        fields = subcomponents_record(vpd)
+        record = CheckpointRecord(config=stepper.config, **fields, **progress)
+        storage.write(path, record, {"state": state})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that fits a run in every part; nothing has been changed yet."""
+
+    record: CheckpointRecord
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def open(cls, path: Path, stepper: Stepper) -> Checkpoint:
+        """Read what `save_checkpoint` wrote, and check all of it against a run.
+
+        Args:
+            path: The checkpoint's folder.
+            stepper: A fresh stepper of the same model and configuration.
+
+        Raises:
+            ArtefactError: If it is damaged, newer, or belongs to another model or configuration.
+        """
+        artefact = storage.read(path, CheckpointRecord)
+        record, vpd = artefact.record, stepper.vpd
+        config, before = stepper.config.model_dump(), record.config.model_dump()
+        different = [n for n in sorted(config.keys() - _MAY_CHANGE) if config[n] != before[n]]
+        if different:
+            raise ArtefactError(
+                f"{path}: the run was started with another configuration; these fields differ: "
+                f"{different}. Resume with the same ones, or start a new output directory."
+            )
+        sizes = tuple(len(i.kept) + len(i.folded) for i in record.indices)
+        if (vpd.layout.names, vpd.subcomponents.original_sizes) != (record.sites, sizes):
+            raise ArtefactError(
+                f"{path}: its sites or their sizes differ from this decomposition's."
+            )
+        check_base_model(vpd, record.base_model)
+        tensors = artefact.tensors("state")
+        storage.require_shapes(artefact.folder, tensors, _shapes(record, tensors, stepper))
+        return cls(record, tensors)
+
+    def restore(self, stepper: Stepper) -> None:
+        """Make a run's state that of the checkpoint.
+
+        With another number of processes, or on another kind of device, the random generators
+        that the checkpoint has none for begin anew, from the seed and the step.
+        """
+        record, tensors, vpd = self.record, self.tensors, stepper.vpd
+        # To its shapes, in whatever state of compaction it finds the decomposition.
+        kept = [indices.kept for indices in record.indices]
+        if kept != vpd.subcomponents.original:
+            unfold(vpd)
+            fold(vpd, Columns(vpd.layout.sizes, kept, vpd.device))
+        load_subcomponents(vpd, _under(tensors, "subcomponents/"), record)
+        importance = vpd.importance.state_dict()
+        saved = _under(tensors, "importance/")
+        vpd.importance.load_state_dict(
+            {name: sharded_like(tensor, importance[name]) for name, tensor in saved.items()}
+        )
+        for index, optimiser in enumerate(stepper.optimisers):
+            _load_optimiser(optimiser, _under(tensors, f"optimiser/{index}/"))
+        if "sources/components" in tensors:
+            stepper.adversary = _restored_adversary(stepper, tensors)
+        _load_generator(stepper, tensors, record.step)
+        if "window" in tensors:
+            stepper.window.total = _window_total(stepper, tensors["window"])
+        stepper.renew()
+
+
+def _shapes(record: CheckpointRecord, tensors: Mapping[str, Tensor], stepper: Stepper) -> Shapes:
+    """Names and shapes of all tensors of a checkpoint; some are there or not, or of any length."""
+    vpd = stepper.vpd
+    subcomponents, importance = recorded_shapes(record, vpd)
+    shapes = _prefixed("subcomponents/", subcomponents) | _prefixed("importance/", importance)
+    by_id = {id(p): importance[name] for name, p in vpd.importance.named_parameters()}
+    for name, v, u in zip(vpd.layout.names, vpd.subcomponents.v, vpd.subcomponents.u, strict=True):
+        by_id |= {id(v): subcomponents[f"{name}.V"], id(u): subcomponents[f"{name}.U"]}
+    for index, optimiser in enumerate(stepper.optimisers):
+        parameters = [by_id[id(p)] for group in optimiser.param_groups for p in group["params"]]
+        muon = isinstance(optimiser, torch.optim.Muon)
+        shapes |= _moments(f"optimiser/{index}/", parameters, tensors, muon)
+    total = sum(record.n_subcomponents)
+    if record.config.adversary.coefficient > 0:
+        lead = tuple(tensors.get("sources/components", torch.empty(0)).shape[:-1])
+        leaves = [(*lead, total), (*lead, len(record.sites))]
+        shapes |= {"sources/components": leaves[0], "sources/delta": leaves[1]}
+        shapes |= _moments("adversary/", leaves, tensors)
+    shapes["generator"] = ()
+    for name, tensor in tensors.items():
+        if name.startswith("generator"):
+            shapes[name] = tuple(tensor.shape)
+    if "window" in tensors:
+        shapes["window"] = (len(tensors["window"]), total)
+    return shapes
+
+
+def _moments(
+    prefix: str, parameters: list[tuple[int, ...]], tensors: Mapping[str, Tensor], muon=False
+) -> Shapes:
+    """What an optimiser keeps of those parameters that it has ever updated."""
+    names = ("momentum_buffer",) if muon else ("step", "exp_avg", "exp_avg_sq")
+    return {
+        f"{prefix}{index}/{name}": () if name == "step" else shape
+        for index, shape in enumerate(parameters)
+        if any(f"{prefix}{index}/{name}" in tensors for name in names)
+        for name in names
+    }
+
+
+def _generator_name(rank: int) -> str:
+    return f"generator/{rank}" if rank else "generator"
+
+
+def _load_generator(stepper: Stepper, tensors: Mapping[str, Tensor], step: int) -> None:
+    processes = stepper.processes
+    new = processes.generator(stepper.config.seed, stepper.device, step).get_state()
+    saved = tensors.get(_generator_name(processes.rank), new)
+    # Each kind of device has states of its own size.
+    stepper.generator.set_state(saved if saved.shape == new.shape else new)
+
+
+def _window_total(stepper: Stepper, saved: Tensor) -> Tensor:
+    """This process's sum of importances: its own, or the mean of all if their number differs."""
+    rank, world = stepper.processes.rank, stepper.processes.world
+    return (saved[rank] if len(saved) == world else saved.mean(0)).to(stepper.device)
+
+
+def _source_tensors(adversary: PersistentAdversary) -> dict[str, Tensor]:
+    """Sources and their moments, those of all processes' rows together on the first."""
+    components, delta = adversary.leaves()
+    tensors = {"sources/components": components, "sources/delta": delta}
+    tensors |= _optimiser_tensors("adversary/", adversary.optimiser)
+    own = adversary.per_row.gathered
+    return {name: own(t) if t.ndim else t for name, t in tensors.items()}
+
+
+def _restored_adversary(stepper: Stepper, tensors: Mapping[str, Tensor]) -> PersistentAdversary:
+    names = [n for n in tensors if n.startswith(("sources/", "adversary/")) and tensors[n].ndim]
+    if stepper.config.adversary.scope in PER_ROW:
+        rows = stepper.processes.rows(tensors["sources/components"].shape[0])
+        tensors = {**tensors, **{name: tensors[name][rows].contiguous() for name in names}}
+    shape = tuple(tensors["sources/components"].shape[:-1])
+    adversary = PersistentAdversary(
+        stepper.config.adversary.model_copy(update={"scope": "position"}),
+        stepper.vpd.layout,
+        shape,
+        stepper.device,
+        stepper.generator,
+        stepper.processes,
+        stepper.mask_dtype,
+    )
+    adversary.config = stepper.config.adversary
+    with torch.no_grad():
+        for leaf, name in zip(adversary.leaves(), ("components", "delta"), strict=True):
+            leaf.copy_(tensors[f"sources/{name}"])
+    _load_optimiser(adversary.optimiser, _under(tensors, "adversary/"))
+    return adversary
+
+
+def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}{name}": value for name, value in values.items()}
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
+def _optimiser_tensors(prefix: str, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimiser.state_dict()["state"]
+    return {f"{prefix}{index}/{n}": t for index, values in state.items() for n, t in values.items()}
+
+
+def _load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split("/")
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:
+            value = sharded_like(value, parameter)
+        state.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict(
+        {"state": state, "param_groups": optimiser.state_dict()["param_groups"]}
+    )
