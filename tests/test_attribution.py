@@ -114,7 +114,7 @@ def inner_edges(graph: Any) -> dict[tuple[str, str], float]:
 @pytest.mark.parametrize("delta", ["node", "through"])
 @pytest.mark.parametrize("sites", ["all", r"mlp", [f"blocks.{i}.attn.o" for i in (0, 1)]])
 def test_edges_are_gradients_times_activation_times_importance(delta: str, sites: Any) -> None:
-    model = attached(sites)
+    model = attached(sites, n_subcomponents=3)
     graph = traced(model, delta=delta, batch_size=5)
     expected = literal_edges(model, graph, delta)
     got = inner_edges(graph)
@@ -134,7 +134,7 @@ def test_edges_agree_with_finite_differences_that_freeze_everything_else() -> No
         names = graph.nodes.names()
         generator = torch.Generator().manual_seed(0)
         picks = graph.nodes.of_kind("subcomponent")[graph.edges.source.long()].nonzero()[:, 0]
-        for edge in picks[torch.randperm(len(picks), generator=generator)[:40]].tolist():
+        for edge in picks[torch.randperm(len(picks), generator=generator)[:15]].tolist():
             source, target = names[graph.edges.source[edge]], names[graph.edges.target[edge]]
             change = _change(model, clean, source, target, eps=1e-2)
             site, c, t = _parts(source)
@@ -311,6 +311,40 @@ def test_total_effects_are_the_models_own_gradients() -> None:
         expected = gradients[name] * cache[f"{name}.vpd.hook_acts"][0]
         at = graph.nodes.position[here].long(), graph.nodes.index[here].long()
         torch.testing.assert_close(effects[here], expected[at], atol=1e-4, rtol=1e-3)
+
+
+def test_transfers_do_not_grow_with_the_number_of_backward_passes() -> None:
+    """Each of these would make a GPU wait; weights of edges are fetched together."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Waits(TorchDispatchMode):
+        names = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
+
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.count = getattr(self, "count", 0) + any(n in str(op) for n in self.names)
+            return op(*args, **(kwargs or {}))
+
+    model, counts = attached("mlp"), []
+    for batch_size in (1, 64):
+        with Waits() as waits:
+            traced(model, batch_size=batch_size)
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
+
+
+def test_a_prompt_is_copied_as_often_as_there_are_targets() -> None:
+    """And logits of the copies, most of the memory of a large vocabulary, are not computed."""
+    model = attached("mlp")
+    one = torch.zeros(len(PROMPT), model.vpd.layout.total)
+    one[:, 0] = 1
+    shapes: list[tuple[int, ...]] = []
+    model.blocks[0].register_forward_pre_hook(lambda m, args: shapes.append(args[0].shape[:2]))
+    model.unembed.register_forward_hook(lambda m, args, y: shapes.append(y.shape[:2]))
+    traced(model, 3, importance=one)
+    n = len(PROMPT)
+    assert shapes == [(1, n), (1, n), (6, n), (1, 1)]
 
 
 def test_only_attention_reaches_across_positions() -> None:

@@ -15,12 +15,12 @@ LONG, SHORT = [3, 11, 7, 19, 2, 23], [5, 2, 8]
 pytestmark = pytest.mark.filterwarnings("ignore:this decomposition is untrained")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model() -> nn.Module:
     """V U = W at every site, and importances that differ, so that masks matter and ci works."""
     import vpd_lens
 
-    model = vpd_lens.decompose(tiny_bridge(), n_subcomponents=24, sites=r"mlp|attn\.[vo]")
+    model = vpd_lens.decompose(tiny_bridge(), n_subcomponents=24, sites=r"0.mlp|attn\.[vo]")
     vpd = model.vpd
     with torch.no_grad():
         for index, site in enumerate(vpd.sites):
@@ -34,16 +34,28 @@ def model() -> nn.Module:
 def found(model: nn.Module, prompts: Any, target: Any = 4, **settings: Any) -> Any:
     import vpd_lens
 
-    settings = {"steps": 10, "attack_steps": (2,), "attack_restarts": 1, "draws": 2, **settings}
+    settings = {
+        "steps": 6,
+        "adversary_steps": 2,
+        "attack_steps": (2,),
+        "attack_restarts": 1,
+        "draws": 2,
+        **settings,
+    }
     config = vpd_lens.PruneConfig(**settings)
     return vpd_lens.prune(model, prompts, target, config, progress=False)
 
 
+@pytest.fixture(scope="module")
+def circuit(model: nn.Module) -> Any:
+    return found(model, LONG)
+
+
 def test_prompts_pruned_together_are_pruned_as_if_alone(model: nn.Module) -> None:
     """Nor does the padding of the shorter one matter, or the price of a node depend on length."""
-    both = found(model, [LONG, SHORT], method="ci", steps=30)
+    both = found(model, [LONG, SHORT], method="ci", steps=12)
     for index, prompt in enumerate((LONG, SHORT)):
-        alone = found(model, prompt, method="ci", steps=30)
+        alone = found(model, prompt, method="ci", steps=12)
         torch.testing.assert_close(both.of_prompt(index), alone.of_prompt(), atol=2e-2, rtol=0)
         assert len(alone.of_prompt()) == len(prompt)
 
@@ -110,8 +122,7 @@ def test_the_adversary_moves_what_it_may_and_finds_the_corner() -> None:
     assert bool((everything.delta == 1).all())
 
 
-def test_the_report_is_what_the_masks_do(model: nn.Module) -> None:
-    circuit = found(model, LONG, method="stochastic")
+def test_the_report_is_what_the_masks_do(model: nn.Module, circuit: Any) -> None:
     g = circuit.importance
     none = torch.zeros(*g.shape[:-1], model.vpd.layout.n_sites)
     from vpd_lens import Masks
@@ -127,17 +138,79 @@ def test_the_report_is_what_the_masks_do(model: nn.Module) -> None:
     assert "before pruning" in str(circuit.report)
 
 
-def test_the_same_seed_gives_the_same_circuit(model: nn.Module) -> None:
-    first, second = found(model, LONG), found(model, LONG)
-    assert torch.equal(first.importance, second.importance)
-    assert first.report == second.report
-    assert not torch.equal(first.importance, found(model, LONG, seed=1).importance)
+def test_the_same_seed_gives_the_same_circuit(model: nn.Module, circuit: Any) -> None:
+    """And nothing is drawn from the global generator."""
+    state = torch.get_rng_state()
+    again = found(model, LONG)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(again.importance, circuit.importance)
+    assert again.report == circuit.report
+    other = found(model, LONG, seed=1)
+    assert not torch.equal(other.importance, circuit.importance)
 
 
-def test_a_pruned_graph_has_the_nodes_of_its_circuit(model: nn.Module, tmp_path: Any) -> None:
+def test_a_circuit_says_what_it_is_in_a_line(circuit: Any) -> None:
+    assert len(repr(circuit)) < 120
+    assert f"{circuit.report.nodes:.0f} nodes" in repr(circuit)
+
+
+def test_the_adversary_of_a_difference_is_not_blind_where_the_behaviour_holds(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it raises changes its sign with the difference's; clamped, one of two would be 0."""
+    import sys
+
+    from vpd_lens.analysis.circuits import LogitDifference
+
+    module, raised = sys.modules["vpd_lens.analysis.circuits.prune"], []
+
+    def attack(loss_of: Any, g: Tensor, alive: Tensor, start: Any, *_: Any) -> Any:
+        raised.append(float(loss_of(start.over(g))))
+        return start
+
+    monkeypatch.setattr(module, "attack", attack)
+    for tokens in ((4, 9), (9, 4)):
+        found(model, LONG, LogitDifference(*tokens), objective="logit_difference", steps=1)
+    assert raised[0] == pytest.approx(-raised[1])
+    assert raised[0] != 0
+
+
+def test_logits_are_computed_where_the_behaviour_is(model: nn.Module) -> None:
+    shapes: list[tuple[int, ...]] = []
+    hook = model.unembed.register_forward_hook(lambda m, args, y: shapes.append(y.shape[:2]))
+    try:
+        found(model, [LONG, SHORT], [4, 6], method="ci", steps=1, draws=1)
+    finally:
+        hook.remove()
+    # Two to find where the importance function begins, each prompt alone.
+    assert shapes[:2] == [(1, len(LONG)), (1, len(SHORT))]
+    assert set(shapes[2:]) == {(2, 1)}
+
+
+def test_a_long_search_says_so_and_prints_lines_into_a_pipe(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import sys
+
     import vpd_lens
 
-    circuit = found(model, LONG)
+    config = vpd_lens.PruneConfig(method="ci", steps=4, attack_steps=(1,), draws=1)
+    vpd_lens.prune(model, SHORT, 4, config, progress=False)
+    assert capsys.readouterr().out == ""
+    clock = iter(range(0, 10**6, 60))
+    module = sys.modules["vpd_lens.analysis.circuits.prune"]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    vpd_lens.prune(model, SHORT, 4, config)
+    said = capsys.readouterr().out
+    assert "will take about" in said
+    assert all(f"step {n} " in said for n in (1, 2, 3, 4))
+
+
+def test_a_pruned_graph_has_the_nodes_of_its_circuit(
+    model: nn.Module, circuit: Any, tmp_path: Any
+) -> None:
+    import vpd_lens
+
     graph = vpd_lens.attribute(model, LONG, 4, prune=circuit, progress=False)
     torch.testing.assert_close(graph.importance(model.vpd), circuit.of_prompt())
     assert graph.circuit == circuit.report
@@ -163,9 +236,9 @@ def test_the_graph_of_any_prompt_of_a_circuit_explains_its_behaviour(model: nn.M
 
 
 def test_more_steps_never_look_safer(model: nn.Module) -> None:
-    report = found(model, LONG, attack_steps=(8, 1, 3), attack_restarts=2).report
+    report = found(model, LONG, attack_steps=(4, 1, 2), attack_restarts=2).report
     for suffix in ("", ", all"):
-        curve = [report.mean[f"adversarial-{n}{suffix}"] for n in (1, 3, 8)]
+        curve = [report.mean[f"adversarial-{n}{suffix}"] for n in (1, 2, 4)]
         assert curve == sorted(curve, reverse=True)
 
 

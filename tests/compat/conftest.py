@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,18 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., nn.Module]:
         return hooked(name, dtype)
 
     return new
+
+
+@pytest.fixture(scope="session")
+def decomposed(build: Callable[..., nn.Module]) -> Callable[[str], nn.Module]:
+    """`decomposed("native-ln")`: the model with 5 subcomponents at every site, made once."""
+    from vpd_lens.decomposition.attach import attach
+
+    @cache
+    def attached(case: str) -> nn.Module:
+        return attach(build(case), sites="attn" if "mixtral" in case else "all", n_subcomponents=5)
+
+    return attached
 
 
 @pytest.fixture(scope="session")

@@ -20,12 +20,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:this decomposition is untrained"
 
 @pytest.mark.parametrize("case", CASES)
 def test_pairs_deltas_and_biases_add_up_to_the_score(
-    build: Callable[..., nn.Module], case: str
+    decomposed: Callable[[str], nn.Module], case: str
 ) -> None:
-    from vpd_lens.analysis.circuits.attention import AttentionScores
-    from vpd_lens.decomposition.attach import attach
+    from vpd_lens.analysis.circuits import AttentionScores
 
-    model = attach(build(case), n_subcomponents=5)
+    model = decomposed(case)
     prompt = tokens(1)[0]
     scores = AttentionScores(model, prompt)
     _, cache = model.run_with_cache(prompt[None])
@@ -49,12 +48,23 @@ def test_pairs_deltas_and_biases_add_up_to_the_score(
             torch.testing.assert_close(pairs.sum() + rest, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_graphs_pairs_are_nodes_of_it(build: Callable[..., nn.Module]) -> None:
-    import vpd_lens
-    from vpd_lens.analysis.circuits.attention import attention_pairs
-    from vpd_lens.decomposition.attach import attach
+def test_one_backward_pass_gives_the_whole_form(
+    decomposed: Callable[[str], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vpd_lens.analysis.circuits import AttentionScores
 
-    model = attach(build("bridge-gpt2-default"), n_subcomponents=5)
+    scores = AttentionScores(decomposed("bridge-gpt2-default"), tokens(1)[0])
+    passes, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: passes.append(1) or grad(*a, **k))
+    scores.form(0, 1, 4, 2)
+    assert len(passes) == 2  # by q, and that by k
+
+
+def test_a_graphs_pairs_are_nodes_of_it(decomposed: Callable[[str], nn.Module]) -> None:
+    import vpd_lens
+    from vpd_lens.analysis.circuits import attention_pairs
+
+    model = decomposed("bridge-gpt2-default")
     g = torch.rand(6, model.vpd.layout.total, generator=torch.Generator().manual_seed(1)).round()
     graph = vpd_lens.attribute(model, tokens(1)[0], 3, importance=g, progress=False)
     pairs = attention_pairs(model, graph, n_scores=4, n_pairs=3)
@@ -66,11 +76,10 @@ def test_a_graphs_pairs_are_nodes_of_it(build: Callable[..., nn.Module]) -> None
         assert pair.weight != 0
 
 
-def test_a_model_that_hides_its_scores_is_refused(build: Callable[..., nn.Module]) -> None:
-    from vpd_lens.analysis.circuits.attention import AttentionScores
-    from vpd_lens.decomposition.attach import attach
+def test_a_model_that_hides_its_scores_is_refused(decomposed: Callable[[str], nn.Module]) -> None:
+    from vpd_lens.analysis.circuits import AttentionScores
     from vpd_lens.errors import VPDError
 
-    scores = AttentionScores(attach(build("native-ln"), n_subcomponents=5), tokens(1)[0])
+    scores = AttentionScores(decomposed("native-ln"), tokens(1)[0])
     with pytest.raises(VPDError, match="does not show the scores"):
         scores.form(0, 0, 3, 1)

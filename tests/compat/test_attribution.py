@@ -14,14 +14,6 @@ CASES = [f"bridge-{name}-{m}" for name in ARCHITECTURES for m in ("default", "pr
 CASES += [f"native-{name}" for name in NATIVE] + [f"hooked-{name}" for name in HOOKED]
 
 
-@pytest.fixture(scope="module", params=CASES)
-def attached(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> nn.Module:
-    from vpd_lens.decomposition.attach import attach
-
-    case = request.param
-    return attach(build(case), sites="attn" if "mixtral" in case else "all", n_subcomponents=5)
-
-
 def traced(model: nn.Module, **settings: object) -> object:
     from vpd_lens.analysis.circuits import attribute
 
@@ -36,21 +28,21 @@ def has_experts(model: nn.Module) -> bool:
     return "mlp" in model.blocks[0]._modules and "mlp" not in model.vpd.layout.names[-1]
 
 
+@pytest.mark.parametrize("case", CASES)
 def test_with_everything_frozen_the_edges_into_a_node_are_its_activation(
-    attached: nn.Module,
+    decomposed: Callable[[str], nn.Module], case: str
 ) -> None:
-    if has_experts(attached):
+    """And the model runs as before afterwards."""
+    model = decomposed(case)
+    before = model(tokens(1))
+    if has_experts(model):
         from vpd_lens.errors import InputError
 
         with pytest.raises(InputError, match="mixture of experts"):
-            traced(attached, frozen=True)
-        return
-    graph = traced(attached, frozen=True)
-    assert int(graph.nodes.of_kind("subcomponent").sum()) == 6 * attached.vpd.layout.total
-    assert abs(1 - graph.completeness()) < 1e-4
-
-
-def test_the_model_runs_as_before_after_tracing(attached: nn.Module) -> None:
-    before = attached(tokens(1))
-    traced(attached, frozen=not has_experts(attached))
-    assert torch.equal(attached(tokens(1)), before)
+            traced(model, frozen=True)
+        traced(model)
+    else:
+        graph = traced(model, frozen=True)
+        assert int(graph.nodes.of_kind("subcomponent").sum()) == 6 * model.vpd.layout.total
+        assert abs(1 - graph.completeness()) < 1e-4
+    assert torch.equal(model(tokens(1)), before)

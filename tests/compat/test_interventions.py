@@ -19,11 +19,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:this decomposition is untrained"
 
 
 @pytest.fixture(scope="module", params=CASES)
-def pair(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> list[nn.Module]:
+def pair(
+    request: pytest.FixtureRequest,
+    build: Callable[..., nn.Module],
+    decomposed: Callable[[str], nn.Module],
+) -> list[nn.Module]:
     """A decomposed model, and the same model as it was."""
-    from vpd_lens.decomposition.attach import attach
-
-    return [attach(build(request.param), n_subcomponents=5), build(request.param)]
+    return [decomposed(request.param), build(request.param)]
 
 
 @pytest.fixture
