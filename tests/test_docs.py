@@ -64,6 +64,20 @@ def test_every_python_block_runs(page: Path, scratch: Path) -> None:
         exec(compile(source, str(page), "exec", dont_inherit=True), namespace)
 
 
+EXECUTED = re.compile(r'^```python exec="true"[^\n]*\n(?P<code>.*?)^```$', re.M | re.S)
+
+
+def test_what_the_pages_print_depends_on_the_repository_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks that the site's build executes read stored records, never a run of the builder's."""
+    monkeypatch.chdir(DOCS.parent)
+    for page in DOCS.rglob("*.md"):
+        code = [match["code"] for match in EXECUTED.finditer(page.read_text(encoding="utf-8"))]
+        assert not any("runs/" in block for block in code), page
+        exec(compile("\n".join(code), str(page), "exec", dont_inherit=True), {})
+
+
 def api_pages() -> str:
     return "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
 

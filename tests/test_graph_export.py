@@ -22,7 +22,7 @@ from vpd_lens.decomposition.attach import attach
 from vpd_lens.errors import ArtefactError, InputError
 from vpd_lens.interop import neuronpedia
 from vpd_lens.interop.circuit_tracer import to_circuit_tracer
-from vpd_lens.interop.graph_json import cantor_pair, numbering
+from vpd_lens.interop.graph_json import numbering
 from vpd_lens.interop.networkx import to_networkx
 from vpd_lens.interop.neuronpedia import to_neuronpedia
 
@@ -387,7 +387,8 @@ def test_layers_are_matrices_or_blocks():
     assert by_block.layer["unembed"] == by_block.layer["ln_final"] == 1
     numbers = [by_block.feature(name, index) for name in matrices for index in range(50)]
     assert len(set(numbers)) == len(numbers)
-    assert [cantor_unpair(cantor_pair(x, 10**6)) for x in (0, 99)] == [(0, 10**6), (99, 10**6)]
+    far = [by_site.feature(matrices[layer], 10**6) for layer in (0, 12)]
+    assert [cantor_unpair(number) for number in far] == [(0, 10**6), (12, 10**6)]
 
 
 def test_a_feature_has_one_number_in_all_graphs_of_a_model(graph, tmp_path):

@@ -117,12 +117,12 @@ def _with_entry(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _side_file(graph: AttributionGraph, ids: list[str]) -> dict[str, Any]:
     nodes = graph.nodes
+    plain = ("position", "index", "activation", "importance")
     columns = {
         "name": nodes.names(),
         "kind": [KINDS[kind] for kind in nodes.kind.tolist()],
         "site": [nodes.places[place] for place in nodes.place.tolist()],
-        **{key: getattr(nodes, key).tolist() for key in ("position", "index")},
-        **{key: getattr(nodes, key).tolist() for key in ("activation", "importance")},
+        **{name: getattr(nodes, name).tolist() for name in plain},
     }
     rows = zip(*columns.values(), strict=True)
     records = [dict(zip(columns, row, strict=True)) for row in rows]
@@ -131,9 +131,6 @@ def _side_file(graph: AttributionGraph, ids: list[str]) -> dict[str, Any]:
 
 def _write(path: Path, data: Any) -> None:
     write_text_atomically(path, json.dumps(data, allow_nan=False) + "\n")
-
-
-# ------------------------------------------------- what subcomponents do in data
 
 
 def _write_features(folder: Path, graph: AttributionGraph, axis: Axis, harvest: Cards) -> None:

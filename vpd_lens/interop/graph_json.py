@@ -1,13 +1,5 @@
 """Nodes and links of the graph JSON that circuit-tracer and Neuronpedia both read.
 
-| here | `feature_type` | why |
-|---|---|---|
-| subcomponent | `cross layer transcoder` | has a panel of examples in both viewers |
-| error, delta | `mlp reconstruction error` | counted as error in both viewers' scores |
-| bias, position | `bias` | keeps its label, is no error, has no examples |
-| embedding | `embedding` | |
-| output | `logit` | |
-
 The viewers know layers, each with numbered features. A layer is a matrix here (`axis="site"`) or a
 block (`axis="block"`); the matrices of one block then share its feature numbers in turn, so that
 layer, feature and position stay unique.
@@ -35,10 +27,10 @@ if TYPE_CHECKING:
 Axis = Literal["site", "block"]
 
 FEATURE_TYPES = {
-    "subcomponent": "cross layer transcoder",
-    "error": "mlp reconstruction error",
+    "subcomponent": "cross layer transcoder",  # has a panel of examples in both viewers
+    "error": "mlp reconstruction error",  # counted as error in both viewers' scores
     "delta": "mlp reconstruction error",
-    "bias": "bias",
+    "bias": "bias",  # keeps its label, is no error, has no examples
     "position": "bias",
     "embedding": "embedding",
     "output": "logit",
@@ -77,20 +69,13 @@ class Numbering:
         return -1 - (rank * len(_UNNUMBERED) + _UNNUMBERED.index(kind))
 
     def feature(self, place: str, index: int) -> int:
-        """Number of a subcomponent among those of all layers: a Cantor pairing."""
-        return cantor_pair(self.layer[place], self.number("subcomponent", place, index))
+        """Number of a subcomponent among those of all layers: the Cantor pairing of two."""
+        x, y = self.layer[place], self.number("subcomponent", place, index)
+        return (x + y) * (x + y + 1) // 2 + y
 
 
 def numbering(places: Sequence[str], axis: Axis) -> Numbering:
-    """How the places of a graph are numbered, which depends on the model and the axis only.
-
-    Args:
-        places: `Nodes.places`, in the order of the forward pass.
-        axis: What a layer is: `"site"` (each matrix) or `"block"`.
-
-    Raises:
-        InputError: If the axis is neither.
-    """
+    """How the places of a graph are numbered, which depends on the model and the axis only."""
     if axis not in ("site", "block"):
         raise InputError(f"axis={axis!r}; expected 'site' or 'block'.")
     inner = [place for place in places if place not in ("embed", "output")]
@@ -112,20 +97,10 @@ def numbering(places: Sequence[str], axis: Axis) -> Numbering:
     return Numbering(layer, rank, Counter(layer[place] for place in matrices))
 
 
-def cantor_pair(x: int, y: int) -> int:
-    """The Cantor pairing of two natural numbers: one number for each pair."""
-    return (x + y) * (x + y + 1) // 2 + y
-
-
 def graph_json(
     graph: AttributionGraph, axis: Axis, pairs: Sequence[AttentionPair] | None
 ) -> dict[str, Any]:
     """Everything of the graph JSON but its metadata.
-
-    Args:
-        graph: The graph.
-        axis: What a layer is.
-        pairs: What subcomponents contribute to attention scores.
 
     Raises:
         InputError: If the graph has values that JSON has no numbers for, or no outputs.
@@ -134,8 +109,7 @@ def graph_json(
     numbers = numbering(graph.nodes.places, axis)
     nodes = _nodes(graph, numbers)
     ids = [node["node_id"] for node in nodes]
-    edges = graph.edges
-    columns = (edges.source.tolist(), edges.target.tolist(), edges.weight.tolist())
+    columns = (getattr(graph.edges, name).tolist() for name in graph.edges.columns())
     data = {
         "qParams": {
             "pinnedIds": [],
@@ -157,11 +131,7 @@ def graph_json(
 
 
 def checked_slug(slug: str, name: str = "slug") -> str:
-    """A name that both viewers accept in addresses and files.
-
-    Raises:
-        InputError: If it has other characters, or is that of another file of the viewers.
-    """
+    """A name that both viewers accept in addresses and files; others are refused."""
     if not re.fullmatch(r"[a-zA-Z0-9_-][a-zA-Z0-9_.-]*", slug):
         raise InputError(
             f"{name}={slug!r}; expected letters, digits, '_', '-' and '.' only, the first of them "
@@ -173,11 +143,7 @@ def checked_slug(slug: str, name: str = "slug") -> str:
 
 
 def checked_threshold(threshold: float | None) -> float | None:
-    """A share of influence at which the viewers' slider begins.
-
-    Raises:
-        InputError: If it is not in (0, 1].
-    """
+    """A share of influence at which the viewers' slider begins; others are refused."""
     if threshold is not None and not 0 < threshold <= 1:
         raise InputError(
             f"node_threshold={threshold}; expected a share, above 0 and at most 1, or None for a "
@@ -200,9 +166,6 @@ def _require_finite(graph: AttributionGraph, pairs: Sequence[AttentionPair]) -> 
             )
     if not graph.outputs:
         raise InputError("this graph has no outputs; the viewers need at least one.")
-
-
-# ----------------------------------------------------------------------- nodes
 
 
 def _nodes(graph: AttributionGraph, numbers: Numbering) -> list[dict[str, Any]]:
@@ -264,9 +227,6 @@ def _node(kind: str, layer: str, number: int, position: int, clerp: str) -> dict
     }
 
 
-# ------------------------------------------------------------- attention pairs
-
-
 def _trace_pairs(
     nodes: dict[str, dict[str, Any]], pairs: Sequence[AttentionPair], numbers: Numbering
 ) -> dict[str, dict[str, Any]]:
@@ -274,12 +234,8 @@ def _trace_pairs(
 
     A subcomponent of an o matrix depends on the scores of its position as query. Of layers whose o
     matrix has no nodes, those of the v matrix get the pairs of their position as key. Heads are
-    summed, as a node may belong to several.
-
-    Args:
-        nodes: Records of the graph's nodes by name; gain `qk_tracing_results`.
-        pairs: Contributions to attention scores.
-        numbers: For the records of nodes that only pairs refer to, which are returned by id.
+    summed, as a node may belong to several. Nodes (records by name) gain `qk_tracing_results`;
+    records of nodes that only pairs refer to are returned by id.
     """
     site_of = {name: name.rpartition(":")[0] for name in nodes}
     groups: dict[tuple[str, int], list[AttentionPair]] = defaultdict(list)
@@ -314,11 +270,7 @@ def _contributors(pairs: Iterable[AttentionPair], ids: dict[str, str]) -> dict[s
 
 
 def _absent(name: str, numbers: Numbering) -> dict[str, Any]:
-    """The record of a node that attention pairs name but that is not in the graph.
-
-    Raises:
-        InputError: If it is no name of a node at one of the graph's matrices.
-    """
+    """The record of a node that attention pairs name but that is not in the graph."""
     match = re.fullmatch(r"(.+?)(?::(\d+)|\.(error|delta|bias))@(\d+)", name)
     if match is None or match[1] not in numbers.layer:
         raise InputError(

@@ -13,8 +13,8 @@ Source: VPD, pruning to one behaviour.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -120,8 +120,8 @@ def prune(
         z = _before_sigmoid(vpd, behaviour)
         if "unembed" not in vpd.layout.names:
             stack.enter_context(narrowed_unembedding(model, behaviour.at_position))
-        shown = stack.enter_context(_shown(_n_passes(config), progress))
-        search = _Search(vpd, behaviour, z, config, shown)
+        meter = stack.enter_context(_Meter(_n_passes(config), progress))
+        search = _Search(vpd, behaviour, z, config, meter)
         importance = search.run()
         test = CircuitTest(search.logits_under, behaviour, search.alive, vpd.layout, config)
         report = test.report(importance, search.before, search.clean)
@@ -148,7 +148,7 @@ class _Search:
         behaviour: Prompts and targets.
         z: The importance function's values before the sigmoid, `[prompt, pos, C_total]`.
         config: Settings.
-        shown: Learns of every pass through the model.
+        meter: Learns of every pass through the model.
     """
 
     def __init__(
@@ -157,9 +157,9 @@ class _Search:
         behaviour: Behaviour,
         z: Float[Tensor, "prompt pos C_total"],
         config: PruneConfig,
-        shown: _Shown,
+        meter: _Meter,
     ) -> None:
-        self.vpd, self.behaviour, self.config, self.shown = vpd, behaviour, config, shown
+        self.vpd, self.behaviour, self.config, self.meter = vpd, behaviour, config, meter
         self.before = lower_leaky(z) * behaviour.relevant[..., None]
         self.alive: Bool[Tensor, "prompt pos C_total"] = self.before > 0
         if not bool(self.alive.any()):
@@ -176,7 +176,7 @@ class _Search:
     def logits_under(self, masks: AnyMasks | None) -> Float[Tensor, "prompt vocab"]:
         """Logits at the behaviour's positions."""
         logits = self.vpd.run(masks, self.behaviour.tokens)
-        self.shown.advance(2 if torch.is_grad_enabled() else 1)
+        self.meter.advance(self.meter.task, 2 if torch.is_grad_enabled() else 1)
         if logits.shape[1] > 1:
             logits = self.behaviour.at_position(logits)
         return logits[:, 0].float()
@@ -195,11 +195,11 @@ class _Search:
             (self.phi.grad,) = torch.autograd.grad(total, [self.phi])
             optimiser.step()
             if step == 0:
-                self.shown.estimate()
-            if self.shown.is_due(step + 1, config.steps):
+                self.meter.estimate()
+            if step % max(1, config.steps // 10) == 0:
                 nodes = int((self.phi > 0).sum()) / len(self.behaviour.tokens)
                 text = f"step {step + 1}  loss {float(loss.detach()):.2f}  nodes {nodes:.0f}"
-                self.shown.say(text)
+                self.meter.say(text)
         return self._importance().detach()
 
     def _importance(self) -> Float[Tensor, "prompt pos C_total"]:
@@ -245,55 +245,29 @@ def _n_passes(config: PruneConfig) -> int:
     return 1 + config.steps * step + 2 * test
 
 
-class _Shown:
-    """What a user sees of a search: an estimate of its duration, then a bar or lines.
+class _Meter(Progress):
+    """How far a search is: a bar on a terminal, lines elsewhere, and how long all will take."""
 
-    Args:
-        bar: A bar, disabled where the output is no terminal.
-        n_passes: Passes through the model in all.
-        quiet: Show nothing.
-    """
-
-    def __init__(self, bar: Progress, n_passes: int, quiet: bool) -> None:
-        self.bar, self.n_passes, self.quiet = bar, n_passes, quiet
-        self.task = bar.add_task("Pruning", total=n_passes)
-        self.begun, self.done = time.perf_counter(), 0
-
-    def advance(self, passes: int) -> None:
-        """Count finished passes."""
-        self.done += passes
-        self.bar.advance(self.task, passes)
+    def __init__(self, n_passes: int, progress: bool) -> None:
+        console = Console(quiet=not progress)
+        columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+        hidden = not progress or not console.is_terminal
+        super().__init__(*columns, console=console, disable=hidden, transient=True)
+        self.task, self.begun = self.add_task("Pruning", total=n_passes), time.perf_counter()
 
     def estimate(self) -> None:
         """Say how long everything will take, if it is long, going by the passes so far."""
-        minutes = (time.perf_counter() - self.begun) / self.done * self.n_passes / 60
+        task = self.tasks[0]
+        minutes = (time.perf_counter() - self.begun) / task.completed * (task.total or 0) / 60
         if minutes > 1:
-            self._print(
+            self.console.print(
                 f"Pruning will take about {minutes:.0f} minutes. Fewer steps, attack_steps or "
-                "attack_restarts in PruneConfig make it shorter."
+                "attack_restarts in PruneConfig make it shorter.",
+                highlight=False,
             )
-
-    def is_due(self, step: int, steps: int) -> bool:
-        """Whether it is time for another text."""
-        every = max(1, steps // 10) if self.bar.disable else 10
-        return not self.quiet and step % every == 0
 
     def say(self, text: str) -> None:
         """Show a text in the bar, or as a line."""
-        if self.bar.disable:
-            self._print(f"Pruning  {text}")
-        else:
-            self.bar.update(self.task, description=f"Pruning  {text}")
-
-    def _print(self, text: str) -> None:
-        if not self.quiet:
-            self.bar.console.print(text, highlight=False)
-
-
-@contextmanager
-def _shown(n_passes: int, progress: bool) -> Iterator[_Shown]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    console = Console()
-    hidden = not progress or not console.is_terminal
-    with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
-        yield _Shown(bar, n_passes, quiet=not progress)
+        self.update(self.task, description=f"Pruning  {text}")
+        if self.disable:
+            self.console.print(f"Pruning  {text}", highlight=False)
