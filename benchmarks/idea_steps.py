@@ -15,7 +15,7 @@ from vpd_lens.decomposition.masks import uniform_sources
 from vpd_lens.decomposition.sigmoids import lower_leaky, upper_leaky
 from vpd_lens.training import VPDConfig
 from vpd_lens.training.losses import importance_power_sum, minimality
-from vpd_lens.training.schedules import exponent
+from vpd_lens.training.optimiser import exponent
 from vpd_lens.training.step import Losses, Stepper
 
 

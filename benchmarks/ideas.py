@@ -33,7 +33,7 @@ from vpd_lens.config import parse_yaml
 from vpd_lens.experiments.record import Machine, versions
 from vpd_lens.files import file_hash, write_json
 from vpd_lens.training import VPDConfig
-from vpd_lens.training.initialisation import align
+from vpd_lens.decomposition.subcomponents import align
 from vpd_lens.training.step import warm_up_faithfulness
 
 TARGET = CONFIGURATIONS["S"]

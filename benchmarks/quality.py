@@ -34,7 +34,7 @@ from vpd_lens.experiments.record import Machine, versions
 from vpd_lens.files import file_hash, write_text_atomically
 from vpd_lens.training import VPDConfig
 from vpd_lens.training.compaction import compact_when_due
-from vpd_lens.training.initialisation import align
+from vpd_lens.decomposition.subcomponents import align
 from vpd_lens.training.step import Stepper, warm_up_faithfulness
 
 Point = dict[str, Any]

@@ -36,7 +36,7 @@ from vpd_lens.toys.frequencies import (
 )
 from vpd_lens.toys.modular_addition import ModularAddition, last_position_kl
 from vpd_lens.training import VPDConfig
-from vpd_lens.training.initialisation import align
+from vpd_lens.decomposition.subcomponents import align
 
 IN, OUT = "blocks.0.mlp.in", "blocks.0.mlp.out"
 console = Console()

@@ -20,8 +20,7 @@ from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.masks import Sources
 from vpd_lens.errors import NonFiniteLossError, ProcessError, TrainingInterrupted
 from vpd_lens.training import adversary, losses, step, train, trainer
-from vpd_lens.training.joining import join
-from vpd_lens.training.processes import ALONE
+from vpd_lens.training.distributed import ALONE, join
 from vpd_lens.training.sharding import is_sharded, sharded_importance, whole
 from vpd_lens.training.step import Stepper
 

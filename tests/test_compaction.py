@@ -10,9 +10,9 @@ from conftest import tiny_bridge
 
 from vpd_lens import load, storage
 from vpd_lens.decomposition import CausalImportanceConfig, Divergence, Masks, compiled
+from vpd_lens.decomposition.adversary import ascend, shared_sources
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.folding import Columns, fold, unfold
-from vpd_lens.decomposition.pgd import pgd_sources
 from vpd_lens.description import DecompositionRecord
 from vpd_lens.errors import ArtefactError, ConfigError, InputError, TrainingInterrupted
 from vpd_lens.evaluation.metrics import delta_sizes
@@ -92,8 +92,9 @@ def test_outputs_are_those_with_the_delta_s_mask_on_what_was_folded(make, tokens
     torch.testing.assert_close(survivors, g[..., keep.joined], rtol=1e-5, atol=1e-6)
 
     divergence = Divergence(target)
-    sources, curve = pgd_sources(
-        lambda m: divergence(vpd.run(m, batch)), survivors, vpd.layout, 5, 0.2, checkpoints=(5,)
+    start = shared_sources(survivors, vpd.layout)
+    sources, curve = ascend(
+        lambda m: divergence(vpd.run(m, batch)), survivors, start, 5, 0.2, checkpoints=(5,)
     )
     worst = sources.masks(survivors)
     unfold(vpd)

@@ -10,7 +10,7 @@ from torch import nn
 
 import vpd_lens
 from vpd_lens.decomposition import Divergence, Layout, Masks
-from vpd_lens.decomposition.pgd import pgd_sources
+from vpd_lens.decomposition.adversary import ascend, shared_sources
 from vpd_lens.errors import ArtefactError, AttachError
 from vpd_lens.evaluation.metrics import (
     Sparsity,
@@ -220,11 +220,10 @@ def test_the_curve_is_a_forward_with_the_sources_found(model, tokens, importance
         target = model(tokens)
     divergence = Divergence(target, "kl")
     arguments = {"n_steps": 5, "step_size": 0.2}
-    sources, _ = pgd_sources(
+    sources, _ = ascend(
         lambda masks: divergence(vpd.run(masks, tokens)),
         importance,
-        vpd.layout,
-        generator=torch.Generator().manual_seed(5),
+        shared_sources(importance, vpd.layout, torch.Generator().manual_seed(5)),
         **arguments,
     )
     curve = pgd_curve(
@@ -251,9 +250,8 @@ def test_the_adversary_ends_in_a_corner(model, tokens, importance):
     vpd = model.vpd
     with torch.no_grad():
         divergence = Divergence(model(tokens), "kl")
-    sources, _ = pgd_sources(
-        lambda masks: divergence(vpd.run(masks, tokens)), importance, vpd.layout, 5, 1.0
-    )
+    start = shared_sources(importance, vpd.layout)
+    sources, _ = ascend(lambda masks: divergence(vpd.run(masks, tokens)), importance, start, 5, 1.0)
     assert sources.components.shape == (1, 1, vpd.layout.total)
     free = (importance < 1).flatten(0, -2).any(0)  # elsewhere the mask is 1 whatever the source
     corners = torch.cat([sources.components[..., free], sources.delta], -1)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vpd_lens.decomposition import CausalImportanceConfig, Divergence, Layout
+from vpd_lens.decomposition.adversary import ascend, shared_sources
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.causal_importance import PerSubcomponentMLP, SharedMLP, build_importance
 from vpd_lens.decomposition.masked_site import masked_site
@@ -20,7 +21,6 @@ from vpd_lens.decomposition.masks import (
     uniform_k_subset,
     uniform_sources,
 )
-from vpd_lens.decomposition.pgd import pgd_sources
 from vpd_lens.decomposition.sigmoids import lower_leaky, upper_leaky
 from vpd_lens.decomposition.subcomponents import Subcomponents
 from vpd_lens.sites.module import module_sites
@@ -33,7 +33,7 @@ from vpd_lens.training.losses import (
     minimality,
     stochastic_reconstruction,
 )
-from vpd_lens.training.schedules import adversary_lr, exponent, learning_rate
+from vpd_lens.training.optimiser import adversary_lr, exponent, learning_rate
 
 
 @pytest.mark.parametrize(
@@ -287,9 +287,10 @@ def test_pgd_reaches_the_corners_of_a_monotone_loss_and_records_its_curve():
     importance = torch.full((2, 4, 5), 0.25)
 
     def loss(masks):
-        return masks.components.sum() - masks.delta.sum()
+        return masks.computed().components.sum() - masks.delta.sum()
 
-    sources, curve = pgd_sources(loss, importance, layout, 20, 0.1, _generator(0), (0, 5, 20))
+    start = shared_sources(importance, layout, _generator(0))
+    sources, curve = ascend(loss, importance, start, 20, 0.1, checkpoints=(0, 5, 20))
     assert torch.equal(sources.components, torch.ones(1, 1, 5))
     assert torch.equal(sources.delta, torch.zeros(1, 1, 2))
     assert curve[0] < curve[5] < curve[20] == pytest.approx(40.0)

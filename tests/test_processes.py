@@ -25,7 +25,7 @@ from vpd_lens.errors import ConfigError
 from vpd_lens.models import save_model
 from vpd_lens.storage import read
 from vpd_lens.training.checkpoint import CheckpointRecord
-from vpd_lens.training.processes import ALONE, Processes
+from vpd_lens.training.distributed import ALONE, Processes
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 SECOND = Processes(rank=1, world=2)

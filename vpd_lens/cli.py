@@ -101,7 +101,7 @@ def train_command(
         from vpd_lens.config import read_run_file
         from vpd_lens.models import load_model
         from vpd_lens.training import train
-        from vpd_lens.training.joining import claim_gpu, is_first
+        from vpd_lens.training.distributed import claim_gpu, is_first
 
         changes = list(overrides or [])
         changes += [f"output={quoted(output)}"] if output else []

@@ -32,9 +32,13 @@ def model(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> nn
 def logits(model: nn.Module) -> Iterator[list[Tensor]]:
     """Logits of the last position of every masked forward, in order."""
     seen: list[Tensor] = []
-    handle = model.unembed.register_forward_hook(
-        lambda _m, _a, out: seen.append(out[:, -1].clone()) if model.vpd._masks else None
-    )
+
+    def note(_module: nn.Module, _args: tuple, out: Tensor) -> None:
+        current = model.vpd.forwards.state.current
+        if current is not None and current.masks is not None:
+            seen.append(out[:, -1].clone())
+
+    handle = model.unembed.register_forward_hook(note)
     yield seen
     handle.remove()
 

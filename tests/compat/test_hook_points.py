@@ -75,7 +75,7 @@ def test_cache_holds_the_right_values_and_shapes(pair: Pair) -> None:
         assert error(seen["hook_acts"], read @ vpd.v(site.name)) < 1e-6
         assert torch.equal(seen["hook_ci"], importance)
         assert torch.equal(seen["hook_mask"], torch.ones(*x.shape, C))
-        assert torch.equal(seen["hook_delta_mask"], torch.ones(x.shape))
+        assert torch.equal(seen["hook_delta_mask"], torch.ones(*x.shape, 1))
         bias = 0 if site.bias is None else site.bias
         assert error(seen["hook_out"], read @ site.weight + bias) < 1e-5
         assert seen["hook_out"].shape == (*x.shape, site.shape[1])
@@ -91,7 +91,7 @@ def test_cache_under_masks_holds_the_masks_in_use(pair: Pair) -> None:
     assert error(logits, plain) < 1e-5
     for name in SITES:
         assert torch.equal(cache[f"{name}.vpd.hook_mask"], masks[name].expand(*x.shape, C))
-        expected = torch.full(x.shape, deltas[name])
+        expected = torch.full((*x.shape, 1), deltas[name])
         assert torch.equal(cache[f"{name}.vpd.hook_delta_mask"], expected)
 
 

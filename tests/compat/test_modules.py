@@ -108,7 +108,7 @@ def test_hook_points_of_a_hooked_root_module() -> None:
     model = attach_to(hooked_root_module())
     _, cache = model.run_with_cache(EXAMPLE)
     assert cache["first.vpd.hook_acts"].shape == (3, 5)
-    assert cache["first.vpd.hook_delta_mask"].shape == (3,)
+    assert cache["first.vpd.hook_delta_mask"].shape == (3, 1)
     vpd = model.vpd
     assert error(cache["first.vpd.hook_acts"], EXAMPLE @ vpd.v("first")) < 1e-6
     point = "second.vpd.hook_mask"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from vpd_lens.config import CausalImportanceConfig
+from vpd_lens.decomposition.attachment import Attachment
 from vpd_lens.decomposition.divergence import CustomDivergence, DivergenceKind
 from vpd_lens.decomposition.handle import Decomposition
 from vpd_lens.decomposition.subcomponents import CountSpec, resolve_counts
 from vpd_lens.errors import AttachError
-from vpd_lens.sites import find_sites, model_kind, self_check
+from vpd_lens.sites import Site, find_sites, model_kind, self_check
 from vpd_lens.sites.discovery import SiteSelection
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,25 +33,46 @@ def attach(
     check: bool = True,
 ) -> Model:
     """Attach an untrained decomposition; see `vpd_lens.decompose`."""
-    if "vpd" in model.__dict__:
-        raise AttachError(
-            "This model is decomposed already. Call vpd_lens.remove(model) first, or use the "
-            "decomposition it carries, model.vpd."
-        )
-    _require_working_cache(model)
+    _require_attachable(model)
     chosen = find_sites(model, sites)
-    dtype = chosen[0].weight.dtype
-    half = dtype in (torch.float16, torch.bfloat16)
+    _require_one_device(chosen)
+    half = chosen[0].weight.dtype in (torch.float16, torch.bfloat16)
     if check:
         self_check(model, chosen, _tiny_forward(model, example), 5e-2 if half else 1e-4)
     counts = resolve_counts(chosen, n_subcomponents)
     if divergence is None:
         divergence = "mse" if model_kind(model) == "module" else "kl"
-    vpd = Decomposition(
-        model, chosen, counts, importance or CausalImportanceConfig(), divergence, seed
-    )
-    vpd.attachment.attach()
+    with torch.inference_mode(False):
+        vpd = Decomposition(
+            model, chosen, counts, importance or CausalImportanceConfig(), divergence, seed
+        )
+        vpd.to(chosen[0].weight.device)
+        mount(vpd)
     return model
+
+
+def mount(vpd: Decomposition) -> None:
+    """Hang a decomposition on its model, which `remove` undoes."""
+    wrapped = {
+        "forward": vpd._forward,
+        "generate": vpd._generate,
+        "generate_stream": vpd._generate_stream,
+        "run_with_cache": vpd._run_with_cache,
+    }
+    vpd.__dict__["attachment"] = Attachment(vpd.model, vpd.sites, vpd.forwards, wrapped, vpd)
+
+
+def decomposition_of(model: nn.Module) -> Decomposition:
+    """The decomposition that a model carries.
+
+    Raises:
+        AttachError: If it carries none.
+    """
+    if "vpd" not in model.__dict__:
+        raise AttachError(
+            "This model carries no decomposition. Call vpd_lens.decompose or vpd_lens.load first."
+        )
+    return model.__dict__["vpd"]  # type: ignore[no-any-return]
 
 
 def remove(model: Model) -> Model:
@@ -67,9 +89,7 @@ def remove(model: Model) -> Model:
     Raises:
         AttachError: If the model carries no decomposition.
     """
-    if "vpd" not in model.__dict__:
-        raise AttachError("This model carries no decomposition; there is nothing to remove.")
-    model.__dict__["vpd"].attachment.detach()
+    decomposition_of(model).attachment.detach()
     return model
 
 
@@ -85,6 +105,29 @@ def removed_if_untrained(model: nn.Module) -> Iterator[None]:
         if "vpd" in model.__dict__ and model.__dict__["vpd"].trained_steps == 0:
             remove(model)
         raise
+
+
+def _require_attachable(model: nn.Module) -> None:
+    if "vpd" in model.__dict__:
+        raise AttachError(
+            "This model is decomposed already. Call vpd_lens.remove(model) first, or use the "
+            "decomposition it carries, model.vpd."
+        )
+    if hasattr(model, "_orig_mod"):
+        raise AttachError(
+            "This model is compiled (torch.compile), and its hooks would be compiled away. "
+            "Decompose the model itself and compile it afterwards."
+        )
+    _require_working_cache(model)
+
+
+def _require_one_device(sites: Sequence[Site]) -> None:
+    devices = {site.weight.device for site in sites}
+    if len(devices) > 1:
+        raise AttachError(
+            f"the weights to decompose are on several devices ({sorted(map(str, devices))}). Load "
+            "the model on one (no device_map, n_devices=1), or choose sites that share one."
+        )
 
 
 def _require_working_cache(model: nn.Module) -> None:

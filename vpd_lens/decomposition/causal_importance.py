@@ -1,8 +1,8 @@
 """The causal importance function: from every site's input to a number per subcomponent.
 
-Three variants share one interface: `ci_fn(inputs, subcomponents) -> z [*batch, C_total]`, the
-pre-sigmoid importances. The transformer sees all sites at once (VPD); the two MLPs see one site
-at a time and serve toy models (SPD).
+Three variants share one interface: `ci_fn(inputs, subcomponents, real) -> z [*batch, C_total]`,
+the pre-sigmoid importances. The transformer sees all sites at once (VPD); the two MLPs see one
+site at a time and serve toy models (SPD).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vpd_lens.config import CausalImportanceConfig
@@ -36,6 +36,7 @@ class TransformerImportance(nn.Module):
         n_heads: Attention heads.
         d_ffn: Feed-forward width.
         rope_base: Base of the rotary embedding.
+        generator: Random generator (CPU) of the initialisation.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class TransformerImportance(nn.Module):
         n_heads: int,
         d_ffn: int,
         rope_base: float = 10_000.0,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         if d_model % (2 * n_heads) != 0:
@@ -54,23 +56,38 @@ class TransformerImportance(nn.Module):
                 f"causal_importance: d_model={d_model} must be a multiple of 2 * n_heads="
                 f"{2 * n_heads}, because rotary embeddings turn pairs of dimensions in each head."
             )
-        self.project_in = _linear(sum(d_inputs), d_model, gain=math.sqrt(2))
+        self.project_in = _linear(sum(d_inputs), d_model, generator, gain=math.sqrt(2))
         self.blocks = nn.ModuleList(
-            _Block(d_model, n_heads, d_ffn, rope_base) for _ in range(n_blocks)
+            _Block(d_model, n_heads, d_ffn, rope_base, generator) for _ in range(n_blocks)
         )
-        self.project_out = _linear(d_model, c_total)
+        self.project_out = _linear(d_model, c_total, generator)
 
     def forward(
-        self, inputs: Sequence[Float[Tensor, "*batch _d_in"]], subcomponents: Subcomponents
+        self,
+        inputs: Sequence[Float[Tensor, "*batch _d_in"]],
+        subcomponents: Subcomponents,
+        real: Bool[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "*batch C_total"]:
-        """Pre-sigmoid importances from inputs `[batch, pos, d_in]` or `[batch, d_in]`."""
+        """Pre-sigmoid importances from inputs `[batch, pos, d_in]` or `[batch, d_in]`.
+
+        Args:
+            inputs: The input of every site.
+            subcomponents: Not looked at.
+            real: Positions that are tokens and not padding: no other position reads from the
+                rest, so that padding changes nothing. `None`: all are.
+        """
         dtype = self.project_in.weight.dtype
         normed = _normalise_each(inputs, dtype)
         z = self.project_in(normed)
         flat = z.ndim == 2
         z = z.unsqueeze(1) if flat else z
+        seen = None
+        if real is not None:
+            # A position always sees itself: attention to nothing would be 0 / 0.
+            itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
+            seen = (real[:, None, :] | itself)[:, None]
         for block in self.blocks:
-            z = block(z)
+            z = block(z, seen)
         z = z.squeeze(1) if flat else z
         return self.project_out(z)  # type: ignore[no-any-return]
 
@@ -89,25 +106,34 @@ def _normalise_each(inputs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 class _Block(nn.Module):
-    def __init__(self, d_model: int, n_heads: int, d_ffn: int, rope_base: float) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        d_ffn: int,
+        rope_base: float,
+        generator: torch.Generator | None,
+    ) -> None:
         super().__init__()
         self.n_heads = n_heads
         self.rope_base = rope_base
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
-        self.up = _linear(d_model, d_ffn, gain=math.sqrt(2))
-        self.down = _linear(d_ffn, d_model)
+        self.qkv = _uniform_linear(d_model, 3 * d_model, generator, bias=False)
+        self.out = _uniform_linear(d_model, d_model, generator, bias=False)
+        self.up = _linear(d_model, d_ffn, generator, gain=math.sqrt(2))
+        self.down = _linear(d_ffn, d_model, generator)
 
-    def forward(self, z: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-        z = z + self._attend(F.rms_norm(z, z.shape[-1:]))
+    def forward(
+        self, z: Float[Tensor, "batch pos d"], seen: Bool[Tensor, "batch 1 pos pos"] | None
+    ) -> Float[Tensor, "batch pos d"]:
+        z = z + self._attend(F.rms_norm(z, z.shape[-1:]), seen)
         return z + self.down(F.gelu(self.up(F.rms_norm(z, z.shape[-1:]))))
 
-    def _attend(self, z: Tensor) -> Tensor:
+    def _attend(self, z: Tensor, seen: Tensor | None) -> Tensor:
         q, k, v = rearrange(
             self.qkv(z), "b t (three h d) -> three b h t d", three=3, h=self.n_heads
         )
         q, k = _rotate(q, self.rope_base), _rotate(k, self.rope_base)
-        mixed = F.scaled_dot_product_attention(q, k, v.contiguous())
+        mixed = F.scaled_dot_product_attention(q, k, v.contiguous(), attn_mask=seen)
         return self.out(rearrange(mixed, "b h t d -> b t (h d)"))  # type: ignore[no-any-return]
 
 
@@ -126,22 +152,30 @@ class PerSubcomponentMLP(nn.Module):
     Args:
         c_total: Number of subcomponents.
         hidden: Hidden width of each MLP; 0: an affine function, `w act + b`.
+        generator: Random generator (CPU) of the initialisation.
     """
 
-    def __init__(self, c_total: int, hidden: int) -> None:
+    def __init__(self, c_total: int, hidden: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.affine = hidden == 0
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
         if self.affine:
-            self.w = nn.Parameter(torch.randn(c_total) * math.sqrt(2))
+            self.w = nn.Parameter(normal(c_total) * math.sqrt(2))
             self.b = nn.Parameter(torch.zeros(c_total))
             return
-        self.w_in = nn.Parameter(torch.randn(c_total, hidden) * math.sqrt(2))
+        self.w_in = nn.Parameter(normal(c_total, hidden) * math.sqrt(2))
         self.b_in = nn.Parameter(torch.zeros(c_total, hidden))
-        self.w_out = nn.Parameter(torch.randn(c_total, hidden) / math.sqrt(hidden))
+        self.w_out = nn.Parameter(normal(c_total, hidden) / math.sqrt(hidden))
         self.b_out = nn.Parameter(torch.zeros(c_total))
 
     def forward(
-        self, inputs: Sequence[Float[Tensor, "*batch _d_in"]], subcomponents: Subcomponents
+        self,
+        inputs: Sequence[Float[Tensor, "*batch _d_in"]],
+        subcomponents: Subcomponents,
+        real: Tensor | None = None,
     ) -> Float[Tensor, "*batch C_total"]:
         """Pre-sigmoid importances; gradients reach `V` through the activations."""
         acts = subcomponents.acts(inputs)
@@ -166,19 +200,31 @@ class SharedMLP(nn.Module):
         d_inputs: Input width of each site.
         sizes: Number of subcomponents of each site.
         hidden: Hidden width; 0: an affine function.
+        generator: Random generator (CPU) of the initialisation.
     """
 
-    def __init__(self, d_inputs: Sequence[int], sizes: Sequence[int], hidden: int) -> None:
+    def __init__(
+        self,
+        d_inputs: Sequence[int],
+        sizes: Sequence[int],
+        hidden: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
-        self.mlps = nn.ModuleList(
-            nn.Sequential(_linear(d, hidden, gain=math.sqrt(2)), nn.GELU(), _linear(hidden, c))
-            if hidden
-            else nn.Sequential(_linear(d, c))
-            for d, c in zip(d_inputs, sizes, strict=True)
-        )
+
+        def mlp(d: int, c: int) -> nn.Sequential:
+            if not hidden:
+                return nn.Sequential(_linear(d, c, generator))
+            first = _linear(d, hidden, generator, gain=math.sqrt(2))
+            return nn.Sequential(first, nn.GELU(), _linear(hidden, c, generator))
+
+        self.mlps = nn.ModuleList(mlp(d, c) for d, c in zip(d_inputs, sizes, strict=True))
 
     def forward(
-        self, inputs: Sequence[Float[Tensor, "*batch _d_in"]], subcomponents: Subcomponents
+        self,
+        inputs: Sequence[Float[Tensor, "*batch _d_in"]],
+        subcomponents: Subcomponents,
+        real: Tensor | None = None,
     ) -> Float[Tensor, "*batch C_total"]:
         """Pre-sigmoid importances."""
         return torch.cat(
@@ -201,10 +247,24 @@ def _rows(layer: nn.Linear, site: int | None) -> list[PerSubcomponent]:
     ]
 
 
-def _linear(d_in: int, d_out: int, gain: float = 1.0) -> nn.Linear:
-    layer = nn.Linear(d_in, d_out)
-    nn.init.normal_(layer.weight, std=gain / math.sqrt(d_in))
+def _linear(
+    d_in: int, d_out: int, generator: torch.Generator | None, gain: float = 1.0
+) -> nn.Linear:
+    # Drawn twice, as in version 0.1: a seed goes on meaning the same start.
+    layer = _uniform_linear(d_in, d_out, generator)
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(d_in), generator=generator)
     nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _uniform_linear(
+    d_in: int, d_out: int, generator: torch.Generator | None, bias: bool = True
+) -> nn.Linear:
+    """PyTorch's own initialisation, from a generator instead of the global random state."""
+    layer = nn.Linear(d_in, d_out, bias=bias, device="meta").to_empty(device="cpu")
+    bound = 1 / math.sqrt(d_in)
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
     return layer
 
 
@@ -214,6 +274,7 @@ def build_importance(
     sizes: Sequence[int],
     target_width: int,
     target_depth: int,
+    generator: torch.Generator | None = None,
 ) -> nn.Module:
     """The causal importance function that `config` describes, its gaps filled from the target.
 
@@ -223,14 +284,15 @@ def build_importance(
         sizes: Number of subcomponents of each site.
         target_width: The target's residual width.
         target_depth: The target's number of layers.
+        generator: Random generator (CPU) of the initialisation.
 
     Raises:
         ConfigError: If the width does not fit the heads.
     """
     if config.kind == "mlp":
-        return PerSubcomponentMLP(sum(sizes), config.hidden)
+        return PerSubcomponentMLP(sum(sizes), config.hidden, generator)
     if config.kind == "shared_mlp":
-        return SharedMLP(d_inputs, sizes, config.hidden)
+        return SharedMLP(d_inputs, sizes, config.hidden, generator)
     size = config.filled(target_width, target_depth)
     assert None not in (size.d_model, size.n_blocks, size.n_heads, size.d_ffn)
     return TransformerImportance(
@@ -241,4 +303,5 @@ def build_importance(
         n_heads=size.n_heads,
         d_ffn=size.d_ffn,
         rope_base=config.rope_base,
+        generator=generator,
     )

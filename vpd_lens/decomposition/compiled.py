@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from vpd_lens.decomposition.handle import Decomposition
 from vpd_lens.decomposition.masks import SourceMasks
-from vpd_lens.decomposition.running import MaskedForwards
 from vpd_lens.sites.site import relative_error
 
 # Largest relative difference from the model itself that rounding explains.
@@ -36,20 +36,24 @@ class CompiledForwards:
         vpd: The decomposition whose model runs.
     """
 
-    def __init__(self, vpd: MaskedForwards) -> None:
+    def __init__(self, vpd: Decomposition) -> None:
         self.vpd = vpd
         self._graphs: dict[Hashable, Forward] = {}
 
-    def run(self, masks: SourceMasks, batch: Tensor) -> Tensor:
+    def run(
+        self, masks: SourceMasks, batch: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """The output of the model under masks.
 
         Args:
             masks: Importances and sources.
             batch: The model's input.
+            attention_mask: Passed to the model if given.
         """
-        arguments = (masks.importance, masks.components, masks.delta, masks.routed, batch)
+        sources = (masks.importance, masks.components, masks.delta, masks.routed)
+        arguments = (*sources, attention_mask, batch)
         key = (
-            self.vpd._frozen,
+            self.vpd.forwards.state.frozen,
             torch.is_autocast_enabled(batch.device.type),
             *(None if t is None else (t.shape, t.dtype) for t in arguments),
         )
@@ -58,8 +62,9 @@ class CompiledForwards:
         return self._graphs[key](*arguments)
 
     def _plain(self, *arguments: Any) -> Tensor:
-        *masks, batch = arguments
-        return self.vpd.run(SourceMasks(*masks), batch)  # type: ignore[no-any-return]
+        *masks, attention_mask, batch = arguments
+        kwargs = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return self.vpd.run(SourceMasks(*masks), batch, **kwargs)  # type: ignore[no-any-return]
 
     def _compile(self, arguments: tuple[Tensor | None, ...]) -> Forward:
         try:
@@ -67,6 +72,8 @@ class CompiledForwards:
                 graph = make_fx(self._plain)(*arguments)
             compiled = torch.compile(graph, dynamic=False)
             self._check(compiled, arguments)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             warnings.warn(
                 f"the masked forward could not be compiled and runs uncompiled "
@@ -79,11 +86,11 @@ class CompiledForwards:
 
     def _check(self, compiled: Forward, arguments: tuple[Tensor | None, ...]) -> None:
         """Output and gradients on another input than the recorded one, against the model's."""
-        *masks, batch = arguments
+        *rest, batch = arguments
         assert batch is not None
         assert arguments[0] is not None
-        other = (*masks, batch.roll((1,) * batch.ndim, tuple(range(batch.ndim))))
-        leaves = [t for t in masks if t is not None and t.requires_grad]
+        other = (*rest, batch.roll((1,) * batch.ndim, tuple(range(batch.ndim))))
+        leaves = [t for t in rest if t is not None and t.requires_grad]
         results = []
         for forward in (compiled, self._plain):
             output = forward(*other)

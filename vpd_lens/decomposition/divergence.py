@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from vpd_lens.errors import InputError
 
 DivergenceKind = Literal["kl", "mse"]
 CustomDivergence = Callable[[Tensor, Tensor], Tensor]
@@ -27,23 +29,43 @@ class Divergence:
         kind: `"kl"`: `KL(softmax(target) || softmax(masked))`, summed over the vocabulary, in
             nats, mean over all leading positions. `"mse"`: mean squared error over all entries.
             Or a callable `(masked, target) -> scalar`, a mean over positions.
+        real: Positions to take the mean over, `[*batch]`; `None`: all (nothing is padding).
+
+    Raises:
+        InputError: If only some positions are real and the divergence is a callable.
     """
 
     def __init__(
-        self, target: Float[Tensor, "*batch d"], kind: DivergenceKind | CustomDivergence = "kl"
+        self,
+        target: Float[Tensor, "*batch d"],
+        kind: DivergenceKind | CustomDivergence = "kl",
+        real: Bool[Tensor, "*batch"] | None = None,
     ) -> None:
         self.kind = kind
         self.target = target.detach()
+        self.weight: Tensor | None = None
+        if real is not None:
+            if kind not in ("kl", "mse"):
+                raise InputError(
+                    "a divergence of your own takes the mean over positions itself, so it cannot "
+                    "leave padding out; use sequences without padding."
+                )
+            real = real.to(target.device).reshape(-1).float()
+            self.weight = real / real.sum().clamp(min=1)
         if kind == "kl":
-            self._of_target = _TargetDistribution(self.target.reshape(-1, target.shape[-1]))
+            flat = self.target.reshape(-1, target.shape[-1])
+            self._of_target = _TargetDistribution(flat, self.weight)
 
     def __call__(self, masked: Float[Tensor, "*batch d"]) -> Float[Tensor, ""]:
-        """The divergence of `masked` from the target."""
+        """The divergence of `masked` from the target, a mean over positions."""
         if self.kind == "kl":
             flat = masked.reshape(-1, masked.shape[-1])
             return _KLFromTarget.apply(flat, self._of_target)  # type: ignore[no-any-return]
         if self.kind == "mse":
-            return (masked.float() - self.target.float()).square().mean()
+            squares = (masked.float() - self.target.float()).square()
+            if self.weight is None:
+                return squares.mean()
+            return squares.mean(-1).reshape(-1) @ self.weight
         return self.kind(masked, self.target)
 
     @torch.no_grad()
@@ -62,8 +84,9 @@ class _TargetDistribution:
     fp32 and the size of the logits exists; probabilities are made again chunk by chunk.
     """
 
-    def __init__(self, logits: Float[Tensor, "n vocab"]) -> None:
+    def __init__(self, logits: Float[Tensor, "n vocab"], weight: Tensor | None) -> None:
         n, vocab = logits.shape
+        self.weight = weight
         self.rows = max(1, _CHUNK_ELEMENTS // vocab)
         self.kept = torch.empty_like(logits) if logits.dtype == torch.float32 else logits
         self.log_norm = torch.empty(n, device=logits.device)
@@ -98,21 +121,26 @@ class _TargetDistribution:
 
 
 class _KLFromTarget(torch.autograd.Function):
-    """Mean KL over rows; its gradient by the logits is `(softmax(z) - p) / n`."""
+    """Mean KL over rows; its gradient by the logits is `(softmax(z) - p) / n`.
+
+    With weights, `sum_i w_i KL_i`, and `w_i` in the place of `1 / n`.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: _TargetDistribution) -> Tensor:
         kl, log_norm = target.kl(logits)
         ctx.save_for_backward(logits, log_norm)
         ctx.target = target
-        return kl.mean()
+        return kl.mean() if target.weight is None else kl @ target.weight
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
         logits, log_norm = ctx.saved_tensors
         out = torch.empty_like(logits)
+        weight = ctx.target.weight
         for chunk in ctx.target.chunks():
             q = (logits[chunk].float() - log_norm[chunk, None]).exp_()
-            out[chunk] = q.sub_(ctx.target.p(chunk)).mul_(grad / len(logits))
+            slope = grad / len(logits) if weight is None else grad * weight[chunk, None]
+            out[chunk] = q.sub_(ctx.target.p(chunk)).mul_(slope)
         return out, None

@@ -8,83 +8,74 @@ masks that follow from everything up to and including itself; masks once used ar
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vpd_lens.decomposition.call import whole_call
 from vpd_lens.decomposition.masks import Masks, Sources
-from vpd_lens.decomposition.modes import MaskContext
-from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import VPDError
-
-if TYPE_CHECKING:
-    from vpd_lens.decomposition.handle import Decomposition
-
-# Arguments of a forward that concern its cache or its output, not what the target computes.
-_NOT_FOR_THE_TARGET = (
-    "past_kv_cache",
-    "past_key_values",
-    "use_cache",
-    "use_past_kv_cache",
-    "position_ids",
-    "cache_position",
-    "stop_at_layer",
-    "loss_per_token",
-)
-
-
-def call_as_prefix(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a whole, uncached forward of the target that returns logits."""
-    clean = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_THE_TARGET}
-    if "return_type" in clean or len(args) > 1:
-        clean["return_type"] = "logits"
-        args = args[:1]
-    return args, clean
 
 
 class Generation:
-    """What one call of `generate` has seen: the input so far and the masks already used."""
+    """What one call of `generate` has seen: the input so far and the masks already used.
+
+    Attributes:
+        history: The whole input so far, `[batch, pos]` tokens or `[batch, pos, d_model]`.
+        used: Masks of its positions, but for those that are new.
+        sources: Those that `adversarial` masks found on the prompt, kept for what follows.
+    """
 
     def __init__(self) -> None:
         self.history: Tensor | None = None
         self.used: Masks | None = None
         self.sources: Sources | None = None
 
-    @torch.no_grad()
-    def masks(
-        self, vpd: Decomposition, context: MaskContext, args: tuple, kwargs: dict[str, Any]
-    ) -> Masks:
-        """Masks of the positions of this call.
+    @property
+    def n_used(self) -> int:
+        """Positions that have masks already."""
+        return 0 if self.used is None else self.used.components.shape[1]
+
+    def whole_call(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of an uncached forward on everything up to this call's last position.
 
         Args:
-            vpd: The decomposition.
-            context: The masking mode.
-            args: Positional arguments of the forward, the first being tokens or residual.
+            args: Positional arguments of the call, the first being tokens or residual.
             kwargs: Its keyword arguments.
 
         Raises:
             VPDError: If the call neither repeats the whole sequence nor adds one token to it.
         """
-        x = args[0] if args else kwargs["input"]
-        self.history = self._extend(x)
+        self.history = self._extended(args[0] if args else kwargs["input"])
         rest = {name: value for name, value in kwargs.items() if name != "input"}
-        prefix_args, prefix_kwargs = call_as_prefix((self.history,), rest)
-        output, inputs = vpd.target(*prefix_args, **prefix_kwargs)
-        known = 0 if self.used is None else self.used.components.shape[1]
-        importance = lower_leaky(vpd.pre_importance(inputs))[:, known:]
-        importance = vpd._through_hooks(importance)
-        new = self._new_masks(vpd, context, importance, output, prefix_args, prefix_kwargs)
+        return whole_call((self.history,), rest, generating=True)
+
+    def remember(self, new: Masks, args: tuple, kwargs: dict[str, Any]) -> Masks:
+        """Keep the masks of the new positions.
+
+        Args:
+            new: Those, `[batch, new, C_total]`.
+            args: Positional arguments of the call.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            The masks of the positions that the call passes.
+        """
         if self.used is not None:
             new = Masks(
                 torch.cat([self.used.components, new.components], dim=1),
                 torch.cat([self.used.delta, new.delta], dim=1),
+                None
+                if self.used.routed is None or new.routed is None
+                else torch.cat([self.used.routed, new.routed], dim=1),
             )
         self.used = new
-        last = x.shape[1]
-        return Masks(new.components[:, -last:], new.delta[:, -last:])
+        last = slice(-(args[0] if args else kwargs["input"]).shape[1], None)
+        routed = None if new.routed is None else new.routed[:, last]
+        return Masks(new.components[:, last], new.delta[:, last], routed)
 
-    def _extend(self, x: Tensor) -> Tensor:
+    def _extended(self, x: Tensor) -> Tensor:
         if self.history is None or x.shape[1] == self.history.shape[1] + 1:
             return x
         if x.shape[1] == 1:
@@ -93,18 +84,3 @@ class Generation:
             f"generation passed {x.shape[1]} positions after {self.history.shape[1]}; masked "
             "generation needs the whole sequence or its last token at each step."
         )
-
-    def _new_masks(
-        self,
-        vpd: Decomposition,
-        context: MaskContext,
-        importance: Tensor,
-        output: Tensor,
-        args: tuple,
-        kwargs: dict[str, Any],
-    ) -> Masks:
-        if context.mode != "adversarial":
-            return context.masks(importance, vpd.layout)
-        if self.sources is None:
-            self.sources = vpd.find_adversary(context, importance, output, args, kwargs)
-        return self.sources.masks(importance)

@@ -1,30 +1,32 @@
 """`Decomposition`: the handle `model.vpd` that an attached model carries.
 
-Every forward of the model passes through `_forward`, which decides the masks; `running.py` applies
+Every forward of the model passes through `_forward`, which decides the masks; `forward.py` applies
 them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from vpd_lens.config import CausalImportanceConfig
-from vpd_lens.decomposition.attachment import Attachment, without_user_hooks
+from vpd_lens.decomposition.adversary import ascend, shared_sources
+from vpd_lens.decomposition.call import cached_positions, real_positions, whole_call
 from vpd_lens.decomposition.causal_importance import build_importance
 from vpd_lens.decomposition.divergence import CustomDivergence, Divergence, DivergenceKind
-from vpd_lens.decomposition.generation import Generation, call_as_prefix
-from vpd_lens.decomposition.masks import Masks, Sources
-from vpd_lens.decomposition.modes import MODES, NEEDS_IMPORTANCE, MaskContext, masks_from_tensors
-from vpd_lens.decomposition.pgd import pgd_sources
-from vpd_lens.decomposition.running import FLAGS_HINT, MaskedForwards
+from vpd_lens.decomposition.forward import FLAGS_HINT, Forwards, Pass
+from vpd_lens.decomposition.generation import Generation
+from vpd_lens.decomposition.head_results import compute_head_results
+from vpd_lens.decomposition.masks import AnyMasks, Layout, Masks, Sources
+from vpd_lens.decomposition.modes import MODES, MaskContext, masks_from_tensors
 from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.decomposition.subcomponents import Subcomponents
 from vpd_lens.errors import InputError, VPDError
@@ -32,7 +34,7 @@ from vpd_lens.sites import Site
 from vpd_lens.sites.site import has_listeners
 
 
-class Decomposition(MaskedForwards):
+class Decomposition(nn.Module):
     """Subcomponents and causal importance function of a model, attached to it by hooks.
 
     Made by `vpd_lens.decompose`, found as `model.vpd`. The base model's weights are never
@@ -50,10 +52,16 @@ class Decomposition(MaskedForwards):
         sites: The decomposed matrices, in forward order.
         subcomponents: `V` and `U`.
         importance: The causal importance function.
-        layout: Names and sizes of the sites.
+        attachment: What attaching changed about the model; made by `attach`.
         trained_steps: Training steps behind this decomposition; 0 if it is untrained.
         training_config: The `VPDConfig` it was trained with, as a dictionary.
     """
+
+    # Kept in __dict__: registered, they would put the base model's weights into this module.
+    model: nn.Module
+    sites: list[Site]
+    forwards: Forwards
+    attachment: Any
 
     def __init__(
         self,
@@ -64,24 +72,34 @@ class Decomposition(MaskedForwards):
         divergence: DivergenceKind | CustomDivergence = "kl",
         seed: int = 0,
     ) -> None:
+        super().__init__()
         width, depth = _target_size(model, sites)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            subcomponents = Subcomponents(sites, counts)
-            function = build_importance(
-                importance, [site.shape[0] for site in sites], counts, width, depth
-            )
-        super().__init__(model, list(sites), subcomponents)
-        self.importance = function
+        generator = torch.Generator().manual_seed(seed)
+        self.subcomponents = Subcomponents(sites, counts, generator)
+        d_inputs = [site.shape[0] for site in sites]
+        self.importance = build_importance(importance, d_inputs, counts, width, depth, generator)
+        self.__dict__["model"] = model
+        self.__dict__["sites"] = list(sites)
+        self.__dict__["forwards"] = Forwards(model, self.sites, self.subcomponents)
         self.importance_config = importance
         self.divergence = divergence
         self.trained_steps = 0
         self.training_config: dict[str, Any] | None = None
-        self._generation: Generation | None = None
-        self.to(sites[0].weight.device)
-        self.__dict__["attachment"] = Attachment(self)
 
     # ---------------------------------------------------------------- looking
+
+    @property
+    def layout(self) -> Layout:
+        """Names and sizes of the sites."""
+        return self.subcomponents.layout
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base weights are; `V`, `U` and the importance function follow them there."""
+        device = self.sites[0].weight.device
+        if self.subcomponents.v[0].device != device:
+            self.to(device)
+        return device
 
     def site(self, name: str) -> Site:
         """The site called `name`.
@@ -93,20 +111,18 @@ class Decomposition(MaskedForwards):
 
     def v(self, name: str) -> Float[Tensor, "d_in C"]:
         """Read directions of a site."""
-        return self.subcomponents.v[self._index(name)]
+        return self._on_device().v[self._index(name)]
 
     def u(self, name: str) -> Float[Tensor, "C d_out"]:
         """Write directions of a site."""
-        return self.subcomponents.u[self._index(name)]
+        return self._on_device().u[self._index(name)]
 
     @torch.no_grad()
     def delta(self, name: str) -> Float[Tensor, "d_in d_out"]:
         """What the subcomponents leave over: `W - V U`."""
         index = self._index(name)
-        weight = self.sites[index].weight.float()
-        return torch.addmm(
-            weight, self.subcomponents.v[index], self.subcomponents.u[index], alpha=-1
-        )
+        parts, weight = self._on_device(), self.sites[index].weight.float()
+        return torch.addmm(weight, parts.v[index], parts.u[index], alpha=-1)
 
     def original_indices(self, name: str) -> list[int]:
         """The column number that each subcomponent of a site had before others were folded.
@@ -120,6 +136,10 @@ class Decomposition(MaskedForwards):
         from vpd_lens.decomposition.saving import save
 
         return save(self, path, metrics)
+
+    def _on_device(self) -> Subcomponents:
+        _ = self.device
+        return self.subcomponents
 
     def _index(self, name: str) -> int:
         if name not in self.layout.names:
@@ -181,53 +201,107 @@ class Decomposition(MaskedForwards):
         else:
             given = masks_from_tensors(mode, delta, self.layout, self.device)
             context = MaskContext("given", given=given)
-        self._contexts.append(context)
+        contexts = self.forwards.state.contexts
+        contexts.append(context)
         try:
             yield self
         finally:
-            self._contexts.pop()
-
-    @property
-    def device(self) -> torch.device:
-        """Where `V` and `U` live."""
-        return self.subcomponents.v[0].device
+            contexts.pop()
 
     # ------------------------------------------------- forwards for analyses
 
-    def target(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
-        """One forward of the target model: its output and every site's input.
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """A block in which the model is in evaluation mode and a user's temporary hooks are silent.
 
-        Temporary hooks are silenced and no gradient is recorded.
+        `run`, `target` and what builds on them do so by themselves; around hooks of your own,
+        added inside, the block keeps those and silences the rest.
+        """
+        return self.forwards.undisturbed()
+
+    def frozen_subcomponents(self) -> AbstractContextManager[None]:
+        """A block in which forwards record no gradient for `V` and `U`."""
+        return self.forwards.frozen()
+
+    def run(self, masks: AnyMasks | None, *args: Any, **kwargs: Any) -> Any:
+        """One forward of the model under fixed masks, in evaluation mode, without user hooks.
+
+        Args:
+            masks: The masks, broadcast over leading dimensions of size 1; `None`: the target.
+            *args: Passed to the model.
+            **kwargs: Passed to the model.
+
+        Returns:
+            The model's output.
+
+        Raises:
+            InputError: If the masks do not fit the input's batch and positions.
+            VPDError: If the forward pass went around a masked matrix.
+        """
+        _ = self.device
+        with self.undisturbed():
+            return self.forwards.run(masks, args, kwargs)[0]
+
+    @torch.no_grad()
+    def run_recording(
+        self, masks: AnyMasks | None, *args: Any, **kwargs: Any
+    ) -> tuple[Any, list[Tensor]]:
+        """Like `run`, without gradients, and with every site's output as written.
+
+        Args:
+            masks: The masks, or `None` for the target model.
+            *args: Passed to the model.
+            **kwargs: Passed to the model.
+        """
+        _ = self.device
+        with self.undisturbed():
+            output, done = self.forwards.run(masks, args, kwargs, record=True)
+        return output, [y for y in done.outputs or () if y is not None]
+
+    def target(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+        """One forward of the target model: its output and every site's input `[*batch, d_in]`.
+
+        In evaluation mode, without any temporary hooks, and without gradients.
 
         Raises:
             VPDError: If some site was not reached.
         """
-        with torch.no_grad(), without_user_hooks(self.model):
-            output = self.run(None, *args, **kwargs)
-        return output, self._take_inputs()
+        _ = self.device
+        with torch.no_grad(), self.forwards.undisturbed(again=True):
+            output, done = self.forwards.run(None, args, kwargs)
+        return output, self._inputs_of(done)
 
-    def pre_importance(self, inputs: Sequence[Tensor]) -> Float[Tensor, "*batch C_total"]:
-        """Pre-sigmoid causal importances `z` from every site's input, in fp32."""
-        return self.importance(inputs, self.subcomponents).float()
+    def pre_importance(
+        self, inputs: Sequence[Tensor], real: Bool[Tensor, "*batch"] | None = None
+    ) -> Float[Tensor, "*batch C_total"]:
+        """Pre-sigmoid causal importances `z` from every site's input, in fp32.
+
+        Args:
+            inputs: The input of every site, as from `target`.
+            real: Positions that are no padding, which the others' importances do not depend on.
+        """
+        real = None if real is None else real.to(inputs[0].device)
+        return self.importance(inputs, self.subcomponents, real).float()
 
     def causal_importance(self, *args: Any, **kwargs: Any) -> Float[Tensor, "*batch C_total"]:
         """Causal importances `g` in [0, 1] of all subcomponents on an input of the model.
 
         Args:
             *args: Passed to the model.
-            **kwargs: Passed to the model.
+            **kwargs: Passed to the model; padding in an `attention_mask` is left out of account.
 
         Returns:
             Concatenated over sites; `layout.split` or `layout.columns` separates them.
         """
         _, inputs = self.target(*args, **kwargs)
-        with torch.no_grad():
-            return lower_leaky(self.pre_importance(inputs))
+        return self._importance(inputs, real_positions(self.model, args, kwargs))
 
-    def _take_inputs(self) -> list[Tensor]:
-        missing = [n for n, x in zip(self.layout.names, self._inputs, strict=True) if x is None]
-        inputs = [x for x in self._inputs if x is not None]
-        self._inputs = [None] * len(self.sites)
+    @torch.no_grad()
+    def _importance(self, inputs: Sequence[Tensor], real: Tensor | None) -> Tensor:
+        return lower_leaky(self.pre_importance(inputs, real))
+
+    def _inputs_of(self, done: Pass) -> list[Tensor]:
+        missing = [n for n, x in zip(self.layout.names, done.inputs, strict=True) if x is None]
+        inputs = [x for x in done.inputs if x is not None]
         if missing:
             raise VPDError(
                 f"the forward pass never reached {missing}, so causal importances cannot be "
@@ -240,25 +314,28 @@ class Decomposition(MaskedForwards):
     # -------------------------------------------------- the wrapped forwards
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._running:
-            return self.attachment.original["forward"](*args, **kwargs)
-        self.follow_device()
-        context = self._contexts[-1] if self._contexts else None
-        try:
-            if context is None or context.mode == "target":
-                output = self.run(None, *args, **kwargs)
-                self._fire_importance()
-                return output
-            return self.run(self._masks_for(context, args, kwargs), *args, **kwargs)
-        finally:
-            self._inputs = [None] * len(self.sites)
+        state = self.forwards.state
+        if state.current is not None:
+            return self.forwards.original(*args, **kwargs)
+        _ = self.device
+        context = state.contexts[-1] if state.contexts else None
+        if context is None or context.mode == "target":
+            output, done = self.forwards.run(None, args, kwargs)
+            self._fire_importance(done, args, kwargs)
+            return output
+        return self.forwards.run(self._masks_for(context, args, kwargs), args, kwargs)[0]
 
-    def _fire_importance(self) -> None:
-        """After an unmasked forward: `hook_ci`, if anyone listens and every site was reached."""
-        if any(x is None for x in self._inputs) or not self._importance_watched():
+    def _fire_importance(self, done: Pass, args: tuple, kwargs: dict[str, Any]) -> None:
+        """After an unmasked forward: `hook_ci`, if anyone listens and every site was reached.
+
+        Not after the continuation of a cached sequence, of which the function has not seen all.
+        """
+        inputs = [x for x in done.inputs if x is not None]
+        if len(inputs) < len(self.sites) or not self._importance_watched():
             return
-        inputs = [x for x in self._inputs if x is not None]
-        self._through_hooks(lower_leaky(self.pre_importance(inputs)))
+        if cached_positions(kwargs) == 0:
+            real = real_positions(self.model, args, kwargs)
+            self._through_hooks(lower_leaky(self.pre_importance(inputs, real)))
 
     def _importance_watched(self) -> bool:
         return any(has_listeners(site.hooks.hook_ci) for site in self.sites)
@@ -271,57 +348,68 @@ class Decomposition(MaskedForwards):
             [s.hooks.hook_ci(part) for s, part in zip(self.sites, parts, strict=True)], dim=-1
         )
 
-    def _masks_for(self, context: MaskContext, args: tuple, kwargs: dict) -> Masks:
+    def _masks_for(self, context: MaskContext, args: tuple, kwargs: dict[str, Any]) -> Masks:
         """The masks of this forward; importances come from a clean forward of the target."""
-        if context.mode not in NEEDS_IMPORTANCE:
-            if self._importance_watched():
-                args, kwargs = call_as_prefix(args, kwargs)
-                self._through_hooks(self.causal_importance(*args, **kwargs))
-            return context.constant_masks(self.layout, self.device)
-        if self._generation is not None:
-            return self._generation.masks(self, context, args, kwargs)
-        args, kwargs = call_as_prefix(args, kwargs)
-        output, inputs = self.target(*args, **kwargs)
-        with torch.no_grad():
-            importance = self._through_hooks(lower_leaky(self.pre_importance(inputs)))
+        generation = self.forwards.state.generation
+        if not context.needs_importance:
+            if self._importance_watched() and cached_positions(kwargs) == 0:
+                whole, named = whole_call(args, kwargs, generation is not None)
+                self._through_hooks(self.causal_importance(*whole, **named))
+            return context.masks(torch.zeros(self.layout.total, device=self.device), self.layout)
+        whole, named = self._whole_call(context, args, kwargs)
+        output, inputs = self.target(*whole, **named)
+        real = real_positions(self.model, whole, named)
+        importance = self._importance(inputs, real)
+        if generation is not None:
+            importance = importance[:, generation.n_used :]
+            real = None if real is None else real[:, generation.n_used :]
+        importance = self._through_hooks(importance)
         if context.mode != "adversarial":
-            return context.masks(importance, self.layout)
-        sources = self.find_adversary(context, importance, output, args, kwargs)
-        return sources.masks(importance)
+            masks = context.masks(importance, self.layout, real)
+        elif generation is None:
+            masks = self.find_adversary(context, importance, output, whole, named).masks(importance)
+        else:
+            if generation.sources is None:
+                generation.sources = self.find_adversary(context, importance, output, whole, named)
+            masks = generation.sources.masks(importance)
+        return masks if generation is None else generation.remember(masks, args, kwargs)
+
+    def _whole_call(
+        self, context: MaskContext, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        if self.generation is not None:
+            return self.generation.whole_call(args, kwargs)
+        if n := cached_positions(kwargs):
+            raise VPDError(
+                f"masks {context.mode!r} follow from the whole sequence, but {n} of its positions "
+                "lie in a key-value cache that was handed in. Use model.generate, pass the whole "
+                "sequence without a cache, or give explicit masks."
+            )
+        return whole_call(args, kwargs)
 
     def find_adversary(
         self, context: MaskContext, importance: Tensor, output: Tensor, args: tuple, kwargs: dict
     ) -> Sources:
         """Sources, shared over batch and positions, that hurt the output on one input most."""
-
-        def divergence_of(masks: Masks) -> Tensor:
-            return distance(self.run(masks, *args, **kwargs))
-
+        real = real_positions(self.model, args, kwargs)
         # HookedTransformer.generate runs in inference mode, whose tensors cannot take part in a
         # backward pass; clones made outside it can.
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            without_user_hooks(self.model),
+            self.forwards.undisturbed(again=True),
             self.frozen_subcomponents(),
         ):
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-            distance = Divergence(output.clone(), self.divergence)
-            sources, _ = pgd_sources(
-                divergence_of,
+            distance = Divergence(output.clone(), self.divergence, real)
+            sources, _ = ascend(
+                lambda masks: distance(self.run(masks, *args, **kwargs)),
                 importance.clone(),
-                self.layout,
+                shared_sources(importance, self.layout, context.generator),
                 context.n_steps,
                 context.step_size,
-                context.generator,
             )
         return sources
-
-    def follow_device(self) -> None:
-        """Move along when the user has moved the model."""
-        device = self.sites[0].weight.device
-        if self.device != device:
-            self.to(device)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         with self._generating():
@@ -331,13 +419,26 @@ class Decomposition(MaskedForwards):
         with self._generating():
             yield from self.attachment.original["generate_stream"](*args, **kwargs)
 
+    def _run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        output, cache = self.attachment.original["run_with_cache"](*args, **kwargs)
+        contexts = self.forwards.state.contexts
+        if contexts and contexts[-1].mode != "target" and hasattr(cache, "compute_head_results"):
+            cache.compute_head_results = partial(compute_head_results, self, cache)
+        return output, cache
+
+    @property
+    def generation(self) -> Generation | None:
+        """What the `generate` under way in this thread has seen so far; `None` outside one."""
+        return self.forwards.state.generation
+
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        before, self._generation = self._generation, Generation()
+        state = self.forwards.state
+        before, state.generation = state.generation, Generation()
         try:
             yield
         finally:
-            self._generation = before
+            state.generation = before
 
 
 def _target_size(model: nn.Module, sites: Sequence[Site]) -> tuple[int, int]:

@@ -118,7 +118,7 @@ def edited_site(
     acts: Float[Tensor, "*batch C"],
     edited_acts: Float[Tensor, "*batch C"],
     mask: Float[Tensor, "*batch C"],
-    delta_mask: Float[Tensor, "*batch"],
+    delta_mask: Float[Tensor, "*batch 1"],
     bias: Float[Tensor, " d_out"] | None,
 ) -> Float[Tensor, "*batch d_out"]:
     """The same output when a hook may have replaced the subcomponent activations.
@@ -135,7 +135,7 @@ def edited_site(
         delta_mask: Mask of the delta, after the hooks on `hook_delta_mask`.
         bias: The bias contained in `y`.
     """
-    delta = delta_mask.to(y.dtype).unsqueeze(-1)
+    delta = delta_mask.to(y.dtype)
     kept = y * delta if bias is None else torch.lerp(bias.to(y.dtype), y, delta)
     moved = mask.to(y.dtype) * edited_acts - delta * acts
     return kept + moved @ u.to(y.dtype)

@@ -153,6 +153,7 @@ def uniform_sources(
     importance: Float[Tensor, "*batch C_total"],
     layout: Layout,
     generator: torch.Generator | None = None,
+    real: Bool[Tensor, "*batch"] | None = None,
 ) -> Sources:
     """Sources `r ~ U(0, 1)`, independently for every subcomponent and every delta.
 
@@ -160,8 +161,15 @@ def uniform_sources(
         importance: Gives shape, dtype and device.
         layout: The columns of each site.
         generator: Random generator on that device.
+        real: Draw at these positions only and leave 0 at the others (padding), so that a
+            sequence meets the same numbers in a padded batch as alone.
     """
     g = importance
+    if real is not None:
+        drawn = uniform_sources(g[real], layout, generator)
+        components = g.new_zeros(g.shape).index_put_((real,), drawn.components)
+        delta = g.new_zeros(*g.shape[:-1], layout.n_sites).index_put_((real,), drawn.delta)
+        return Sources(components, delta)
     components = _uniform(g.new_empty(g.shape), generator)
     delta = _uniform(g.new_empty(*g.shape[:-1], layout.n_sites), generator)
     return Sources(components, delta)

@@ -5,6 +5,7 @@
 | `target` | none: the model itself | - |
 | `unmasked` | 1 | 0 |
 | `stochastic` | `g + (1 - g) u`, `u ~ U(0, 1)` | `U(0, 1)` |
+| `stochastic_subset` | the same at a random subset of the sites of every position, else 1 | 1 |
 | `adversarial` | `g + (1 - g) r`, `r` chosen to hurt | `r_delta` |
 | `ci` | `g` | 0 |
 | `rounded` | 1 where `g > threshold`, else 0 | 0 |
@@ -18,14 +19,69 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vpd_lens.decomposition.masks import Layout, Masks, uniform_sources
+from vpd_lens.decomposition.masks import Layout, Masks, uniform_k_subset, uniform_sources
 from vpd_lens.errors import InputError
 
-MODES = ("target", "unmasked", "stochastic", "adversarial", "ci", "rounded", "random", "zero")
-NEEDS_IMPORTANCE = ("stochastic", "adversarial", "ci", "rounded", "random")
+# Modes of `masked`, and whether they look at the input.
+MODES = {
+    "target": False,
+    "unmasked": False,
+    "stochastic": True,
+    "stochastic_subset": True,
+    "adversarial": True,
+    "ci": True,
+    "rounded": True,
+    "random": True,
+    "zero": False,
+}
+
+
+def masks_of(
+    mode: str,
+    importance: Float[Tensor, "*batch C_total"],
+    layout: Layout,
+    generator: torch.Generator | None = None,
+    threshold: float = 0.0,
+    real: Bool[Tensor, "*batch"] | None = None,
+) -> Masks:
+    """The masks of a mode that needs no search, given the causal importances.
+
+    Args:
+        mode: Any row of the table above but `target` and `adversarial`.
+        importance: Causal importances `g`; only their shape counts for `unmasked` and `zero`.
+        layout: The columns of each site.
+        generator: Random generator; `None` uses torch's global one.
+        threshold: For `rounded`.
+        real: Positions that are no padding; numbers are drawn for these only.
+
+    Raises:
+        InputError: If the mode is another one.
+    """
+    g = importance
+    if mode in ("stochastic", "stochastic_subset"):
+        masks = uniform_sources(g, layout, generator, real).masks(g)
+        if mode == "stochastic_subset":
+            masks.routed = uniform_k_subset(masks.delta.shape, g.device, generator)
+        return masks
+    if mode == "unmasked":
+        components = torch.ones_like(g)
+    elif mode == "ci":
+        components = g
+    elif mode == "rounded":
+        components = (g > threshold).to(g.dtype)
+    elif mode == "random" and real is None:
+        components = torch.empty_like(g).uniform_(generator=generator)
+    elif mode == "random":
+        drawn = torch.empty_like(g[real]).uniform_(generator=generator)
+        components = torch.zeros_like(g).index_put_((real,), drawn)
+    elif mode == "zero":
+        components = torch.zeros_like(g)
+    else:
+        raise InputError(f"masking mode {mode!r} does not follow from importances alone")
+    return Masks(components, g.new_zeros(*g.shape[:-1], layout.n_sites))
 
 
 @dataclass
@@ -48,29 +104,24 @@ class MaskContext:
     generator: torch.Generator | None = None
     given: Masks | None = None
 
-    def masks(self, importance: Float[Tensor, "*batch C_total"], layout: Layout) -> Masks:
-        """The masks of every mode that needs no search, given the causal importances."""
-        g = importance
-        delta = g.new_zeros(*g.shape[:-1], layout.n_sites)
-        if self.mode == "stochastic":
-            return uniform_sources(g, layout, self.generator).masks(g)
-        if self.mode == "ci":
-            return Masks(g, delta)
-        if self.mode == "rounded":
-            return Masks((g > self.threshold).to(g.dtype), delta)
-        if self.mode == "random":
-            return Masks(torch.rand(g.shape, device=g.device, generator=self.generator), delta)
-        raise InputError(f"masking mode {self.mode!r} does not follow from importances alone")
+    @property
+    def needs_importance(self) -> bool:
+        """Whether the masks depend on the model's input."""
+        return self.given is None and MODES[self.mode]
 
-    def constant_masks(self, layout: Layout, device: torch.device) -> Masks:
-        """The masks of the modes that do not look at the input: `unmasked`, `zero`, given."""
+    def masks(
+        self, importance: Tensor, layout: Layout, real: Bool[Tensor, "*batch"] | None = None
+    ) -> Masks:
+        """The masks of the block: those given, or those of its mode.
+
+        Args:
+            importance: Causal importances `[*batch, C_total]`.
+            layout: The columns of each site.
+            real: Positions that are no padding.
+        """
         if self.given is not None:
             return self.given
-        value = 1.0 if self.mode == "unmasked" else 0.0
-        return Masks(
-            torch.full((layout.total,), value, device=device),
-            torch.zeros(layout.n_sites, device=device),
-        )
+        return masks_of(self.mode, importance, layout, self.generator, self.threshold, real)
 
 
 def masks_from_tensors(

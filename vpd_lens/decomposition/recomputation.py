@@ -1,13 +1,14 @@
 """Masked forwards that keep only the input of each block of the model for the backward pass.
 
 What happens inside a block is computed again when the backward pass reaches it (activation
-checkpointing): a third more arithmetic in the masked forwards, for a fraction of their memory.
+checkpointing): more arithmetic in the masked forwards, for a fraction of their memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
-from vpd_lens.decomposition.masks import SiteMasks, SourceMasks
-from vpd_lens.decomposition.running import MaskedForwards
+from vpd_lens.decomposition.forward import Pass
+from vpd_lens.decomposition.handle import Decomposition
+from vpd_lens.decomposition.masks import SourceMasks
 from vpd_lens.errors import ConfigError
 
 
@@ -31,7 +33,7 @@ class RecomputedForwards:
         ConfigError: If the model has no `blocks`.
     """
 
-    def __init__(self, vpd: MaskedForwards) -> None:
+    def __init__(self, vpd: Decomposition) -> None:
         self.vpd = vpd
         blocks = getattr(vpd.model, "blocks", None)
         if blocks is None:
@@ -42,20 +44,21 @@ class RecomputedForwards:
             )
         self.blocks: list[nn.Module] = list(blocks)
 
-    def run(self, masks: SourceMasks, batch: Tensor) -> Tensor:
+    def run(self, masks: SourceMasks, batch: Tensor, **kwargs: Any) -> Tensor:
         """The output of the model under masks.
 
         Args:
             masks: Importances and sources.
             batch: The model's input.
+            **kwargs: Passed to the model.
         """
         if not torch.is_grad_enabled():
-            return self.vpd.run(masks, batch)  # type: ignore[no-any-return]
+            return self.vpd.run(masks, batch, **kwargs)  # type: ignore[no-any-return]
         before = [block.__dict__.get("forward") for block in self.blocks]
         for block in self.blocks:
             block.__dict__["forward"] = partial(self._checkpointed, block.forward)
         try:
-            return self.vpd.run(masks, batch)  # type: ignore[no-any-return]
+            return self.vpd.run(masks, batch, **kwargs)  # type: ignore[no-any-return]
         finally:
             for block, own in zip(self.blocks, before, strict=True):
                 del block.__dict__["forward"]
@@ -63,9 +66,8 @@ class RecomputedForwards:
                     block.__dict__["forward"] = own
 
     def _checkpointed(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        vpd = self.vpd
-        assert vpd._masks is not None
-        again = partial(self._under, vpd._masks, vpd._frozen)
+        current = self.vpd.forwards.state.current
+        assert current is not None
         # A cache of keys and values would be extended a second time; training needs none.
         args = tuple(None if isinstance(a, Cache) else a for a in args)
         kwargs = {name: None if isinstance(a, Cache) else a for name, a in kwargs.items()}
@@ -73,18 +75,14 @@ class RecomputedForwards:
             forward,
             *args,
             use_reentrant=False,
-            context_fn=lambda: (nullcontext(), again()),
+            preserve_rng_state=False,  # nothing random happens in evaluation mode
+            context_fn=lambda: (nullcontext(), self._again(current)),
             **kwargs,
         )
 
     @contextmanager
-    def _under(self, masks: list[SiteMasks], frozen: bool) -> Iterator[None]:
+    def _again(self, current: Pass) -> Iterator[None]:
         """What the hooks saw in the forward pass, for the time of its repetition."""
-        vpd = self.vpd
-        before = (vpd._running, vpd._masks, vpd._frozen, vpd._inputs, vpd._edited)
-        vpd._running, vpd._masks, vpd._frozen = True, masks, frozen
-        vpd._inputs, vpd._edited = [None] * len(vpd.sites), [False] * len(vpd.sites)
-        try:
+        n = len(self.vpd.sites)
+        with self.vpd.forwards.within(replace(current, inputs=[None] * n, edited=[False] * n)):
             yield
-        finally:
-            vpd._running, vpd._masks, vpd._frozen, vpd._inputs, vpd._edited = before

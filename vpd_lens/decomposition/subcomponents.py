@@ -49,15 +49,14 @@ _PAPER_RATIO = {
 def paper_count(site: NamedMatrix) -> int:
     """Number of subcomponents after the paper's ratios, rounded up to a multiple of 8.
 
-    q and k get 2/3 d_model, v and o 4/3 d_model, MLP inputs d_mlp, MLP outputs 7/6 d_mlp. Other
-    matrices get 4/3 of their smaller dimension.
+    q and k get 2/3, v 4/3 of the width they write, which all their heads have together (fewer
+    key-value heads, fewer subcomponents); o 4/3 d_model, MLP inputs d_mlp, MLP outputs 7/6 d_mlp.
+    Other matrices get 4/3 of their smaller dimension.
     """
     d_in, d_out = site.shape
     part = site.name.rsplit(".", 1)[-1]
     ratio = _PAPER_RATIO.get(part, 4 / 3)
-    if part in ("q", "k", "v", "gate", "in"):
-        width = d_out if part in ("gate", "in") else d_in
-    elif part == "o":
+    if part in ("q", "k", "v", "o", "gate", "in"):
         width = d_out
     elif part == "out":
         width = d_in
@@ -235,3 +234,46 @@ class Subcomponents(nn.Module):
             inputs: The input of every site.
         """
         return torch.cat([x.to(v.dtype) @ v for x, v in zip(inputs, self.v, strict=True)], -1)
+
+
+_WRITES_TO_AXES = ("q", "k", "v", "in", "gate")
+_READS_FROM_AXES = ("o", "out")
+
+# Size of the subcomponents beyond the number of axes, relative to the random initialisation.
+_REST = 0.3
+
+
+@torch.no_grad()
+def align(subcomponents: Subcomponents, sites: Sequence[Site]) -> None:
+    """Set subcomponent `j` of every site to what the weight does at neuron or head dimension `j`.
+
+    A matrix that writes to neurons or heads (q, k, v, in, gate) is the sum of its columns, each
+    written along one axis; one that reads from them (o, out) the sum of its rows. The first
+    `C_l` of these rank-1 matrices become the first subcomponents, their norm shared evenly between
+    V and U; further subcomponents keep their random directions, made small. With at least one
+    subcomponent per axis `V U` is nearly `W` before any training.
+
+    Args:
+        subcomponents: Changed in place.
+        sites: Their sites.
+    """
+    parts = [site.name.rsplit(".", 1)[-1] for site in sites]
+    for site, part, v, u in zip(sites, parts, subcomponents.v, subcomponents.u, strict=True):
+        weight = site.weight.to(v)
+        if part in _WRITES_TO_AXES:
+            _along_columns(v, u, weight)
+        elif part in _READS_FROM_AXES:
+            _along_columns(u.T, v.T, weight.T)
+
+
+def _along_columns(
+    v: Float[Tensor, "d_in C"], u: Float[Tensor, "C d_out"], weight: Float[Tensor, "d_in d_out"]
+) -> None:
+    v *= _REST
+    u *= _REST
+    n = min(weight.shape[1], v.shape[1])
+    scale = weight[:, :n].norm(dim=0).sqrt().clamp(min=1e-6)
+    v[:, :n] = weight[:, :n] / scale
+    u[:n] = 0
+    u[:n, :n].fill_diagonal_(1)
+    u[:n] *= scale[:, None]

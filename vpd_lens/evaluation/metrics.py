@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vpd_lens.decomposition import Decomposition, Divergence, Layout, Masks
+from vpd_lens.decomposition.adversary import ascend, shared_sources
 from vpd_lens.decomposition.masks import uniform_k_subset, uniform_sources
-from vpd_lens.decomposition.pgd import pgd_sources
 
 ALIVE = 1e-6
 HISTOGRAM_BINS = 50
@@ -217,13 +217,12 @@ def pgd_curve(
         generator: Random generator of the start.
     """
     with vpd.frozen_subcomponents():
-        _, curve = pgd_sources(
+        _, curve = ascend(
             lambda masks: divergence(vpd.run(masks, batch)),
             importance,
-            vpd.layout,
+            shared_sources(importance, vpd.layout, generator),
             max(steps),
             step_size,
-            generator,
             checkpoints=steps,
         )
     return curve

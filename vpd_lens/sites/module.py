@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 
 from torch import nn
@@ -29,8 +28,3 @@ def module_sites(model: nn.Module) -> list[Site]:
             )
         )
     return sites
-
-
-def natural_order(name: str) -> list[int | str]:
-    """Sort key that orders `blocks.2` before `blocks.10`."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -28,7 +28,7 @@ class SiteHooks(nn.Module):
     | `hook_acts` | subcomponent activations `x V` | `[*batch, C]` |
     | `hook_ci` | causal importances | `[*batch, C]` |
     | `hook_mask` | masks in use (1 where unmasked) | `[*batch, C]` |
-    | `hook_delta_mask` | the delta's mask | `[*batch]` |
+    | `hook_delta_mask` | the delta's mask | `[*batch, 1]` |
     | `hook_out` | the site's output as written | `[*batch, d_out]` |
     """
 

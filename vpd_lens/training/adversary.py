@@ -8,8 +8,8 @@ from torch import Tensor
 from vpd_lens.config import AdversaryConfig
 from vpd_lens.decomposition.masks import Layout, SourceMasks, Sources, uniform_sources
 from vpd_lens.errors import InputError
+from vpd_lens.training.distributed import ALONE, Processes
 from vpd_lens.training.optimiser import keep_moments
-from vpd_lens.training.processes import ALONE, Processes
 
 # Scopes in which every sequence of the batch has sources of its own.
 PER_ROW = ("position", "sequence")
@@ -125,7 +125,9 @@ class PersistentAdversary:
         """
         if self.config.restart == 0:
             return
-        chance = torch.empty_like(self.sources.delta[..., :1]).uniform_(generator=self.generator)
+        # In fp32 whatever the sources are: bf16 uniforms on a CPU are multiples of 2^-8.
+        sets = self.sources.delta[..., :1]
+        chance = torch.empty_like(sets, dtype=torch.float32).uniform_(generator=self.generator)
         again = chance < self.config.restart
         new = uniform_sources(self.sources.components, self.layout, self.generator)
         self.sharing.first_([again, new.components, new.delta])

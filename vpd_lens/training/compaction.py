@@ -16,6 +16,7 @@ from torch import Tensor
 from vpd_lens.config import CompactionConfig
 from vpd_lens.decomposition.folding import Columns, fold, per_subcomponent
 from vpd_lens.decomposition.masks import Layout
+from vpd_lens.training.accumulate import StepImportance
 from vpd_lens.training.optimiser import keep_moments
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ class ImportanceWindow:
         self.config = config
         self.total = torch.zeros(c_total, device=device)
 
-    def add(self, importance: Float[Tensor, "*batch C_total"]) -> None:
+    def add(self, importance: StepImportance) -> None:
         """Add the importances of one step."""
         if self.config.window:
-            self.total += importance.flatten(0, -2).mean(0)
+            self.total += importance.mean(importance.whole())
 
     def restart(self) -> Float[Tensor, " C_total"]:
         """The mean over the window that ends here; the next one begins."""
@@ -74,12 +75,12 @@ def survivors(
     return kept
 
 
-def compact_when_due(stepper: Stepper, importance: Tensor, done: int) -> int:
+def compact_when_due(stepper: Stepper, importance: StepImportance, done: int) -> int:
     """Count the importances of a finished step, and fold what is dead if a window ends here.
 
     Args:
         stepper: Everything that training carries forward.
-        importance: Causal importances of the step, `[*batch, C_total]`.
+        importance: Causal importances of the step.
         done: Finished steps.
 
     Returns:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vpd_lens.decomposition.masks import Layout, SourceMasks, uniform_k_subset, uniform_sources
@@ -73,12 +73,16 @@ class _PowerSum(torch.autograd.Function):
     """`sum_{b,t} (upper_leaky(z) + eps)^p` per subcomponent; its backward is one multiplication."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, p: float, eps: float) -> Tensor:
+    def forward(ctx: Any, z: Tensor, p: float, eps: float, real: Tensor | None) -> Tensor:
         slope = torch.empty_like(z)
         total = z.new_zeros(z.shape[-1])
-        for rows, out in row_blocks(z.contiguous(), slope):
+        kept = None if real is None else real.unsqueeze(-1).to(z.dtype).contiguous()
+        tensors = (z.contiguous(), slope) if kept is None else (z.contiguous(), slope, kept)
+        for rows, out, *weight in row_blocks(*tensors):
             g = upper_leaky(rows).add_(eps)
             torch.pow(g, p, out=out)
+            if weight:
+                out.mul_(weight[0])
             total += out.sum(0)
             out.div_(g).mul_(p)
             above_one = where_above(out, rows, 1.0)
@@ -87,13 +91,16 @@ class _PowerSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (slope,) = ctx.saved_tensors
-        return slope * grads[0], None, None
+        return slope * grads[0], None, None, None
 
 
 def importance_power_sum(
-    z: Float[Tensor, "*batch C_total"], p: float, eps: float = 1e-12
+    z: Float[Tensor, "*batch C_total"],
+    p: float,
+    eps: float = 1e-12,
+    real: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, " C_total"]:
     """`s_c = sum_{b,t} (g_upper + eps)^p` of every subcomponent.
 
@@ -101,12 +108,13 @@ def importance_power_sum(
         z: Pre-sigmoid importances.
         p: The exponent.
         eps: Added before the power.
+        real: Positions to sum over; `None`: all (nothing is padding).
     """
-    return _PowerSum.apply(z, p, eps)  # type: ignore[no-any-return]
+    return _PowerSum.apply(z, p, eps, real)  # type: ignore[no-any-return]
 
 
 def minimality(
-    power_sum: Float[Tensor, " C_total"], n_positions: int, frequency: float
+    power_sum: Float[Tensor, " C_total"], n_positions: int | Tensor, frequency: float
 ) -> Float[Tensor, ""]:
     """Importance and frequency minimality: `1/(B T) sum_c (s_c + beta s_c log2(1 + s_c))`.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.errors import ProcessError
-from vpd_lens.training.processes import Processes
+from vpd_lens.training.distributed import Processes
 
 
 @contextmanager

@@ -6,13 +6,12 @@
 4. All losses and one backward pass, which also yields the adversary's last gradient.
 5. The adversary's last update, gradient clipping, the optimiser.
 
-A batch may be cut into micro-batches to save memory; the result is that of the whole batch.
+How a batch is cut into micro-batches and shared between processes is in `accumulate.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,38 +24,21 @@ from vpd_lens.decomposition.compiled import CompiledForwards
 from vpd_lens.decomposition.masks import SourceMasks, uniform_k_subset
 from vpd_lens.decomposition.recomputation import RecomputedForwards
 from vpd_lens.decomposition.sigmoids import lower_leaky
-from vpd_lens.errors import NonFiniteLossError
+from vpd_lens.errors import ConfigError, NonFiniteLossError
+from vpd_lens.training.accumulate import Part, StepImportance, WholeMinimality, cut
 from vpd_lens.training.adversary import PersistentAdversary
 from vpd_lens.training.compaction import ImportanceWindow
+from vpd_lens.training.distributed import ALONE, Processes
 from vpd_lens.training.losses import (
     faithfulness,
-    importance_power_sum,
     layerwise_reconstruction,
-    minimality,
     stochastic_reconstruction,
 )
-from vpd_lens.training.optimiser import optimisers
-from vpd_lens.training.processes import ALONE, Processes
-from vpd_lens.training.schedules import adversary_lr, exponent, learning_rate
+from vpd_lens.training.optimiser import adversary_lr, exponent, learning_rate, optimisers
 from vpd_lens.training.sharding import is_sharded, whole
 
 Losses = dict[str, Tensor]
-MaskedForward = Callable[[SourceMasks, Tensor], Tensor]
-
-
-@dataclass
-class _Part:
-    """One micro-batch: its tokens, what the target did on it, and its importances."""
-
-    rows: slice
-    batch: Tensor
-    inputs: list[Tensor]
-    divergence: Divergence
-    z: Tensor
-
-    def under(self, run: MaskedForward) -> Callable[[SourceMasks], Tensor]:
-        """The divergence of a masked forward from the target's output."""
-        return lambda masks: self.divergence(run(masks, self.batch))
+MaskedForward = Callable[..., Tensor]
 
 
 class Stepper:
@@ -69,6 +51,7 @@ class Stepper:
 
     Attributes:
         mask_dtype: Of sources and masks.
+        coefficients: Weight of every loss in the total.
         parameters: Those of U and V, `"subcomponents"`, and of the `"importance"` function.
         optimisers: What updates them.
         adversary: The persistent sources; made at the first batch, whose shape they take.
@@ -76,6 +59,9 @@ class Stepper:
         run: Masked forwards of the model, compiled if the configuration says so.
         weights: What `V U` should add up to: the base weights, less what was folded.
         window: Importances since compaction last looked at them.
+
+    Raises:
+        ConfigError: If the target is in fp16, whose logits would get gradients of 0.
     """
 
     def __init__(self, vpd: Decomposition, config: VPDConfig, processes: Processes = ALONE) -> None:
@@ -83,7 +69,19 @@ class Stepper:
         self.config = config
         self.processes = processes
         self.device = vpd.device
+        if vpd.sites[0].weight.dtype == torch.float16:
+            raise ConfigError(
+                "the model is in float16, where the gradient of a mean over many positions rounds "
+                "to 0. Load it in bfloat16 or float32 to train."
+            )
         self.mask_dtype = getattr(torch, config.mask_dtype)
+        self.coefficients = {
+            "stochastic": config.stochastic.coefficient,
+            "layerwise": config.stochastic.layerwise_coefficient,
+            "adversarial": config.adversary.coefficient,
+            "minimality": config.minimality.coefficient,
+            "faithfulness": config.faithfulness.coefficient,
+        }
         self.renew()
         self.generator = processes.generator(config.seed, self.device)
         self.adversary: PersistentAdversary | None = None
@@ -100,140 +98,136 @@ class Stepper:
         self.run = _masked_forward(vpd, self.config)
         self.weights = vpd.subcomponents.references([site.weight for site in vpd.sites])
 
-    def step(self, batch: Tensor, step: int) -> tuple[Losses, Tensor]:
+    def step(
+        self, batch: Tensor, step: int, real: Tensor | None = None
+    ) -> tuple[Losses, StepImportance]:
         """Train on one batch.
 
         Args:
             batch: Tokens `[batch, pos]` (or whatever the model takes): this process's rows.
             step: The step, from 0; it decides learning rates and the exponent.
+            real: Positions that are no padding, `[batch, pos]`; `None`: all.
 
         Returns:
             The losses of the global batch by name (unweighted, plus `total` and the gradient
-            norms) as tensors that are still on the device, and the causal importances
-            `[batch, pos, C_total]` of these rows.
+            norms) as tensors that are still on the device, and the importances of these rows.
 
         Raises:
             NonFiniteLossError: On CPU, if a loss is not finite; the parameters are untouched.
         """
         self._schedule(step)
         batch = batch.to(self.device, non_blocking=True)
-        with self._autocast():
-            parts = self._prepare(batch)
-            if self.config.adversary.coefficient > 0:
-                with record_function("vpd::adversary"):
-                    self._refine_adversary(parts, batch)
-        losses = self._backward(parts, step)
-        importance = torch.cat([part.z.detach().clamp(0, 1) for part in parts])
-        with record_function("vpd::update"):
-            self._update(losses, importance[..., 0].numel())
+        real = None if real is None else real.to(self.device, non_blocking=True)
+        parts = cut(batch, real, self.config.micro_batches, self.processes)
+        with self.vpd.undisturbed():
+            with self._autocast():
+                for part in parts:
+                    self._look(part, gradient=len(parts) == 1)
+                if self.coefficients["adversarial"] > 0:
+                    self._refine_adversary(parts, batch.shape[0])
+            losses = self._backward(parts, step)
+        importance = StepImportance([(part.z.detach(), part.real) for part in parts])
+        self._update(losses, parts)
         return losses, importance
 
     # -------------------------------------------------------------- 1 and 2
 
-    def _prepare(self, batch: Tensor) -> list[_Part]:
-        count = self.config.micro_batches
-        size = batch.shape[0] // count
-        parts = []
-        for index in range(count):
-            rows = slice(index * size, (index + 1) * size) if count > 1 else slice(None)
-            piece = batch[rows]
-            with record_function("vpd::target"):
-                output, inputs = self.vpd.target(piece)
-                divergence = Divergence(output, self.vpd.divergence)
-            # With several parts the graph of the importances is rebuilt part by part later.
-            with record_function("vpd::importance"), torch.set_grad_enabled(count == 1):
-                z = self.vpd.pre_importance(inputs)
-            parts.append(_Part(rows, piece, inputs, divergence, z))
-        return parts
+    def _look(self, part: Part, gradient: bool) -> None:
+        """The target's output on a part, and its importances."""
+        with record_function("vpd::target"):
+            output, part.inputs = self.vpd.target(part.tokens, **part.arguments)
+            part.divergence = Divergence(output, self.vpd.divergence, part.real)
+        # With several parts the graph of the importances is rebuilt part by part later.
+        with record_function("vpd::importance"), torch.set_grad_enabled(gradient):
+            part.z = self.vpd.pre_importance(part.inputs, part.real)
 
     # -------------------------------------------------------------------- 3
 
-    def _refine_adversary(self, parts: list[_Part], batch: Tensor) -> None:
-        lead = (batch.shape[0], *parts[0].z.shape[1:-1])
+    def _refine_adversary(self, parts: list[Part], n_rows: int) -> None:
         if self.adversary is None:
-            self.adversary = PersistentAdversary(
-                self.config.adversary,
-                self.vpd.layout,
-                lead,
-                self.device,
-                self.generator,
-                self.processes,
-                self.mask_dtype,
-            )
-            self.adversary.set_lr(self._adversary_lr)
-        importances = [part.z.detach().clamp(0, 1).to(self.mask_dtype) for part in parts]
-        n_positions = sum(g[..., 0].numel() for g in importances)
-        share = self.config.adversary.coefficient / (len(parts) * self.processes.world)
-        for _ in range(self.config.adversary.inner_steps):
-            for part, g in zip(parts, importances, strict=True):
-                with self.vpd.frozen_subcomponents():
-                    loss = part.under(self.run)(self.adversary.masks(g, part.rows))
-                (loss * share).backward(inputs=self.adversary.leaves())
-            self._ascend(n_positions)
+            lead = (n_rows, *parts[0].z.shape[1:-1])
+            self.adversary = self._new_adversary(lead)
+        with record_function("vpd::adversary"), self.vpd.frozen_subcomponents():
+            importances = [part.z.detach().clamp(0, 1).to(self.mask_dtype) for part in parts]
+            for _ in range(self.config.adversary.inner_steps):
+                for part, g in zip(parts, importances, strict=True):
+                    loss = self._adversarial(part, g) * part.share
+                    loss = self.coefficients["adversarial"] * loss
+                    loss.backward(inputs=self.adversary.leaves())
+                self._ascend(parts)
+
+    def _new_adversary(self, lead: tuple[int, ...]) -> PersistentAdversary:
+        adversary = PersistentAdversary(
+            self.config.adversary,
+            self.vpd.layout,
+            lead,
+            self.device,
+            self.generator,
+            self.processes,
+            self.mask_dtype,
+        )
+        adversary.set_lr(self._adversary_lr)
+        return adversary
 
     # -------------------------------------------------------------------- 4
 
-    def _backward(self, parts: list[_Part], step: int) -> Losses:
+    def _backward(self, parts: list[Part], step: int) -> Losses:
+        """Gradients of the total, and every loss of the global batch."""
         p = exponent(self.config.minimality, step, self.config.steps)
-        minimal = self.config.minimality
-        sums = [importance_power_sum(part.z, p, minimal.eps) for part in parts]
-        total_sum = torch.stack(sums).sum(0).detach()
-        self.processes.sum_([total_sum])
-        n_positions = sum(part.z[..., 0].numel() for part in parts) * self.processes.world
-        total_sum.requires_grad_()
-        least = minimality(total_sum, n_positions, minimal.frequency)
-        # The frequency term couples all positions of the batch. Its slope at the batch's total
-        # makes the gradient of each part exact.
-        (slope,) = torch.autograd.grad(least, total_sum)
-        losses: Losses = {"minimality": least.detach()}
-        for index, (part, power_sum) in enumerate(zip(parts, sums, strict=True)):
+        minimal = WholeMinimality(parts, p, self.config.minimality, self.processes)
+        losses: Losses = {}
+        for index, part in enumerate(parts):
             with record_function("vpd::losses"), self._autocast():
-                own = self._reconstruction(part, len(parts) * self.processes.world)
                 if len(parts) > 1:
-                    power_sum = importance_power_sum(part.z, p, minimal.eps)
-                own["minimality"] = (slope * power_sum).sum()
-                if index == 0:
-                    own["faithfulness"] = self._faithfulness()
-                total = torch.stack([c * own[name] for name, c in self._weights() if name in own])
+                    part.z = self.vpd.pre_importance(part.inputs, part.real)
+                own = self._losses(part, minimal, index)
+                total = torch.stack([self.coefficients[name] * own[name] for name in own]).sum()
             with record_function("vpd::backward"):
-                total.sum().backward()
+                total.backward()
             for name, loss in own.items():
-                if name != "minimality":
-                    losses[name] = losses.get(name, 0) + loss.detach()
+                losses[name] = losses.get(name, 0) + loss.detach()
         self._sum_over_processes(losses)
-        weighted = [c * losses[name] for name, c in self._weights() if name in losses]
+        losses["minimality"] = minimal.value
+        weighted = [self.coefficients[name] * loss for name, loss in losses.items()]
         losses["total"] = torch.stack(weighted).sum()
         return losses
 
-    def _reconstruction(self, part: _Part, n_parts: int) -> Losses:
-        vpd, config = self.vpd, self.config
-        if config.micro_batches > 1:
-            part.z = vpd.pre_importance(part.inputs)
+    def _losses(self, part: Part, minimal: WholeMinimality, index: int) -> Losses:
+        """The losses of METHOD 3 on one part, each by its share of the global batch."""
+        config, layout = self.config.stochastic, self.vpd.layout
         g = lower_leaky(part.z).to(self.mask_dtype)
-        under = part.under(self.run)
-        losses: Losses = {}
-        if config.stochastic.coefficient > 0:
-            losses["stochastic"] = (
-                stochastic_reconstruction(
-                    under,
-                    g,
-                    vpd.layout,
-                    config.stochastic.routing,
-                    config.stochastic.n_samples,
-                    self.generator,
+        under = self._divergence_under(part)
+        terms: dict[str, Callable[[], Tensor]] = {
+            "stochastic": lambda: (
+                part.share
+                * stochastic_reconstruction(
+                    under, g, layout, config.routing, config.n_samples, self.generator
                 )
-                / n_parts
-            )
-        if config.stochastic.layerwise_coefficient > 0:
-            losses["layerwise"] = (
-                layerwise_reconstruction(under, g, vpd.layout, self.generator) / n_parts
-            )
-        if self.adversary is not None:
-            masks = self.adversary.masks(g, part.rows)
-            if config.adversary.routing == "subset":
-                masks.routed = uniform_k_subset(masks.delta.shape, g.device, self.generator)
-            losses["adversarial"] = under(masks) / n_parts
-        return losses
+            ),
+            "layerwise": lambda: (
+                part.share * layerwise_reconstruction(under, g, layout, self.generator)
+            ),
+            "adversarial": lambda: part.share * self._adversarial(part, g),
+            "minimality": lambda: minimal.of(index, part),
+            "faithfulness": self._faithfulness,
+        }
+        if index > 0:
+            del terms["faithfulness"]  # it is of the weights, not of the data
+        return {name: loss() for name, loss in terms.items() if self._counts(name)}
+
+    def _counts(self, name: str) -> bool:
+        return self.coefficients[name] > 0 or name in ("minimality", "faithfulness")
+
+    def _divergence_under(self, part: Part) -> Callable[[SourceMasks], Tensor]:
+        """The divergence of a masked forward from the target's output."""
+        return lambda masks: part.divergence(self.run(masks, part.tokens, **part.arguments))
+
+    def _adversarial(self, part: Part, importance: Tensor) -> Tensor:
+        assert self.adversary is not None
+        masks = self.adversary.masks(importance, part.rows)
+        if self.config.adversary.routing == "subset":
+            masks.routed = uniform_k_subset(masks.delta.shape, self.device, self.generator)
+        return self._divergence_under(part)(masks)
 
     def _faithfulness(self) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
@@ -250,39 +244,33 @@ class Stepper:
         shares = [loss for name, loss in losses.items() if name != "minimality"]
         self.processes.sum_(gradients + shares)
 
-    def _weights(self) -> list[tuple[str, float]]:
-        config = self.config
-        return [
-            ("stochastic", config.stochastic.coefficient),
-            ("layerwise", config.stochastic.layerwise_coefficient),
-            ("adversarial", config.adversary.coefficient),
-            ("minimality", config.minimality.coefficient),
-            ("faithfulness", config.faithfulness.coefficient),
-        ]
-
     # -------------------------------------------------------------------- 5
 
-    def _update(self, losses: Losses, n_positions: int) -> None:
+    @record_function("vpd::update")
+    def _update(self, losses: Losses, parts: list[Part]) -> None:
         if self.device.type == "cpu":
             require_finite(losses)
         if self.adversary is not None:
             # Only the adversarial loss reaches the sources, so the backward pass of the total
             # has left its gradient there, times the coefficient; no second one is needed.
-            self._ascend(n_positions)
+            self._ascend(parts)
             self.adversary.restart()
         opt = self.config.optimiser
         limits = {"subcomponents": opt.clip_subcomponents, "importance": opt.clip_importance}
         for name, parameters in self.parameters.items():
-            norm = torch.nn.utils.clip_grad_norm_(parameters, limits[name] or float("inf"))
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if limits[name]:
+                torch.nn.utils.clip_grads_with_norm_(parameters, limits[name], norm)
             losses[f"grad_norm/{name}"] = whole(norm)
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
-    def _ascend(self, n_positions: int) -> None:
+    def _ascend(self, parts: list[Part]) -> None:
         assert self.adversary is not None
-        n_positions *= self.processes.world
-        self.adversary.ascend(self.config.adversary.coefficient / n_positions)
+        n_positions = sum(part.z[..., 0].numel() for part in parts) * self.processes.world
+        self.adversary.ascend(self.coefficients["adversarial"] / n_positions)
 
     # ---------------------------------------------------------------- helpers
 

@@ -21,16 +21,17 @@ from vpd_lens.data import token_batches
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.attach import attach, removed_if_untrained
 from vpd_lens.decomposition.saving import base_model_record, save
+from vpd_lens.decomposition.subcomponents import align
 from vpd_lens.errors import ArtefactError, ConfigError, DataError, TrainingInterrupted
 from vpd_lens.storage import disk_errors, existing_folder
+from vpd_lens.training.accumulate import StepImportance
 from vpd_lens.training.checkpoint import Checkpoint, save_checkpoint
 from vpd_lens.training.compaction import compact_when_due, sizes
 from vpd_lens.training.cost.guard import explained_out_of_memory, require_memory
 from vpd_lens.training.cost.workload import Workload
 from vpd_lens.training.diagnostics import Diagnostics
-from vpd_lens.training.initialisation import align
 from vpd_lens.training.interruption import stop_requests
-from vpd_lens.training.joining import join
+from vpd_lens.training.distributed import join
 from vpd_lens.training.logging import MetricsLog, SilentLog, last_metrics
 from vpd_lens.training.sharding import sharded_importance
 from vpd_lens.training.step import Losses, Stepper, require_finite, warm_up_faithfulness
@@ -125,7 +126,6 @@ def train(
             attach(model, sites, counts, importance, example, seed=seed)
             stack.enter_context(removed_if_untrained(model))
         vpd: Decomposition = model.__dict__["vpd"]
-        vpd.follow_device()
         batches = token_batches(
             data,
             model=model,
@@ -148,7 +148,6 @@ def train(
             processes.first_(list(vpd.parameters()))
         with (
             sharded_importance(vpd, processes, config.shard_importance),
-            _evaluation_mode(model),
             explained_out_of_memory(work, vpd.device),
         ):
             run = _Run(Stepper(vpd, config, processes), batches, folder)
@@ -236,11 +235,9 @@ class _Run:
         with stop_requests() as requests, self.processes.contact(self._what_is_left):
             for step in range(self.start, config.steps):
                 batch = next(self.batches)  # this process's rows
-                if batch.real is not None:
-                    raise DataError("data has padding; training on padded rows is not supported.")
                 if step == self.start and self.processes.world > 1:
                     self._data_state()
-                losses, importance = stepper.step(batch.tokens, step)
+                losses, importance = stepper.step(batch.tokens, step, batch.real)
                 window.add(losses)
                 done = step + 1
                 self.vpd.trained_steps = self.trained_before + done
@@ -321,14 +318,14 @@ class _Window:
     def require_finite(self) -> None:
         require_finite(self.sums)
 
-    def summary(self, done: int, importance: Tensor, stepper: Stepper) -> dict[str, float]:
+    def summary(self, done: int, importance: StepImportance, stepper: Stepper) -> dict[str, float]:
         """Means of the losses over the window, sparsity of the last batch, and timing."""
         self.require_finite()
-        active = importance > 0
+        g = importance.whole()
         metrics = {name: float(total) / self.count for name, total in self.sums.items()}
         own = {
-            "l0": float(active.sum(-1).float().mean()),
-            "ci_max": float(importance.amax(-1).mean()),
+            "l0": float(importance.mean((g > 0).sum(-1))),
+            "ci_max": float(importance.mean(g.amax(-1))),
             "lr": stepper.optimisers[0].param_groups[0]["lr"],
             "seconds_per_step": (time.perf_counter() - self.since) / self.count,
         }
@@ -338,17 +335,6 @@ class _Window:
             self.diagnostics.look(done, metrics)
         self._reset()
         return metrics
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The target must not drop out units while it is being decomposed."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _move(model: nn.Module, device: str) -> None:

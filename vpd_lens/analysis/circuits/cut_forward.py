@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from vpd_lens.analysis.circuits.linear import LinearNorm, NeuronGains, attended, norm_modules
 from vpd_lens.decomposition import Decomposition
-from vpd_lens.decomposition.attachment import without_user_hooks
 from vpd_lens.errors import InputError, VPDError
 from vpd_lens.sites import Site, find_sites, model_kind
 
@@ -90,7 +89,7 @@ class CutForward:
         if frozen:
             _require_known_parts(vpd.model, {site.name for site in self.sites})
         self.mixes_positions = through_delta or not attention <= self.decomposed
-        with without_user_hooks(vpd.model):
+        with vpd.undisturbed():
             self.norms = [
                 (name, module, LinearNorm(module, vpd.model.cfg.d_model, vpd.sites[0].weight))
                 for name, module in norm_modules(vpd.model)
@@ -113,7 +112,7 @@ class CutForward:
         once = torch.atleast_2d(tokens)
         batch = once.expand(max(rows, len(once)), -1)
         with ExitStack() as stack:
-            stack.enter_context(without_user_hooks(self.vpd.model))
+            stack.enter_context(self.vpd.undisturbed())
             self._patterns = self._attention_patterns(once) if self.frozen else {}
             stack.enter_context(torch.enable_grad())
             stack.enter_context(self.vpd.model.hooks(fwd_hooks=[*hooks, *self._lens_hooks(cut)]))

@@ -16,7 +16,6 @@ from vpd_lens.analysis.circuits.graph import AttributionGraph
 from vpd_lens.analysis.circuits.report import attack
 from vpd_lens.analysis.circuits.targets import decomposition_of, prompt_tokens, token_id, token_text
 from vpd_lens.decomposition import Decomposition, Masks
-from vpd_lens.decomposition.attachment import without_user_hooks
 from vpd_lens.decomposition.masks import AnyMasks, uniform_sources
 from vpd_lens.errors import InputError
 
@@ -153,7 +152,7 @@ def intervene(
     asked = [target] if isinstance(target, str | int) else list(target)
     n_vocab = int(model.cfg.d_vocab)  # type: ignore[arg-type]
     ids = [token_id(model, token, n_vocab) for token in asked]
-    with torch.no_grad(), without_user_hooks(model):
+    with torch.no_grad(), vpd.undisturbed():
         clean = vpd.run(None, tokens)
         g = None if regime == "ablated" else _importance(vpd, tokens, importance)
         masks = _masks(vpd, tokens, clean, regime, g, (position, steps, step_size), seed)

@@ -35,11 +35,10 @@ from vpd_lens.analysis.circuits.report import CircuitReport, CircuitTest, attack
 from vpd_lens.analysis.circuits.targets import decomposition_of
 from vpd_lens.config import OptimiserConfig
 from vpd_lens.decomposition import Decomposition
-from vpd_lens.decomposition.attachment import without_user_hooks
 from vpd_lens.decomposition.masks import AnyMasks, Masks, uniform_sources
 from vpd_lens.decomposition.sigmoids import lower_leaky, upper_leaky
 from vpd_lens.errors import InputError
-from vpd_lens.training.schedules import learning_rate
+from vpd_lens.training.optimiser import learning_rate
 
 EPS = 1e-6  # keeps the slope of g^p finite at 0
 
@@ -115,7 +114,7 @@ def prune(
     vpd = decomposition_of(model)
     behaviour = behaviour_of(model, prompts, target, config.objective, prepend_bos)
     with ExitStack() as stack:
-        stack.enter_context(without_user_hooks(model))
+        stack.enter_context(vpd.undisturbed())
         stack.enter_context(vpd.frozen_subcomponents())
         z = _before_sigmoid(vpd, behaviour)
         if "unembed" not in vpd.layout.names:

@@ -104,7 +104,6 @@ def dataset_attributions(
         >>> found.sources("blocks.1.mlp.in:31", top=10)  # doctest: +SKIP
     """
     vpd = decomposition_of(model)
-    vpd.follow_device()
     _check_arguments(n_batches, alive_threshold, output, resume)
     names = _targets(vpd, targets)
     settings = Settings(

@@ -84,7 +84,6 @@ def harvest(
     if "vpd" not in model.__dict__:
         raise AttachError("This model carries no decomposition. Call vpd_lens.decompose first.")
     vpd: Decomposition = model.__dict__["vpd"]
-    vpd.follow_device()
     _check_arguments(n_batches, output, resume)
     settings = Settings(
         threshold=threshold, n_top=n_top, n_random=n_random, context=context, seed=seed

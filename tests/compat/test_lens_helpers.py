@@ -1,0 +1,136 @@
+"""TransformerLens' own helpers give on a decomposed model what they give on the plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from .builders import tokens
+from .dense import random_masks
+
+CASES = ["bridge-gpt2-default", "bridge-llama-processed", "native-ln", "hooked-ln", "hooked-rms"]
+
+
+class Pair(NamedTuple):
+    """A decomposed model and its undecomposed reference."""
+
+    model: nn.Module
+    reference: nn.Module
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> Pair:
+    from vpd_lens.decomposition.attach import attach
+
+    return Pair(attach(build(request.param), n_subcomponents=5), build(request.param))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"remove_batch_dim": True}, {"pos_slice": 2}, {"pos_slice": (1, 4)}],
+    ids=str,
+)
+def test_caches(pair: Pair, arguments: dict[str, Any]) -> None:
+    with torch.no_grad():
+        logits, cache = pair.model.run_with_cache(tokens(1), **arguments)
+        expected, reference = pair.reference.run_with_cache(tokens(1), **arguments)
+    assert torch.equal(logits, expected)
+    for name, value in reference.items():
+        assert torch.equal(cache[name], value), name
+    shape = cache["blocks.0.hook_resid_pre"].shape[:-1]
+    for point in ("hook_acts", "hook_mask", "hook_delta_mask", "hook_out", "hook_ci"):
+        assert cache[f"blocks.0.mlp.out.vpd.{point}"].shape[:-1] == shape
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """What `run_with_cache(incl_bwd=True)` stores of the backward pass."""
+    _, cache = model.run_with_cache(tokens(1), return_type="loss", incl_bwd=True)
+    model.zero_grad()
+    return {k: v for k, v in cache.items() if k.endswith("_grad") and ".vpd." not in k}
+
+
+def test_gradients_of_the_cache(pair: Pair) -> None:
+    expected = gradients(pair.reference)
+    got = gradients(pair.model)
+    assert expected
+    assert got.keys() >= expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)
+
+
+def test_attribution_patching(pair: Pair) -> None:
+    """A backward hook at an ordinary hook point fires, although the weights are frozen."""
+
+    def gradient(model: nn.Module) -> Tensor:
+        seen: list[Tensor] = []
+        hooks = [("blocks.1.hook_resid_pre", lambda g, hook: seen.append(g.clone()))]
+        with model.hooks(bwd_hooks=hooks):
+            model(tokens(1), return_type="loss").backward()
+        model.zero_grad()
+        return seen[0]
+
+    torch.testing.assert_close(gradient(pair.model), gradient(pair.reference))
+
+
+def test_patching(pair: Pair) -> None:
+    from transformer_lens import patching
+
+    clean, corrupted = tokens(1, seed=0), tokens(1, seed=1)
+
+    def patched(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            _, cache = model.run_with_cache(clean)
+            return patching.get_act_patch_resid_pre(
+                model, corrupted, cache, lambda logits: logits[0, -1, 7]
+            )
+
+    assert torch.equal(patched(pair.model), patched(pair.reference))
+
+
+def heads_and_output(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """The sum of all heads' results, and the sum of the attention outputs."""
+    _, cache = model.run_with_cache(tokens(1))
+    layers = range(model.cfg.n_layers)
+    biases = sum(model.blocks[layer].attn.b_O for layer in layers)
+    output = sum(cache[f"blocks.{layer}.hook_attn_out"] for layer in layers)
+    return cache.stack_head_results(layer=-1).sum(0), output - biases
+
+
+def test_heads_add_up_to_the_attention(pair: Pair) -> None:
+    with torch.no_grad():
+        heads, output = heads_and_output(pair.model)
+        torch.testing.assert_close(heads, output, atol=1e-4, rtol=1e-3)
+        masks, deltas = random_masks(pair.model.vpd)
+        with pair.model.vpd.masked(masks, delta=deltas):
+            masked, under = heads_and_output(pair.model)
+        torch.testing.assert_close(masked, under, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(masked, heads, atol=1e-2)
+
+
+def test_heads_under_masks_need_the_masks(pair: Pair) -> None:
+    from vpd_lens.errors import InputError
+
+    with torch.no_grad(), pair.model.vpd.masked("zero"):
+        _, cache = pair.model.run_with_cache(tokens(1), names_filter=lambda n: ".vpd." not in n)
+    with pytest.raises(InputError, match=r"attn\.o\.vpd\.hook_mask"):
+        cache.stack_head_results(layer=-1)
+
+
+def test_head_detector(build: Callable[..., nn.Module]) -> None:
+    from transformer_lens import head_detector
+
+    from vpd_lens.decomposition.attach import attach
+
+    model = build("hooked-ln")
+    pattern = torch.eye(6).roll(-1, 1).tril()
+
+    def scores() -> Tensor:
+        return head_detector.detect_head(model, tokens(1), pattern, error_measure="abs")
+
+    before = scores()
+    attach(model, n_subcomponents=5)
+    assert torch.equal(scores(), before)

@@ -1,0 +1,84 @@
+"""Sign ascent: how an adversary finds sources that hurt most (METHOD 4 and 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vpd_lens.decomposition.masks import AnyMasks, Layout, Sources, uniform_sources
+
+LossOf = Callable[[AnyMasks], Tensor]
+
+
+def shared_sources(
+    importance: Float[Tensor, "*batch C_total"],
+    layout: Layout,
+    generator: torch.Generator | None = None,
+) -> Sources:
+    """Sources from U(0, 1), one per subcomponent and delta for the whole batch.
+
+    An adversary that shares its sources over batch and positions must find systematic defects
+    rather than the noise of one datapoint.
+
+    Args:
+        importance: Gives number of dimensions, dtype and device.
+        layout: The columns of each site.
+        generator: Random generator on that device.
+
+    Returns:
+        `[1, ..., C_total]` and `[1, ..., n_sites]`.
+    """
+    one = (1,) * (importance.ndim - 1)
+    return uniform_sources(importance.new_empty(*one, layout.total), layout, generator)
+
+
+def ascend(
+    loss_of: LossOf,
+    importance: Float[Tensor, "*batch C_total"],
+    start: Sources,
+    n_steps: int,
+    step_size: float,
+    moves: Bool[Tensor, "*batch C_total"] | None = None,
+    checkpoints: Collection[int] = (),
+) -> tuple[Sources, dict[int, float]]:
+    """Sources that raise a loss: `r <- clamp(r + step sign(grad), 0, 1)`, `n_steps` times.
+
+    Args:
+        loss_of: The loss under masks, differentiable in them.
+        importance: Causal importances, held constant.
+        start: Where the sources start; their shape says what shares one.
+        n_steps: Ascent steps.
+        step_size: Size of each.
+        moves: Which sources move; the others, and the deltas', stay as they start. `None`: all.
+        checkpoints: Step counts at which to record the loss reached so far.
+
+    Returns:
+        The final sources, and the loss at each checkpoint, in the unit of `loss_of`.
+    """
+    g, sources = importance.detach(), start
+    curve: dict[int, float] = {}
+    for step in range(n_steps):
+        components = sources.components.detach().requires_grad_()
+        delta = sources.delta.detach().requires_grad_(moves is None)
+        loss = loss_of(Sources(components, delta).over(g))
+        if step in checkpoints:
+            curve[step] = float(loss.detach())
+        if moves is None:
+            slope, delta_slope = torch.autograd.grad(loss, [components, delta])
+            moved = _stepped(components, slope, step_size)
+            sources = Sources(moved, _stepped(delta, delta_slope, step_size))
+        else:
+            (slope,) = torch.autograd.grad(loss, [components])
+            moved = _stepped(components, slope, step_size)
+            sources = Sources(torch.where(moves, moved, components.detach()), delta)
+    if n_steps in checkpoints:
+        with torch.no_grad():
+            curve[n_steps] = float(loss_of(sources.over(g)))
+    return sources, curve
+
+
+def _stepped(sources: Tensor, slope: Tensor, step_size: float) -> Tensor:
+    return (sources.detach() + step_size * slope.sign()).clamp_(0, 1)

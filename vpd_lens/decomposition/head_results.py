@@ -1,0 +1,59 @@
+"""What each attention head writes in a masked run, for `ActivationCache.stack_head_results`.
+
+TransformerLens multiplies a cached `z` by the model's `W_O`; under masks the matrix of the site
+`attn.o` is another one at every position. Here the same entries are computed from what the cache
+holds of the site, so that heads add up to the attention's output under masks, too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from vpd_lens.errors import InputError
+
+if TYPE_CHECKING:
+    from vpd_lens.decomposition.handle import Decomposition
+
+
+@torch.no_grad()
+def compute_head_results(vpd: Decomposition, cache: Any) -> None:
+    """Put `blocks.*.attn.hook_result`, `[*batch, head, d_model]`, into a masked run's cache.
+
+    Args:
+        vpd: The decomposition whose masks were active.
+        cache: An `ActivationCache`, changed in place.
+
+    Raises:
+        InputError: If it lacks a layer's `hook_z` or the masks of its site `attn.o`.
+    """
+    for layer in range(vpd.model.cfg.n_layers):
+        name = f"blocks.{layer}.attn"
+        if f"{name}.hook_result" in cache.cache_dict:
+            continue
+        z = cache["z", layer, "attn"]
+        if f"{name}.o" not in vpd.layout.names:
+            result = einsum(z, vpd.model.blocks[layer].attn.W_O, "... h d, h d out -> ... h out")
+        else:
+            result = _masked_heads(vpd, cache, f"{name}.o", z)
+        cache.cache_dict[f"{name}.hook_result"] = result
+
+
+def _masked_heads(
+    vpd: Decomposition, cache: Any, name: str, z: Float[Tensor, "*batch head d_head"]
+) -> Float[Tensor, "*batch head d_model"]:
+    """`m_delta z_h W_h + ((m - m_delta) * (z_h V_h)) U`, whose sum over heads is the output."""
+    points = [f"{name}.vpd.{point}" for point in ("hook_mask", "hook_delta_mask")]
+    if missing := [point for point in points if point not in cache.cache_dict]:
+        raise InputError(f"the heads of a masked run need {missing} in the cache; cache them too.")
+    mask, delta = (cache.cache_dict[point].unsqueeze(-2) for point in points)
+    heads = z.shape[-2]
+    weight = rearrange(vpd.site(name).weight, "(h d) out -> h d out", h=heads)
+    v = rearrange(vpd.v(name), "(h d) c -> h d c", h=heads).to(z.dtype)
+    acts = einsum(z, v, "... h d, h d c -> ... h c")
+    kept = einsum(z, weight, "... h d, h d out -> ... h out")
+    return delta * kept + ((mask - delta) * acts) @ vpd.u(name).to(z.dtype)
