@@ -18,6 +18,7 @@ from vpd_lens.errors import ArtefactError, ConfigError, InputError, TrainingInte
 from vpd_lens.evaluation.metrics import delta_sizes
 from vpd_lens.native import native_transformer
 from vpd_lens.training import VPDConfig, losses, train
+from vpd_lens.training.accumulate import StepImportance
 from vpd_lens.training.checkpoint import CheckpointRecord
 from vpd_lens.training.compaction import compact, compact_when_due, survivors
 from vpd_lens.training.losses import faithfulness
@@ -213,7 +214,7 @@ def test_the_state_of_what_stays_is_untouched(kind, importance, tokens):
             assert torch.equal(is_now, was)
     assert trained.window.total.shape == (vpd.layout.total,) != (old.total,)
     losses, importance = trained.step(tokens[8:12], 2)
-    assert importance.shape[-1] == vpd.layout.total
+    assert importance.whole().shape[-1] == vpd.layout.total
     assert torch.isfinite(losses["total"])
 
 
@@ -332,19 +333,19 @@ def test_the_window_is_the_mean_over_positions_and_steps(tokens):
     seen[..., 5] = 0
     seen[:3, ..., 6] = 0
     seen[0, 0, 0, 6] = 0.1
-    assert [compact_when_due(trained, g, 1 + i) for i, g in enumerate(seen[:2])] == [0, 0]
+
+    def due(g, done):
+        return compact_when_due(trained, StepImportance([(g, None)]), done)
+
+    assert [due(g, 1 + i) for i, g in enumerate(seen[:2])] == [0, 0]
     torch.testing.assert_close(trained.window.total / 3, seen[:2].sum((0, 1, 2)) / (3 * 4 * 8))
-    assert compact_when_due(trained, seen[2], 3) == 1
+    assert due(seen[2], 3) == 1
     columns = [c for c in range(seen.shape[-1]) if c != 5]
     assert trained.vpd.subcomponents.original[1] == [1, 2, 3, 4]
     assert trained.window.total.count_nonzero() == 0
     # In the second window column 6 of before is active, column 7 no more.
     seen[3:, ..., 7] = 0
-    assert [compact_when_due(trained, g[..., columns], 4 + i) for i, g in enumerate(seen[3:])] == [
-        0,
-        0,
-        1,
-    ]
+    assert [due(g[..., columns], 4 + i) for i, g in enumerate(seen[3:])] == [0, 0, 1]
     assert trained.vpd.original_indices(trained.vpd.layout.names[1]) == [1, 3, 4]
 
 
@@ -356,6 +357,7 @@ def test_nothing_is_folded_before_the_start_or_without_a_window():
         trained = stepper(compaction=compaction)
         g = torch.ones(4, 8, trained.vpd.layout.total)
         g[..., 0] = 0
+        g = StepImportance([(g, None)])
         assert [compact_when_due(trained, g, done) for done in (1, 2, 3, 4)] == expected
 
 
@@ -412,10 +414,10 @@ def interrupt(monkeypatch, after):
 
     original = Stepper.step
 
-    def step(self, batch, number):
+    def step(self, batch, number, *rest):
         if number == after - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch, number)
+        return original(self, batch, number, *rest)
 
     monkeypatch.setattr(Stepper, "step", step)
 
@@ -427,10 +429,10 @@ def test_a_crash_after_a_compaction_resumes_from_before_it(tokens, tmp_path, mon
     train(straight, tokens, run, output=tmp_path / "straight", progress=False)
     original = Stepper.step
 
-    def step(self, batch, number):
+    def step(self, batch, number, *rest):
         if number == 3:
             raise ZeroDivisionError
-        return original(self, batch, number)
+        return original(self, batch, number, *rest)
 
     monkeypatch.setattr(Stepper, "step", step)
     with pytest.raises(ZeroDivisionError):

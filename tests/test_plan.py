@@ -378,7 +378,7 @@ def test_a_run_that_fits_says_what_it_takes(tmp_path, monkeypatch, capsys):
 
 
 def test_running_out_of_memory_is_explained(tmp_path, monkeypatch):
-    def step(self, batch, index):
+    def step(self, batch, index, *rest):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
 
     monkeypatch.setattr(Stepper, "step", step)

@@ -23,7 +23,7 @@ from vpd_lens.errors import (
 )
 from vpd_lens.training import sharding, train, trainer
 from vpd_lens.training.checkpoint import Checkpoint, CheckpointRecord, save_checkpoint
-from vpd_lens.training.processes import ALONE
+from vpd_lens.training.distributed import ALONE
 from vpd_lens.training.step import Stepper, warm_up_faithfulness
 
 PROGRESS = {"step": 3, "trained_before": 0, "data": {}, "extra": {}}

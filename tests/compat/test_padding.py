@@ -63,7 +63,7 @@ def test_masked_outputs_do_not_depend_on_pads(model: nn.Module, side: str, mode:
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["ci", "stochastic"])
+@pytest.mark.parametrize("mode", ["ci", "rounded"])
 def test_texts_of_unequal_length(mode: str, build: Callable[..., nn.Module]) -> None:
     """A list of strings is padded by the model; the importance function is told where."""
     from vpd_lens.decomposition.attach import attach
@@ -81,7 +81,7 @@ def test_texts_of_unequal_length(mode: str, build: Callable[..., nn.Module]) -> 
         torch.testing.assert_close(together[:1, real], alone, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["target", "ci", "stochastic"])
+@pytest.mark.parametrize("mode", ["target", "ci", "rounded"])
 def test_generation_in_a_batch_is_that_of_each_prompt(
     mode: str, build: Callable[..., nn.Module]
 ) -> None:

@@ -167,7 +167,7 @@ class Forwards:
         if state.undisturbed and not again:
             yield
             return
-        modules = _modules(self.model)
+        modules = self._modules()
         training = [module for module in modules if module.training]
         silenced = [entry for module in modules for entry in _temporary_hooks(module)]
         for module in training:
@@ -197,13 +197,17 @@ class Forwards:
         finally:
             state.frozen = before
 
+    def _modules(self) -> list[nn.Module]:
+        """All modules of the model; a bridge does not register all those of the one it wraps."""
+        wrapped = getattr(self.model, "original_model", None)
+        inner = wrapped.modules() if isinstance(wrapped, nn.Module) else ()
+        return list(dict.fromkeys([*self.model.modules(), *inner]))
+
     def _refuse_checkpointing(self) -> None:
-        base = getattr(self.model, "original_model", self.model)
-        if (
-            getattr(base, "is_gradient_checkpointing", False)
-            and base.training
-            and torch.is_grad_enabled()
-        ):
+        if not torch.is_grad_enabled():
+            return
+        # Hugging Face marks the modules that recompute; they do so in training mode only.
+        if any(m.training and m.__dict__.get("gradient_checkpointing") for m in self._modules()):
             raise VPDError(
                 "masks are active, and the model recomputes its blocks in the backward pass "
                 "(gradient_checkpointing_enable), where the masks are gone. Call "
@@ -346,13 +350,6 @@ class _Snapshot:
         if isinstance(self.version, Tensor):
             return not torch.equal(self.version, self.tensor)
         return self.version != self.tensor._version
-
-
-def _modules(model: nn.Module) -> list[nn.Module]:
-    """All modules of a model; a bridge does not register all those of the model it wraps."""
-    wrapped = getattr(model, "original_model", None)
-    inner = wrapped.modules() if isinstance(wrapped, nn.Module) else ()
-    return list(dict.fromkeys([*model.modules(), *inner]))
 
 
 def _temporary_hooks(module: nn.Module) -> Iterator[tuple[Any, list[int]]]:

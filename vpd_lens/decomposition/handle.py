@@ -98,7 +98,9 @@ class Decomposition(nn.Module):
         """Where the base weights are; `V`, `U` and the importance function follow them there."""
         device = self.sites[0].weight.device
         if self.subcomponents.v[0].device != device:
-            self.to(device)
+            # Tensors made in `generate`'s inference mode could not take part in a backward pass.
+            with torch.inference_mode(False):
+                self.to(device)
         return device
 
     def site(self, name: str) -> Site:

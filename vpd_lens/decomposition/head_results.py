@@ -33,9 +33,11 @@ def compute_head_results(vpd: Decomposition, cache: Any) -> None:
     """
     for layer in range(vpd.model.cfg.n_layers):
         name = f"blocks.{layer}.attn"
-        if f"{name}.hook_result" in cache.cache_dict:
-            continue
         z = cache["z", layer, "attn"]
+        # Under this name a bridge may show the sum of all heads, which has no head axis.
+        known = cache.cache_dict.get(f"{name}.hook_result")
+        if known is not None and known.ndim == z.ndim:
+            continue
         if f"{name}.o" not in vpd.layout.names:
             result = einsum(z, vpd.model.blocks[layer].attn.W_O, "... h d, h d out -> ... h out")
         else:

@@ -6,8 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +21,7 @@ from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.attach import attach, removed_if_untrained
 from vpd_lens.decomposition.saving import base_model_record, save
 from vpd_lens.decomposition.subcomponents import align
-from vpd_lens.errors import ArtefactError, ConfigError, DataError, TrainingInterrupted
+from vpd_lens.errors import ArtefactError, ConfigError, TrainingInterrupted
 from vpd_lens.storage import disk_errors, existing_folder
 from vpd_lens.training.accumulate import StepImportance
 from vpd_lens.training.checkpoint import Checkpoint, save_checkpoint
@@ -30,8 +29,8 @@ from vpd_lens.training.compaction import compact_when_due, sizes
 from vpd_lens.training.cost.guard import explained_out_of_memory, require_memory
 from vpd_lens.training.cost.workload import Workload
 from vpd_lens.training.diagnostics import Diagnostics
-from vpd_lens.training.interruption import stop_requests
 from vpd_lens.training.distributed import join
+from vpd_lens.training.interruption import stop_requests
 from vpd_lens.training.logging import MetricsLog, SilentLog, last_metrics
 from vpd_lens.training.sharding import sharded_importance
 from vpd_lens.training.step import Losses, Stepper, require_finite, warm_up_faithfulness
