@@ -337,10 +337,10 @@ def stop_after(monkeypatch, steps):
 
     step = Stepper.step
 
-    def counted(self, batch, index):
+    def counted(self, batch, index, *rest):
         if index == steps - 1:
             signal.raise_signal(signal.SIGINT)
-        return step(self, batch, index)
+        return step(self, batch, index, *rest)
 
     monkeypatch.setattr(Stepper, "step", counted)
 
