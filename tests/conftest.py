@@ -63,3 +63,14 @@ def model():
 @pytest.fixture
 def tokens():
     return torch.randint(0, 29, (64, 8), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB, where the tests may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.system(f"mount -t tmpfs -o size=64k tmpfs {place} 2>/dev/null"):
+        pytest.skip("needs the right to mount a file system")
+    yield place
+    os.system(f"umount {place}")

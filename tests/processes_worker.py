@@ -243,7 +243,7 @@ def go_on():
         train(tiny_bridge(), shuffled, config(**RUN), output="unlike", progress=False)
     with pytest.raises(NonFiniteLossError, match="stochastic"):
         trained("poisoned", at=3, do=only(1, poison), **KINDS["sequence"])
-    trainer.CHECKPOINT_SECONDS = 0
+    trainer.CHECKPOINT_SECONDS, trainer.CHECKPOINT_SHARE = 0.0, float("inf")
     try:
         trained("stopped", at=3, do=only(1, terminate), **{**KINDS["sequence"], **NO_CHECKPOINTS})
     except TrainingInterrupted as error:

@@ -1,6 +1,7 @@
 """Runs that are resumed, repeated, continued or broken off: what is checked, and what is left."""
 
 import dataclasses
+import os
 import shutil
 
 import pytest
@@ -362,3 +363,14 @@ def test_the_process_group_is_closed_after_an_error(tokens, tmp_path, monkeypatc
 def test_warm_up_is_there_to_be_asked_for():
     stepper = fresh_stepper()
     assert warm_up_faithfulness(stepper) > 0
+
+
+def test_a_full_disk_ends_a_run_with_an_error_of_the_library(tokens, small_disk):
+    model, folder = tiny_bridge(), small_disk / "run"
+    with pytest.raises(ArtefactError, match="checkpoint: cannot be written"):
+        train(model, tokens, config(steps=2), output=folder, progress=False)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "metrics.jsonl"]
+    assert model.vpd.trained_steps == 2
+    os.system(f"mount -o remount,ro {small_disk}")
+    with pytest.raises(ArtefactError, match=r"Read-only"):
+        train(tiny_bridge(), tokens, config(steps=2), output=small_disk / "new", progress=False)

@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from vpd_lens.storage import disk_errors, write_text
+
 
 class MetricsLog:
     """One metrics.jsonl, one progress bar, and optionally one wandb run.
@@ -62,8 +64,9 @@ class MetricsLog:
             self.run = wandb_module.init(config=config, dir=str(folder), **wandb)
 
     def __enter__(self) -> MetricsLog:
-        self._drop_later_lines()
-        self._file = self.path.open("a")
+        with disk_errors(self.path):
+            self._drop_later_lines()
+            self._file = self.path.open("a")
         self._bar.start()
         return self
 
@@ -88,8 +91,9 @@ class MetricsLog:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Record one line of metrics, keyed by the finished steps."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        with disk_errors(self.path):
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
         text = "  ".join(
             f"{name} {metrics[name]:.3g}"
             for name in ("stochastic", "adversarial", "l0", "faithfulness")
@@ -117,7 +121,7 @@ class MetricsLog:
                     kept.append(line)
             except (ValueError, KeyError):
                 continue  # a line cut short by an interruption
-        self.path.write_text("".join(line + "\n" for line in kept))
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
 
 class SilentLog(nullcontext[None]):
