@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 import vpd_lens
-from vpd_lens.analysis.heads import head_shares
+from vpd_lens.analysis.usage import head_shares
 from vpd_lens.files import write_text_atomically
 from vpd_lens.models import load_model, save_model
 from vpd_lens.toys.induction import RepeatedTokens, head_scores

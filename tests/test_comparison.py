@@ -212,6 +212,6 @@ def test_alive_is_a_mean_importance_above_the_threshold(tokens):
     assert 0 < sum(len(found) for found in alive.values()) < model.vpd.layout.total
     assert all(torch.equal(alive[site], expected[site]) for site in alive)
     report = vpd_lens.evaluate(
-        model, tokens[:8], batch_size=4, n_batches=2, pgd_steps=(), progress=False
+        model, tokens[:8], batch_size=8, n_batches=1, pgd_steps=(), progress=False
     )
     assert {s: len(found) for s, found in alive.items()} == {s: report.alive[s] for s in alive}

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
+from test_saving import V01
 from torch import Tensor, nn
 
 import vpd_lens
 from tests.conftest import tiny_bridge
 from vpd_lens.analysis.circuits import Token
 from vpd_lens.analysis.circuits.cut_forward import CutForward
-from vpd_lens.analysis.dataset_attribution import DatasetAttributions, dataset_attributions
+from vpd_lens.analysis.dataset_attribution import (
+    DatasetAttributions,
+    Settings,
+    dataset_attributions,
+)
+from vpd_lens.analysis.dataset_attribution.accumulate import Engine
 from vpd_lens.analysis.dataset_attribution.batch import Directions
-from vpd_lens.analysis.dataset_attribution.choose import choose_routes
-from vpd_lens.analysis.dataset_attribution.engine import Engine
+from vpd_lens.analysis.dataset_attribution.routes import choose_routes
+from vpd_lens.data import Batch
 from vpd_lens.errors import ArtefactError, ConfigError, DataError, InputError
 
 BATCH = {"batch_size": 2, "progress": False}
@@ -85,9 +95,10 @@ CASES = [
     ("all", {}, False),
     ("all", {}, True),
     ("all", {"normalization_type": "RMS", "gated_mlp": True, "act_fn": "silu"}, False),
-    ("mlp|unembed", {"n_layers": 2}, False),
+    ("mlp|unembed", {}, False),
     ("mlp", {}, True),
-    ("all", {"n_heads": 4, "d_head": 4, "n_key_value_heads": 2}, False),
+    ("attn", {"n_heads": 4, "d_head": 4, "n_key_value_heads": 2}, False),
+    ("attn", {"n_heads": 2, "n_key_value_heads": 1}, False),
 ]
 
 
@@ -96,9 +107,10 @@ def test_tables_are_sums_of_the_edges_of_graphs(
     sites: str, shape: dict[str, Any], frozen: bool, tokens: Tensor
 ) -> None:
     model = decomposed(sites, **shape)
-    found = dataset_attributions(model, tokens[:2], n_batches=1, frozen=frozen, **BATCH)
+    rows = tokens[:2, :4]
+    found = dataset_attributions(model, rows, n_batches=1, frozen=frozen, **BATCH)
     assert all(len(alive) == 4 for alive in found.alive.values())
-    signed, absolute, logit = summed_graphs(model, tokens[:2], found, frozen)
+    signed, absolute, logit = summed_graphs(model, rows, found, frozen)
     assert set(signed) == {*model.vpd.layout.names, "output"}
     for name in model.vpd.layout.names:
         for got, expected in ((found.signed, signed), (found.absolute, absolute)):
@@ -118,6 +130,40 @@ def test_shortcuts_are_taken(model: nn.Module) -> None:
         kinds = {name.split(".", 2)[-1]: type(route).__name__ for name, route in routes.items()}
         norm = dict.fromkeys(("attn.q", "attn.k", "attn.v", "mlp.in", "unembed"), "ThroughNorm")
         assert kinds == {**norm, "attn.o": "ThroughHeads", "mlp.out": "ThroughNeurons"}
+
+
+def test_progress_counts_every_pass(model: nn.Module, tokens: Tensor) -> None:
+    """At any time, what is left takes about as long per pass as what is done."""
+    alive = {name: torch.arange(4) for name in model.vpd.layout.names}
+    names = (*model.vpd.layout.names, "output")
+    settings = Settings(alive_threshold=0.0, absolute=True, frozen=False, targets=names)
+    engine, passes = Engine(model.vpd, alive, settings), []
+    engine.add(engine.empty(), Batch(tokens[:2]), lambda: passes.append(1))
+    assert len(passes) == engine.n_passes > 10
+
+
+def test_pads_are_neither_sources_nor_targets(model: nn.Module, tokens: Tensor) -> None:
+    lengths = (5, 2, 4)
+    rows = [tokens[i, :n] for i, n in enumerate(lengths)]
+    alive = {name: range(4) for name in model.vpd.layout.names}
+    settings = {"alive": alive, "n_batches": 9, "progress": False}
+    padded = dataset_attributions(model, [row.tolist() for row in rows], batch_size=3, **settings)
+    alone = [dataset_attributions(model, row[None], batch_size=1, **settings) for row in rows]
+    assert (padded.n_batches, padded.n_positions) == (1, sum(lengths))
+    for name, tensor in tensors(padded).items():
+        if name.startswith("alive") or name == "readout":
+            continue
+        expected = sum(tensors(one)[name] for one in alone)
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-5 * scale + 1e-7)
+
+
+def test_a_dataset_is_read_once(model: nn.Module, tokens: Tensor) -> None:
+    rows = datasets.Dataset.from_dict({"tokens": tokens[:5].tolist()})
+    alive = {"blocks.0.mlp.out": [0], "blocks.1.mlp.in": [1]}
+    settings = {"alive": alive, "absolute": False, "seq_len": 5, "n_batches": 99, **BATCH}
+    found = dataset_attributions(model, rows, **settings)
+    assert (found.n_batches, found.n_positions) == (3, 25)
 
 
 def test_normalisation_by_hand(
@@ -188,10 +234,31 @@ def test_bad_questions_are_refused(found: DatasetAttributions, call: Any, messag
 
 
 def tensors(found: DatasetAttributions) -> dict[str, Tensor]:
-    from vpd_lens.analysis.dataset_attribution.store import GROUPS, SINGLE
+    grouped = {f"{g}/{n}": t for g, n, t in tables(found)}
+    single = {name: value for name, value in vars(found).items() if isinstance(value, Tensor)}
+    return grouped | single
 
-    grouped = {f"{g}/{n}": t for g in GROUPS for n, t in getattr(found, g).items()}
-    return grouped | {name: getattr(found, name) for name in SINGLE}
+
+def tables(found: DatasetAttributions) -> Iterator[tuple[str, str, Tensor]]:
+    for group, value in vars(found).items():
+        if isinstance(value, dict):
+            yield from ((group, n, t) for n, t in value.items() if isinstance(t, Tensor))
+
+
+def assert_same(one: DatasetAttributions, other: DatasetAttributions) -> None:
+    others = tensors(other)
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors(one).items())
+    assert rest(one) == rest(other)
+
+
+def rest(found: DatasetAttributions) -> dict[str, Any]:
+    """Everything but tensors."""
+    groups = {group for group, _, _ in tables(found)}
+    return {
+        name: value
+        for name, value in vars(found).items()
+        if name not in groups and not isinstance(value, Tensor)
+    }
 
 
 def test_batch_size_does_not_matter(
@@ -212,10 +279,10 @@ def test_resuming_is_exact(
     whole = dataset_attributions(model, tokens, output=tmp_path / "whole", **settings)
     add = Engine.add
 
-    def failing(self: Engine, result: DatasetAttributions, batch: Tensor) -> None:
+    def failing(self: Engine, result: DatasetAttributions, *batch: Any) -> None:
         if result.n_batches == 2:
             raise KeyboardInterrupt
-        add(self, result, batch)
+        add(self, result, *batch)
 
     monkeypatch.setattr(Engine, "add", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -225,9 +292,7 @@ def test_resuming_is_exact(
     dataset_attributions(model, tokens, output=tmp_path / "cut", resume=True, **settings)
     again = DatasetAttributions.load(tmp_path / "cut", model.vpd)
     assert list(again.signed) == list(whole.signed)
-    assert (again.places, again.n_positions) == (whole.places, whole.n_positions)
-    for name, tensor in tensors(whole).items():
-        assert torch.equal(tensor, tensors(again)[name]), name
+    assert_same(again, whole)
 
     with pytest.raises(ConfigError, match="already holds"):
         dataset_attributions(model, tokens, output=tmp_path / "cut", **settings)
@@ -250,11 +315,16 @@ def test_foreign_and_damaged_files_are_refused(found: DatasetAttributions, tmp_p
     file.write_bytes(data)
     with pytest.raises(ArtefactError, match="checksum"):
         DatasetAttributions.load(path)
-    (path / "attributions.json").write_text("{}")
-    with pytest.raises(ArtefactError, match="damaged"):
-        DatasetAttributions.load(path)
-    with pytest.raises(ArtefactError, match="no such directory"):
-        DatasetAttributions.load(tmp_path / "b")
+    some = dataclasses.replace(found, signed={n: t[:, 1:] for n, t in found.signed.items()})
+    with pytest.raises(ArtefactError, match="do not fit"):
+        DatasetAttributions.load(some.save(tmp_path / "b"))
+
+
+def test_what_version_0_1_saved_still_loads(tmp_path: Path) -> None:
+    old = DatasetAttributions.load(V01 / "attributions")
+    assert tensors(old).keys() == load_file(V01 / "attributions/attributions.safetensors").keys()
+    assert old.sources(f"{next(iter(old.places))}:0", None) is not None
+    assert_same(DatasetAttributions.load(old.save(tmp_path / "new")), old)
 
 
 def test_a_choice_of_subcomponents_and_targets(

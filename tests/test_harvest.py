@@ -5,17 +5,20 @@ import json
 import math
 import re
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_bridge
+from safetensors.torch import load_file
+from test_saving import V01
 
 import vpd_lens
+from vpd_lens import storage
 from vpd_lens.analysis.harvest import Harvest, Settings, harvest
-from vpd_lens.analysis.harvest.examples import Examples, random_keys
-from vpd_lens.analysis.harvest.firings import Firings
-from vpd_lens.analysis.harvest.token_statistics import TokenTable
-from vpd_lens.analysis.harvest.token_strings import token_strings
+from vpd_lens.analysis.harvest.examples import Examples, Firings, random_keys
+from vpd_lens.analysis.harvest.result import HarvestRecord
+from vpd_lens.analysis.harvest.statistics import TokenTable, token_strings
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import (
     ArtefactError,
@@ -145,9 +148,9 @@ def test_token_tables_against_a_loop(found, dense, tokens):
 
 
 def test_masses_are_added_in_blocks(found, dense, tokens, monkeypatch):
-    from vpd_lens.analysis.harvest import token_statistics
+    from vpd_lens.analysis.harvest import statistics
 
-    monkeypatch.setattr(token_statistics, "_BLOCK", 10)
+    monkeypatch.setattr(statistics, "_BLOCK", 10)
     g, acts, probabilities = dense
     table = TokenTable.empty(g.shape[-1], 29, torch.float32, torch.device("cpu"))
     table.add_mass(Firings.of(tokens, g, acts, THRESHOLD), probabilities)
@@ -245,8 +248,47 @@ def test_a_stream_of_batches_is_the_same_as_one_batch(model, tokens, found):
     assert torch.equal(whole.top.keys.sort().values, found.top.keys.sort().values)
 
 
-def test_data_is_read_once(model, tokens, found):
-    assert_same(harvest(model, tokens, **{**SETTINGS, "n_batches": 99}), found)
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda rows: rows,
+        lambda rows: rows.flatten().numpy(),
+        lambda rows: datasets.Dataset.from_dict({"tokens": rows.tolist()}),
+        lambda rows: list(rows.split(4)),
+    ],
+    ids=["rows", "stream", "Dataset", "batches"],
+)
+def test_every_row_is_counted_once_and_the_short_last_batch_too(model, tokens, found, source):
+    short = {**SETTINGS, "n_batches": 99, "seq_len": 8}
+    part = harvest(model, source(tokens[:18]), **short)
+    assert (part.n_batches, part.n_positions) == (5, 18 * 8)
+    counts = torch.zeros(29).index_add_(0, tokens[:18].flatten(), torch.ones(18 * 8))
+    assert part.inputs.everywhere.tolist() == counts.tolist()
+    assert_same(harvest(model, source(tokens), **short), found)
+
+
+def test_pads_count_nowhere(model, tokens):
+    lengths = (8, 3, 5, 1)
+    rows = [tokens[i, :n] for i, n in enumerate(lengths)]
+    found = harvest(model, [row.tolist() for row in rows], **SETTINGS)
+    importance = [model.vpd.causal_importance(row[None])[0] for row in rows]
+    firings = sum((g > THRESHOLD).sum(0) for g in importance)
+    assert found.n_positions == sum(lengths)
+    assert torch.equal(found.usage.firings, firings)
+    total = sum(g.sum(0).double() for g in importance)
+    torch.testing.assert_close(found.usage.importance, total, rtol=1e-4, atol=1e-4)
+    counts = torch.cat(rows).bincount(minlength=29).double()
+    assert torch.equal(found.inputs.everywhere, counts)
+    assert float(found.outputs.everywhere.sum()) == pytest.approx(sum(lengths))
+    texts = [tuple(row.tolist()) for row in rows]
+    for name in found.layout.names:
+        for index in range(6):
+            for example in found.examples(name, index, "random"):
+                assert any(
+                    tuple(example.tokens) == text[i : i + len(example.tokens)]
+                    for text in texts
+                    for i in range(len(text))
+                )
 
 
 def test_some_sites(model, tokens, found):
@@ -317,32 +359,33 @@ def test_round_trip_and_foreign_decompositions(model, found, tmp_path):
         found.check(fingerprint(other))
 
 
-@pytest.mark.parametrize("name", [*(f"{part}.safetensors" for part in PARTS), "harvest.json"])
-@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
-def test_damaged_files_are_refused(found, tmp_path, name, damage):
-    file = found.save(tmp_path / "harvest") / name
+def test_damaged_and_unfitting_files_are_refused(found, tmp_path):
+    folder = found.save(tmp_path / "harvest")
+    record = storage.read(folder, HarvestRecord).record
+    tensors = {name: vars(getattr(found, name)) for name in PARTS}
+    other = record.model_copy(update={"sites": ["a"], "n_subcomponents": [1]})
+    storage.write(tmp_path / "other", other, tensors)
+    with pytest.raises(ArtefactError, match="do not fit"):
+        Harvest.load(tmp_path / "other")
+    file = folder / "top.safetensors"
     content = bytearray(file.read_bytes())
-    if damage == "missing":
-        file.unlink()
-    elif damage == "cut":
-        file.write_bytes(content[: len(content) // 2])
-    elif name == "harvest.json":
-        file.write_bytes(content.replace(b'"threshold": 0.1', b'"threshold": 3.0'))
-    else:
-        content[-1] ^= 1
-        file.write_bytes(content)
-    with pytest.raises(ArtefactError, match=re.escape(name.split(".")[0])):
-        Harvest.load(tmp_path / "harvest")
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArtefactError, match="top"):
+        Harvest.load(folder)
 
 
-@pytest.mark.parametrize(
-    "change", [{"format_version": 99}, {"sites": ["a"], "n_subcomponents": [1]}, {"strings": 3}]
-)
-def test_records_that_do_not_fit_are_refused(found, tmp_path, change):
-    file = found.save(tmp_path / "harvest") / "harvest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ArtefactError):
-        Harvest.load(tmp_path / "harvest")
+def test_what_version_0_1_saved_still_loads(tmp_path):
+    old = Harvest.load(V01 / "harvest")
+    for part in PARTS:
+        stored = load_file(V01 / "harvest" / f"{part}.safetensors")
+        assert vars(getattr(old, part)).keys() == stored.keys()
+        assert all(torch.equal(vars(getattr(old, part))[name], x) for name, x in stored.items())
+    assert old.table("blocks.0.mlp.in")[0].density >= 0
+    new = Harvest.load(old.save(tmp_path / "new"))
+    assert_same(new, old)
+    assert (new.settings, new.layout, new.strings) == (old.settings, old.layout, old.strings)
+    assert (new.fingerprint, new.data_state) == (old.fingerprint, old.data_state)
 
 
 # --------------------------------------------------------------------------- asking

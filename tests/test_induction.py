@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from conftest import tiny_bridge
 
 import vpd_lens
-from vpd_lens.analysis.heads import head_shares
+from vpd_lens.analysis.usage import head_shares
 from vpd_lens.errors import InputError
 from vpd_lens.native import native_transformer
 from vpd_lens.toys.induction import RepeatedTokens, head_scores
@@ -89,6 +90,25 @@ def test_head_shares_are_those_of_the_vectors(model):
         torch.testing.assert_close(shares.sum(1), torch.ones(10))
         first = vectors[:, :8].square().sum(1) / vectors.square().sum(1)
         torch.testing.assert_close(shares[:, 0], first)
+
+
+def test_a_zero_direction_is_in_no_head(model):
+    u = model.vpd.u("blocks.1.attn.v")
+    before = u.detach().clone()
+    with torch.no_grad():
+        u[2:4] = torch.tensor([0.0, 1e-30])[:, None]
+    shares = head_shares(model.vpd, "blocks.1.attn.v")
+    assert shares[2:4].tolist() == [[0, 0], [0.5, 0.5]]
+    with torch.no_grad():
+        u.copy_(before)
+
+
+def test_heads_of_keys_are_the_key_value_heads():
+    model = vpd_lens.decompose(tiny_bridge(n_key_value_heads=1), sites="attn", n_subcomponents=3)
+    for part, heads in (("q", 2), ("k", 1), ("v", 1), ("o", 2)):
+        shares = head_shares(model.vpd, f"blocks.0.attn.{part}")
+        torch.testing.assert_close(shares.sum(1), torch.ones(3))
+        assert shares.shape == (3, heads)
 
 
 def test_head_shares_need_an_attention_matrix(model):

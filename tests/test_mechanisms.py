@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vpd_lens
-from vpd_lens.analysis.heads import head_shares
+from vpd_lens.analysis.usage import head_shares
 from vpd_lens.toys.fourier import logit_waves
 from vpd_lens.toys.frequencies import amplitudes_without, key_frequencies, site_frequencies
 from vpd_lens.toys.induction import RepeatedTokens, head_scores

@@ -230,7 +230,12 @@ def existing_folder(path: Path) -> Path:
     raise ArtefactError(f"{path}: there is no such directory. Check the path.")
 
 
-def _kind_of(folder: Path) -> str | None:
+def kind_of(folder: Path) -> str | None:
+    """What kind of artefact a folder holds; `None` if none.
+
+    Raises:
+        ArtefactError: If its record cannot be read.
+    """
     if (folder / RECORD).is_file():
         return str(read_json(folder / RECORD).get("kind"))
     for kind, first in _VERSION_1.items():
@@ -242,10 +247,10 @@ def _kind_of(folder: Path) -> str | None:
 
 def _folder_of(path: Path, kind: str) -> Path:
     folder = existing_folder(path)
-    found = _kind_of(folder)
+    found = kind_of(folder)
     if found == kind:
         return folder
-    in_run = [name for name in ("decomposition", "checkpoint") if _kind_of(folder / name) == name]
+    in_run = [name for name in ("decomposition", "checkpoint") if kind_of(folder / name) == name]
     if found is None and kind in in_run:
         return folder / kind
     what = f" It holds a {found}." if found is not None else ""
@@ -258,7 +263,7 @@ def _require_replaceable(path: Path, kind: str) -> None:
     if not path.exists():
         return
     try:
-        replaceable = path.is_dir() and (_kind_of(path) == kind or not any(path.iterdir()))
+        replaceable = path.is_dir() and (kind_of(path) == kind or not any(path.iterdir()))
     except ArtefactError:
         return  # a damaged one of ours
     if not replaceable:

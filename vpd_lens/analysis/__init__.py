@@ -3,13 +3,12 @@
 from vpd_lens.analysis.comparison import (
     Comparison,
     Similarity,
-    alive_subcomponents,
     compare,
     directions,
     multiple_match_share,
     random_baseline,
 )
-from vpd_lens.analysis.heads import head_shares
+from vpd_lens.analysis.usage import alive_subcomponents, head_shares
 
 __all__ = [
     "Comparison",

@@ -13,23 +13,22 @@ Source: VPD, evaluation (seed consistency and feature splitting).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from vpd_lens.analysis.usage import Alive
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.errors import ArtefactError, InputError
-from vpd_lens.evaluation.metrics import ALIVE, Sparsity
 from vpd_lens.files import existing_directory, read_tensors
 
 # By site; sizes differ from one to the next, so their names are not checked against each other.
 Directions = Mapping[str, tuple[Float[Tensor, "_d_in _C"], Float[Tensor, "_C _d_out"]]]
-Alive = Mapping[str, Int[Tensor, " _n_alive"]]
 
 MATCH = 0.5
 
@@ -78,7 +77,7 @@ def compare(
         reference: `{site: (V [d_in, C], U [C, d_out])}`; see `directions`.
         other: The same sites; numbers of subcomponents may differ.
         alive: Which subcomponents count, `{site: indices}` of the reference and of the other; by
-            default all. See `alive_subcomponents`.
+            default all. See `vpd_lens.analysis.alive_subcomponents`.
 
     Raises:
         InputError: If the sites or their shapes differ.
@@ -188,27 +187,6 @@ def directions(decomposition: Decomposition | str | Path) -> Directions:
         return {site: (tensors[f"{site}.V"], tensors[f"{site}.U"]) for site in sites}
     except KeyError as error:
         raise ArtefactError(f"{path}: there is no {error} in it.") from None
-
-
-@torch.no_grad()
-def alive_subcomponents(vpd: Decomposition, batches: Iterable[Tensor]) -> Alive:
-    """Indices of the subcomponents that are used: mean causal importance above 1e-6.
-
-    Args:
-        vpd: The decomposition.
-        batches: Inputs of the model.
-
-    Returns:
-        `{site: indices}`, on the CPU.
-    """
-    sparsity = Sparsity(vpd.layout, (), vpd.device)
-    for batch in batches:
-        sparsity.add(vpd.causal_importance(batch.to(vpd.device)))
-    parts = vpd.layout.split(sparsity.mean_importance().cpu())
-    return {
-        name: (part > ALIVE).nonzero().squeeze(1)
-        for name, part in zip(vpd.layout.names, parts, strict=True)
-    }
 
 
 # --------------------------------------------------------------------------- one site

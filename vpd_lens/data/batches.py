@@ -45,6 +45,10 @@ class Batch(NamedTuple):
         """Some of the rows."""
         return Batch(self.tokens[index], None if self.real is None else self.real[index])
 
+    def mask_argument(self) -> dict[str, Tensor]:
+        """The keyword argument of a model's forward that says what is padding; none if nothing."""
+        return {} if self.real is None else {"attention_mask": self.real.long()}
+
     def to(self, device: torch.device | str) -> Batch:
         """This batch on another device; from pinned memory the copy is asynchronous."""
         return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self))

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vpd_lens.analysis.comparison import Alive, Directions, alive_subcomponents, directions
+from vpd_lens.analysis.comparison import Directions, directions
+from vpd_lens.analysis.usage import Alive, alive_subcomponents
 from vpd_lens.experiments.record import RunRecord
 from vpd_lens.experiments.run import Run, Target, load_decomposed, perform
 from vpd_lens.training import VPDConfig

@@ -17,7 +17,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from vpd_lens.analysis.harvest import Harvest, Summary
-from vpd_lens.files import write_text_atomically
+from vpd_lens.storage import write_text
 from vpd_lens.viz.html import render_template
 
 _BINS = 48
@@ -49,9 +49,9 @@ def write(harvest: Harvest, folder: str | Path, title: str = "Harvest") -> Path:
             data=Markup(htmlsafe_json_dumps(_payload(harvest, site), separators=(",", ":"))),
             script=_read("harvest.js"),
         )
-        write_text_atomically(folder / page_name(site), page)
+        write_text(folder / page_name(site), page)
     index = folder / "index.html"
-    write_text_atomically(index, _index(harvest, title))
+    write_text(index, _index(harvest, title))
     return index
 
 

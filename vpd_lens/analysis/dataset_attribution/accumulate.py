@@ -8,28 +8,35 @@ Source: VPD, attribution graphs (dataset attributions).
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vpd_lens.analysis.circuits.cut_forward import CutForward
 from vpd_lens.analysis.circuits.targets import decomposition_of
-from vpd_lens.analysis.dataset_attribution.engine import Engine
-from vpd_lens.analysis.dataset_attribution.passes import (
-    Indices,
-    checked_alive,
-    find_alive,
-    one_pass,
-)
-from vpd_lens.analysis.dataset_attribution.result import OUTPUT, DatasetAttributions, Settings
-from vpd_lens.data import token_batches
+from vpd_lens.analysis.dataset_attribution.batch import Directions, Observed, observe
+from vpd_lens.analysis.dataset_attribution.nodes import OUTPUT
+from vpd_lens.analysis.dataset_attribution.result import DatasetAttributions, Settings
+from vpd_lens.analysis.dataset_attribution.routes import Route, choose_routes
+from vpd_lens.analysis.gathering import check_output, check_same, gather
+from vpd_lens.analysis.harvest.statistics import token_strings
+from vpd_lens.analysis.usage import above, mean_importance
+from vpd_lens.data import Batch, one_pass
 from vpd_lens.decomposition import Decomposition
-from vpd_lens.errors import ArtefactError, ConfigError, InputError
+from vpd_lens.decomposition.saving import fingerprint
+from vpd_lens.errors import InputError
 from vpd_lens.evaluation.metrics import ALIVE
+from vpd_lens.progress import Progress
+from vpd_lens.sites import find_sites
+
+GIB = 2**30
+
+Indices = Mapping[str, Sequence[int] | Int[Tensor, " _n"]]
 
 
 def dataset_attributions(
@@ -67,9 +74,8 @@ def dataset_attributions(
 
     Args:
         model: A decomposed HookedTransformer or TransformerBridge.
-        data: As for `vpd_lens.train`. Read in order, not shuffled; tensors, arrays and text files
-            at most once, while streams and iterables start again when they end. It is read twice
-            unless `alive` is given.
+        data: As for `vpd_lens.train`. Read in order, not shuffled, and once at most; twice unless
+            `alive` is given. Pads count nowhere.
         n_batches: Batches in all, those before a resume included.
         batch_size: Sequences per batch.
         seq_len: Tokens per sequence; `None`: the model's context length (or the row length).
@@ -86,7 +92,7 @@ def dataset_attributions(
         save_every: Seconds between the states written to `output`.
         memory_limit: Largest size of the tables, in GiB.
         prepend_bos: BOS policy for text; `None` follows the model.
-        progress: Show a progress bar.
+        progress: Show how far it is and how long it will still take.
 
     Returns:
         The attributions, on the CPU: `.sources(node)`, `.targets(node)`, `.table(node)`.
@@ -104,64 +110,46 @@ def dataset_attributions(
         >>> found.sources("blocks.1.mlp.in:31", top=10)  # doctest: +SKIP
     """
     vpd = decomposition_of(model)
-    _check_arguments(n_batches, alive_threshold, output, resume)
+    check_output(n_batches, output, resume)
+    if not 0 <= alive_threshold < 1:
+        raise InputError(f"alive_threshold is {alive_threshold:g}; expected a number in [0, 1).")
     names = _targets(vpd, targets)
     settings = Settings(
         alive_threshold=alive_threshold, absolute=absolute, frozen=frozen, targets=names
     )
     read = partial(
-        token_batches,
+        one_pass,
         data,
         model=model,
         batch_size=batch_size,
         seq_len=seq_len,
         prepend_bos=prepend_bos,
-        shuffle=False,
     )
-    given = None if alive is None else checked_alive(vpd, alive)
+    given = None if alive is None else _checked_alive(vpd, alive)
     stored = _resumed(Path(str(output)), vpd, settings, given) if resume else None
     if stored is not None:
         given = stored.alive
     elif given is None:
         _require_rereadable(data)
-        given = find_alive(vpd, read(), n_batches, alive_threshold, progress)
+        with Progress("Finding what is alive", n_batches, show=progress) as bar:
+            means = mean_importance(vpd, bar.counting(read(n_batches=n_batches)))
+        given = _above(vpd, means, alive_threshold)
     engine = Engine(vpd, given, settings)
     engine.require_small(memory_limit)
-    batches = read()
-    if stored is None:
-        stored = engine.empty()
-    else:
-        batches.load_state_dict(stored.data_state or {})
-    result = stored.moved(vpd.device)
-    last = time.monotonic()
-    for tokens, state in one_pass(batches, result.n_batches, n_batches, "Attributing", progress):
-        engine.add(result, tokens.to(vpd.device))
-        result.data_state = state
-        if output is not None and time.monotonic() - last >= save_every:
-            result.save(output)
-            last = time.monotonic()
-    if output is not None:
-        result.save(output)
+    result = (engine.empty() if stored is None else stored).moved(vpd.device)
+    batches = read(state=result.data_state)
+    n_passes = engine.n_passes
+    done = result.n_batches * n_passes
+    with Progress("Attributing", n_batches * n_passes, done, progress) as bar:
+
+        def add(batch: Batch) -> None:
+            engine.add(result, batch.to(vpd.device), bar.advance)
+
+        gather(result, batches, n_batches, add, output, save_every)
     return result.moved(torch.device("cpu"))
 
 
 # ------------------------------------------------------------------ before the pass
-
-
-def _check_arguments(
-    n_batches: int, threshold: float, output: str | Path | None, resume: bool
-) -> None:
-    if n_batches < 1:
-        raise InputError(f"n_batches is {n_batches}; expected at least 1.")
-    if not 0 <= threshold < 1:
-        raise InputError(f"alive_threshold is {threshold:g}; expected a number in [0, 1).")
-    if resume and output is None:
-        raise InputError("resume=True needs output=..., the directory to go on from.")
-    if output is not None and not resume and (Path(output) / "attributions.json").exists():
-        raise ConfigError(
-            f"output={str(output)!r} already holds dataset attributions. Pass resume=True to "
-            "continue them, or another directory."
-        )
 
 
 def _targets(vpd: Decomposition, targets: Literal["all"] | Sequence[str]) -> tuple[str, ...]:
@@ -187,13 +175,173 @@ def _resumed(
     output: Path, vpd: Decomposition, settings: Settings, alive: dict[str, Tensor] | None
 ) -> DatasetAttributions:
     stored = DatasetAttributions.load(output, vpd)
-    then, now = stored.settings.model_dump(), settings.model_dump()
-    different = [f"{n} was {then[n]!r} and is {now[n]!r}" for n in now if then[n] != now[n]]
-    if alive is not None and any(not torch.equal(alive[n], stored.alive[n]) for n in alive):
-        different.append("alive was another choice")
-    if different:
-        raise ArtefactError(
-            f"{output}: these attributions were started with other arguments: "
-            f"{'; '.join(different)}. Resume with the same ones, or choose a new output directory."
-        )
+    other = alive is not None and any(not torch.equal(alive[n], stored.alive[n]) for n in alive)
+    check_same(output, stored.settings, settings, ["alive was another choice"] * other)
     return stored
+
+
+# ------------------------------------------------------------------ what is alive
+
+
+def _above(
+    vpd: Decomposition, means: Float[Tensor, " C_total"], threshold: float
+) -> dict[str, Tensor]:
+    if not bool((means > threshold).any()):
+        raise InputError(
+            f"alive_threshold={threshold:g}: no subcomponent's mean importance exceeds it; the "
+            f"largest is {float(means.max()):.2g}. Lower it."
+        )
+    return above(vpd, means, threshold)
+
+
+def _checked_alive(vpd: Decomposition, alive: Indices) -> dict[str, Tensor]:
+    """Indices as users give them, sorted, for every site; a site left out has none."""
+    names, sizes = vpd.layout.names, vpd.layout.sizes
+    if unknown := sorted(set(alive) - set(names)):
+        raise InputError(f"alive names {unknown}, which are no sites; sites: {list(names)}.")
+    checked = {}
+    for name, size in zip(names, sizes, strict=True):
+        index = torch.as_tensor(alive.get(name, ()), dtype=torch.long).cpu().unique()
+        if len(index) and not (int(index[0]) >= 0 and int(index[-1]) < size):
+            raise InputError(
+                f"alive[{name!r}] has indices from {int(index[0])} to {int(index[-1])}; expected 0 "
+                f"to {size - 1}."
+            )
+        checked[name] = index
+    return checked
+
+
+# ------------------------------------------------------------------ batch after batch
+
+
+class Engine:
+    """Computes the tables of a batch and adds them to those of the batches before.
+
+    Args:
+        vpd: The decomposition.
+        alive: Which subcomponents count.
+        settings: What to do.
+    """
+
+    def __init__(self, vpd: Decomposition, alive: dict[str, Tensor], settings: Settings) -> None:
+        self.vpd, self.alive, self.settings = vpd, alive, settings
+        self.forward = CutForward(vpd, settings.frozen, through_delta=False)
+        targets = settings.targets
+        self.directions = Directions.of(vpd, alive)
+        self.unembed = find_sites(vpd.model, ["unembed"])[0]
+        self.reads = {name: self.directions.read[name] for name in targets if name != OUTPUT}
+        # A decomposed unembedding cuts the logits off from everything but its own subcomponents.
+        self.own_logits = "unembed" in vpd.layout.names
+        if OUTPUT in targets and not self.own_logits:
+            self.reads[OUTPUT] = torch.eye(self.unembed.shape[0], device=vpd.device)
+        matrices = {name: "unembed" if name == OUTPUT else name for name in self.reads}
+        wanted = {matrices[name] for name, read in self.reads.items() if read.shape[1]}
+        chosen = choose_routes(self.forward, self.directions, alive, sorted(wanted))
+        self.routes: dict[str, Route] = {
+            name: chosen[matrix] for name, matrix in matrices.items() if matrix in chosen
+        }
+        self.places = {name: route.places for name, route in self.routes.items()}
+        if OUTPUT in targets and self.own_logits:
+            self.places[OUTPUT] = ("unembed",)
+
+    @property
+    def n_passes(self) -> int:
+        """Forward and backward passes per batch."""
+        return 1 + sum(
+            route.n_passes(*self.reads[name].shape, absolute)
+            for name, route in self.routes.items()
+            for absolute in (False, True)[: 1 + self._has_absolute(name)]
+        )
+
+    def shapes(self) -> Iterator[tuple[str, int, int]]:
+        """Name, number of targets and number of sources of every table."""
+        for name, places in self.places.items():
+            n_sources = sum(self.directions.n_sources(place) for place in places)
+            yield name, self.reads[name].shape[1] if name in self.reads else n_sources, n_sources
+
+    def require_small(self, limit: float) -> None:
+        """Refuse tables that are too large.
+
+        Raises:
+            InputError: If they are.
+        """
+        sizes = {
+            name: 4 * rows * columns * (1 + self._has_absolute(name))
+            for name, rows, columns in self.shapes()
+        }
+        total = sum(sizes.values()) / GIB
+        if total > limit:
+            largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+            listed = ", ".join(f"{name}: {sizes[name] / GIB:.2g} GiB" for name in largest)
+            raise InputError(
+                f"the tables of targets times sources take {total:.2g} GiB ({listed}, ...), more "
+                f"than memory_limit={limit:g}. Take some targets at a time with targets=[...], "
+                "raise alive_threshold, or raise memory_limit."
+            )
+
+    def _has_absolute(self, target: str) -> bool:
+        return self.settings.absolute and target != OUTPUT
+
+    def empty(self) -> DatasetAttributions:
+        """Attributions over nothing yet."""
+        tables = {n: torch.zeros(rows, columns) for n, rows, columns in self.shapes()}
+        sums = {n: torch.zeros(len(index), dtype=torch.float64) for n, index in self.alive.items()}
+        weight = self.unembed.weight.float()
+        readout = self.directions.write["unembed"] if self.own_logits else weight
+        n_tokens = self.directions.n_tokens
+        tokenizer = getattr(self.vpd.model, "tokenizer", None)
+        return DatasetAttributions(
+            alive=self.alive,
+            places=self.places,
+            signed=tables,
+            absolute={n: torch.zeros_like(tables[n]) for n in tables if self._has_absolute(n)},
+            importance=sums,
+            squares={n: total.clone() for n, total in sums.items()},
+            token_counts=torch.zeros(n_tokens, dtype=torch.float64),
+            logit_squares=torch.zeros(weight.shape[1], dtype=torch.float64),
+            readout=readout.cpu(),
+            strings=token_strings(tokenizer, max(n_tokens, weight.shape[1])),
+            settings=self.settings,
+            fingerprint=fingerprint(self.vpd),
+        )
+
+    def add(
+        self,
+        result: DatasetAttributions,
+        batch: Batch,
+        count_pass: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Add one batch.
+
+        Args:
+            result: The sums.
+            batch: The batch, on the model's device.
+            count_pass: Called after each of `n_passes`.
+        """
+        seen = observe(self.forward, self.directions, self.alive, batch)
+        seen.count_pass = count_pass
+        count_pass()
+        for name, route in self.routes.items():
+            result.signed[name] += route(seen, self.reads[name], None)
+            if name in result.absolute:
+                sign = seen.acts[name].sign()
+                result.absolute[name] += route(seen, self.reads[name], sign)
+        if OUTPUT in self.places and self.own_logits:
+            result.signed[OUTPUT] += seen.weighted["unembed"].sum(0).diag()
+        self._add_sums(result, seen)
+
+    def _add_sums(self, result: DatasetAttributions, seen: Observed) -> None:
+        for name in self.alive:
+            result.importance[name] += seen.importance[name].sum(0)
+            result.squares[name] += seen.acts[name].square().sum(0)
+        real = slice(None) if seen.real is None else seen.real
+        tokens = seen.tokens[real]
+        ones = torch.ones_like(tokens, dtype=torch.float64)
+        result.token_counts.index_add_(0, tokens, ones)
+        x = seen.cut.inputs["unembed"].detach().flatten(0, -2)[real].float()
+        logits = x @ self.unembed.weight.float()
+        if self.unembed.bias is not None:
+            logits += self.unembed.bias
+        result.logit_squares += logits.square().sum(0)
+        result.n_positions += len(tokens)
+        result.n_batches += 1

@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int
 from pydantic import BaseModel, ConfigDict
+from rich.table import Table
 from torch import Tensor
 
+from vpd_lens import storage
 from vpd_lens.analysis.circuits.cut_forward import EMBEDDING
-from vpd_lens.analysis.dataset_attribution.names import Node, find_node
-from vpd_lens.analysis.dataset_attribution.ranking import Sign, ranked
+from vpd_lens.analysis.dataset_attribution.nodes import (
+    OUTPUT,
+    Node,
+    Sign,
+    find_node,
+    ranked,
+    strongest_table,
+)
 from vpd_lens.decomposition import Decomposition
+from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import ArtefactError, InputError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-OUTPUT = "output"
 
 _SMALLEST = 1e-10
 
@@ -42,6 +46,26 @@ class Settings(BaseModel):
     absolute: bool
     frozen: bool
     targets: tuple[str, ...]
+
+
+# Attributes that are tensors by place, and tensors.
+_GROUPS = ("alive", "signed", "absolute", "importance", "squares")
+_SINGLE = ("token_counts", "logit_squares", "readout")
+
+
+class _Record(storage.Record):
+    """What is stored of `DatasetAttributions` beside tensors, by the names of its attributes."""
+
+    kind = "dataset attributions"
+
+    sites: list[str]
+    places: dict[str, tuple[str, ...]]
+    strings: list[str]
+    settings: Settings
+    fingerprint: str
+    n_batches: int
+    n_positions: int
+    data_state: dict[str, Any] | None
 
 
 @dataclass(repr=False)
@@ -197,9 +221,11 @@ class DatasetAttributions:
             top: Number of rows.
             absolute: The absolute variant.
         """
-        from vpd_lens.analysis.dataset_attribution.table import table
-
-        return table(self, node, top, absolute)
+        kind = "absolute attributions" if absolute else "attributions"
+        place = node.partition(":")[0]
+        sources = self.sources(node, top, absolute=absolute) if place in self.places else []
+        targets = [] if place == OUTPUT else self.targets(node, top, absolute=absolute)
+        return strongest_table(f"{node}: {kind}", sources, targets, self.strings)
 
     # ---------------------------------------------------------------- numbers
 
@@ -240,8 +266,6 @@ class DatasetAttributions:
         Raises:
             ArtefactError: If it is another.
         """
-        from vpd_lens.decomposition.saving import fingerprint
-
         if fingerprint(vpd) != self.fingerprint:
             raise ArtefactError(
                 "these dataset attributions are of another decomposition (its V and U have another "
@@ -249,28 +273,69 @@ class DatasetAttributions:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write a directory; see `vpd_lens.analysis.dataset_attribution.store`."""
-        from vpd_lens.analysis.dataset_attribution.store import save
+        """Write them to a folder, whole or not at all.
 
-        return save(self, Path(path))
+        Args:
+            path: The folder; earlier attributions there are replaced.
+
+        Raises:
+            ArtefactError: If the folder cannot be written, or holds something else.
+        """
+        kept = {name: getattr(self, name) for name in _Record.model_fields if name != "sites"}
+        tensors = {f"{g}/{name}": t for g in _GROUPS for name, t in getattr(self, g).items()}
+        tensors |= {name: getattr(self, name) for name in _SINGLE}
+        record = _Record(sites=list(self.alive), **kept)
+        return storage.write(path, record, {"attributions": tensors})
 
     @classmethod
     def load(cls, path: str | Path, vpd: Decomposition | None = None) -> DatasetAttributions:
         """Read what `save` wrote.
 
         Args:
-            path: The directory.
+            path: The folder.
             vpd: The decomposition that it should belong to; `None` does not check.
 
         Raises:
             ArtefactError: If a file is missing or damaged, or it is of another decomposition.
         """
-        from vpd_lens.analysis.dataset_attribution.store import load
-
-        found = load(Path(path))
+        artefact = storage.read(path, _Record)
+        tensors, record = artefact.tensors("attributions"), artefact.record
+        order = [*record.sites, OUTPUT]
+        groups = {
+            g: {n: tensors.pop(f"{g}/{n}") for n in order if f"{g}/{n}" in tensors} for g in _GROUPS
+        }
+        kept = {name: getattr(record, name) for name in _Record.model_fields if name != "sites"}
+        try:
+            found = cls(**groups, **tensors, **kept)
+            shapes = found._shapes()
+        except (TypeError, KeyError) as error:
+            raise ArtefactError(
+                f"{path}: its tensors are not those of dataset attributions ({error}). Make them "
+                "again."
+            ) from None
+        for group, expected in shapes.items():
+            storage.require_shapes(artefact.folder, getattr(found, group), expected)
         if vpd is not None:
             found.check(vpd)
         return found
+
+    def _shapes(self) -> dict[str, dict[str, list[int]]]:
+        """What follows from the alive subcomponents, places and vocabularies."""
+        n_alive = {name: [len(index)] for name, index in self.alive.items()}
+        tables = {
+            target: [
+                len(self.alive.get(target, self.readout)),
+                sum(map(self._n_sources, places)),
+            ]
+            for target, places in self.places.items()
+        }
+        absolute = {n: size for n, size in tables.items() if n != OUTPUT}
+        return {
+            "signed": tables,
+            "absolute": absolute if self.settings.absolute else {},
+            "importance": n_alive,
+            "squares": n_alive,
+        }
 
     def moved(self, device: torch.device) -> DatasetAttributions:
         """The same on a device.
@@ -278,10 +343,8 @@ class DatasetAttributions:
         Args:
             device: Where to.
         """
-        from vpd_lens.analysis.dataset_attribution.store import GROUPS, SINGLE
-
-        groups = {g: {n: t.to(device) for n, t in getattr(self, g).items()} for g in GROUPS}
-        return replace(self, **groups, **{n: getattr(self, n).to(device) for n in SINGLE})
+        groups = {g: {n: t.to(device) for n, t in getattr(self, g).items()} for g in _GROUPS}
+        return replace(self, **groups, **{n: getattr(self, n).to(device) for n in _SINGLE})
 
     def __repr__(self) -> str:
         n_alive = sum(map(len, self.alive.values()))

@@ -6,6 +6,10 @@ Of norms and activation functions the Jacobian is known at every position, and t
 few products of matrices: `ThroughNorm`, `ThroughNeurons`. Heads of attention do not meet, so that
 one backward pass may serve all of them: `ThroughHeads`.
 
+A shortcut is taken where it gives what the backward passes give, on a few made-up tokens with
+random weights. So no knowledge of architectures is needed: a model that is put together in another
+way is merely slower.
+
 A route is called with a batch, the targets' read directions, and for the absolute variant the sign
 of their activations; its columns are the sources of its places, one after the other.
 """
@@ -13,17 +17,25 @@ of their activations; its columns are the sources of its places, one after the o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vpd_lens.analysis.circuits.cut_forward import EMBEDDING
+from vpd_lens.analysis.circuits.cut_forward import EMBEDDING, CutForward
 from vpd_lens.analysis.circuits.linear import LinearNorm
-from vpd_lens.analysis.dataset_attribution.batch import Batch
+from vpd_lens.analysis.dataset_attribution.batch import Alive, Directions, Observed, observe
+from vpd_lens.data import Batch
+from vpd_lens.sites.site import relative_error
 
 # Numbers in a temporary of `ThroughNeurons`: large enough to be fast, small enough for caches.
 _TEMPORARY = 2**21
+
+# Size of the made-up batch that decides on shortcuts.
+_POSITIONS = 6
+_DIRECTIONS = 3
 
 
 class Route(ABC):
@@ -33,7 +45,7 @@ class Route(ABC):
 
     @abstractmethod
     def __call__(
-        self, batch: Batch, read: Float[Tensor, "d_in T"], sign: Float[Tensor, "n T"] | None
+        self, batch: Observed, read: Float[Tensor, "d_in T"], sign: Float[Tensor, "n T"] | None
     ) -> Float[Tensor, "T n_sources"]:
         """The table of one batch.
 
@@ -42,6 +54,16 @@ class Route(ABC):
             read: Read directions of the targets.
             sign: Signs of their activations for the absolute variant, else `None`.
         """
+
+    def n_passes(self, d_in: int, n_targets: int, absolute: bool) -> int:
+        """Number of backward passes of a call, which take most of its time.
+
+        Args:
+            d_in: Length of the targets' read directions.
+            n_targets: Number of targets.
+            absolute: Whether it is a call with signs.
+        """
+        return 0
 
 
 class Backward(Route):
@@ -56,27 +78,26 @@ class Backward(Route):
         self.matrix, self.places = matrix, places
 
     def __call__(
-        self, batch: Batch, read: Float[Tensor, "d_in T"], sign: Float[Tensor, "n T"] | None
+        self, batch: Observed, read: Float[Tensor, "d_in T"], sign: Float[Tensor, "n T"] | None
     ) -> Float[Tensor, "T n_sources"]:
         """The table of one batch; see `Route`."""
-        x = batch.cut.inputs[self.matrix]
         d_in, n_targets = read.shape
         if sign is None and n_targets > d_in:
             # It is linear in the read direction, so the axes will do.
             return read.T @ self(batch, torch.eye(d_in, device=read.device), None)
-        leaves = [batch.cut.leaves[place] for place in self.places]
         rows = []
         for target in range(n_targets):
-            direction = read[:, target].expand(x.shape[:-1].numel(), -1)
-            cotangent = direction if sign is None else direction * sign[:, target, None]
-            gradients = torch.autograd.grad(
-                x, leaves, cotangent.to(x.dtype).view_as(x), retain_graph=True
-            )
+            cotangent = read[:, target].expand(len(batch.tokens), -1)
+            if sign is not None:
+                cotangent = cotangent * sign[:, target, None]
+            gradients = batch.gradients(self.matrix, self.places, cotangent)
             parts = zip(self.places, gradients, strict=True)
-            rows.append(
-                torch.cat([batch.contribution(p, g.flatten(0, -2).float()) for p, g in parts])
-            )
+            rows.append(torch.cat([batch.contribution(p, gradient) for p, gradient in parts]))
         return torch.stack(rows)
+
+    def n_passes(self, d_in: int, n_targets: int, absolute: bool) -> int:
+        """See `Route`."""
+        return n_targets if absolute else min(n_targets, d_in)
 
 
 class ThroughHeads(Route):
@@ -92,25 +113,27 @@ class ThroughHeads(Route):
         self.exact, self.places, self.n_heads = exact, exact.places, n_heads
 
     def __call__(
-        self, batch: Batch, read: Float[Tensor, "d_in T"], sign: Float[Tensor, "n T"] | None
+        self, batch: Observed, read: Float[Tensor, "d_in T"], sign: Float[Tensor, "n T"] | None
     ) -> Float[Tensor, "T n_sources"]:
         """The table of one batch; see `Route`."""
         if sign is not None:
             return self.exact(batch, read, sign)
-        x = batch.cut.inputs[self.exact.matrix]
-        leaves = [batch.cut.leaves[place] for place in self.places]
         axes = []
-        for axis in torch.eye(len(read) // self.n_heads).to(x):
-            cotangent = axis.repeat(self.n_heads).expand_as(x).contiguous()
-            gradients = torch.autograd.grad(x, leaves, cotangent, retain_graph=True)
+        for axis in torch.eye(len(read) // self.n_heads, device=read.device):
+            cotangent = axis.repeat(self.n_heads).expand(len(batch.tokens), -1)
+            gradients = batch.gradients(self.exact.matrix, self.places, cotangent)
             parts = zip(self.places, gradients, strict=True)
             axes.append(torch.cat([self._by_head(batch, p, g) for p, g in parts], 1))
         return read.T @ torch.stack(axes, 1).flatten(0, 1)  # [(head d_head), n_sources]
 
+    def n_passes(self, d_in: int, n_targets: int, absolute: bool) -> int:
+        """See `Route`."""
+        return self.exact.n_passes(d_in, n_targets, True) if absolute else d_in // self.n_heads
+
     def _by_head(
-        self, batch: Batch, place: str, gradient: Tensor
+        self, batch: Observed, place: str, gradient: Float[Tensor, "n d_out"]
     ) -> Float[Tensor, "n_heads n_sources"]:
-        summed = batch.weighted[place].T @ gradient.flatten(0, -2).float()
+        summed = batch.weighted[place].T @ gradient
         products = summed * batch.directions.write[place]
         return products.unflatten(1, (self.n_heads, -1)).sum(-1).T
 
@@ -132,7 +155,7 @@ class ThroughNorm(Route):
         self.places, self.name, self.norm, self.frozen = places, name, norm, frozen
 
     def __call__(
-        self, batch: Batch, read: Float[Tensor, "d_in T"], sign: Float[Tensor, "n T"] | None
+        self, batch: Observed, read: Float[Tensor, "d_in T"], sign: Float[Tensor, "n T"] | None
     ) -> Float[Tensor, "T n_sources"]:
         """The table of one batch; see `Route`."""
         inverse, unit = self._parts(batch)
@@ -156,7 +179,7 @@ class ThroughNorm(Route):
             tables.insert(0, batch.by_token(first * embedded - second * radial))
         return torch.cat(tables, 1)
 
-    def _parts(self, batch: Batch) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "n d"]]:
+    def _parts(self, batch: Observed) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "n d"]]:
         """One over the scale, and `u`, at every position."""
         residual, out = (t.flatten(0, -2).float() for t in batch.cut.norms[self.name])
         centred = residual - residual.mean(-1, keepdim=True) if self.norm.centred else residual
@@ -179,21 +202,20 @@ class ThroughNeurons(Route):
         self.matrix, self.places = matrix, places
 
     def __call__(
-        self, batch: Batch, read: Float[Tensor, "d_in T"], sign: Float[Tensor, "n T"] | None
+        self, batch: Observed, read: Float[Tensor, "d_in T"], sign: Float[Tensor, "n T"] | None
     ) -> Float[Tensor, "T n_sources"]:
         """The table of one batch; see `Route`."""
-        x = batch.cut.inputs[self.matrix]
-        leaves = [batch.cut.leaves[place] for place in self.places]
-        slopes = torch.autograd.grad(x, leaves, torch.ones_like(x), retain_graph=True)
+        ones = read.new_ones(len(batch.tokens), len(read))
+        slopes = batch.gradients(self.matrix, self.places, ones)
         tables = []
         for place, slope in zip(self.places, slopes, strict=True):
-            parts = (
-                slope.flatten(0, -2).float(),
-                batch.weighted[place],
-                batch.directions.write[place],
-            )
+            parts = slope, batch.weighted[place], batch.directions.write[place]
             tables.append(_signed(read, *parts) if sign is None else _absolute(read, sign, *parts))
         return torch.cat(tables, 1)
+
+    def n_passes(self, d_in: int, n_targets: int, absolute: bool) -> int:
+        """See `Route`."""
+        return 1
 
 
 def _signed(
@@ -219,3 +241,78 @@ def _absolute(
         written = slope[position] * write[source] * weighted[position, source, None]
         table.index_add_(0, source, (written @ read) * sign[position])
     return table.T
+
+
+# ------------------------------------------------------------------ which route
+
+
+def choose_routes(
+    forward: CutForward, directions: Directions, alive: Alive, matrices: Sequence[str]
+) -> dict[str, Route]:
+    """The route to every matrix that any source reaches.
+
+    Args:
+        forward: The cut model.
+        directions: Of the alive subcomponents.
+        alive: Which these are.
+        matrices: Whose inputs are wanted.
+    """
+    probe = _probe(forward, directions, alive)
+    routes: dict[str, Route] = {}
+    for matrix in matrices:
+        exact = Backward(matrix, _places(probe, matrix))
+        if exact.places:
+            shortcuts = (s for s in _shortcuts(forward, exact, probe) if _agree(s, exact, probe))
+            routes[matrix] = next(shortcuts, exact)
+    return routes
+
+
+def _probe(forward: CutForward, directions: Directions, alive: Alive) -> Observed:
+    """Tokens and weights that leave nothing zero by chance."""
+    n_positions = min(_POSITIONS, int(forward.vpd.model.cfg.n_ctx))
+    tokens = (torch.arange(2 * n_positions) % directions.n_tokens).view(2, n_positions)
+    batch = observe(forward, directions, alive, Batch(tokens.to(forward.vpd.device)))
+    generator = torch.Generator().manual_seed(0)
+    weighted = {name: _random(w, generator) for name, w in batch.weighted.items()}
+    return replace(batch, weighted=weighted, embeddings=_random(batch.embeddings, generator))
+
+
+def _places(probe: Observed, matrix: str) -> tuple[str, ...]:
+    """Where gradients from a matrix' input arrive."""
+    x = probe.cut.inputs[matrix]
+    places = [EMBEDDING, *(name for name, w in probe.weighted.items() if w.shape[1])]
+    leaves = [probe.cut.leaves[place] for place in places]
+    gradients = torch.autograd.grad(
+        x, leaves, torch.ones_like(x), retain_graph=True, allow_unused=True
+    )
+    return tuple(p for p, gradient in zip(places, gradients, strict=True) if gradient is not None)
+
+
+def _shortcuts(forward: CutForward, exact: Backward, probe: Observed) -> Iterator[Route]:
+    """Those that may fit."""
+    x = probe.cut.inputs[exact.matrix].detach().flatten(0, -2)
+    d_model = probe.embeddings.shape[1]
+    outputs = [probe.cut.leaves[place].shape[-1] for place in exact.places]
+    for name, _, norm in forward.norms:
+        read = probe.cut.norms.get(name)
+        if read is not None and torch.equal(read[1].flatten(0, -2), x) and {*outputs} == {d_model}:
+            yield ThroughNorm(exact.places, name, norm, forward.frozen)
+    if EMBEDDING not in exact.places and {*outputs} == {x.shape[1]}:
+        yield ThroughNeurons(exact.matrix, exact.places)
+        yield ThroughHeads(exact, int(forward.vpd.model.cfg.n_heads))
+
+
+def _agree(shortcut: Route, exact: Backward, probe: Observed) -> bool:
+    x = probe.cut.inputs[exact.matrix]
+    generator = torch.Generator().manual_seed(1)
+    read = _random(x.new_empty(x.shape[-1], _DIRECTIONS, dtype=torch.float32), generator)
+    sign = _random(read.new_empty(x.shape[:-1].numel(), _DIRECTIONS), generator).sign()
+    tolerance = torch.finfo(x.dtype).eps ** 0.5
+    return all(
+        relative_error(shortcut(probe, read, s), exact(probe, read, s)) < tolerance
+        for s in (None, sign)
+    )
+
+
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator).to(like)

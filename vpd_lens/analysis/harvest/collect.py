@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from rich.progress import track
 from torch import Tensor, nn
 
+from vpd_lens.analysis.gathering import check_output, check_same, gather
 from vpd_lens.analysis.harvest.result import Harvest, Settings
-from vpd_lens.analysis.harvest.token_strings import token_strings
-from vpd_lens.data import TokenBatches, token_batches
-from vpd_lens.decomposition import Decomposition
-from vpd_lens.decomposition.masks import Layout
+from vpd_lens.analysis.harvest.statistics import token_strings
+from vpd_lens.data import Batch, one_pass
+from vpd_lens.decomposition import Decomposition, Layout
+from vpd_lens.decomposition.attach import decomposition_of
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.decomposition.sigmoids import lower_leaky
-from vpd_lens.errors import ArtefactError, AttachError, ConfigError, InputError
+from vpd_lens.errors import InputError
+from vpd_lens.progress import Progress
 
 GIB = 2**30
 
@@ -51,8 +50,8 @@ def harvest(
 
     Args:
         model: A decomposed language model.
-        data: As for `vpd_lens.train`. Read in order, not shuffled; tensors, arrays and text files
-            at most once, while streams and iterables start again when they end.
+        data: As for `vpd_lens.train`. Read in order, not shuffled, and once at most. Pads count
+            nowhere.
         n_batches: Batches in all, those before a resume included.
         batch_size: Sequences per batch.
         seq_len: Tokens per sequence; `None`: the model's context length (or the row length).
@@ -68,7 +67,7 @@ def harvest(
             than what came after the last.
         memory_limit: Largest size of tables and examples, in GiB.
         prepend_bos: BOS policy for text; `None` follows the model.
-        progress: Show a progress bar.
+        progress: Show how far it is and how long it will still take.
 
     Returns:
         The harvest, on the CPU.
@@ -81,122 +80,71 @@ def harvest(
         ArtefactError: If what is in `output` is damaged or belongs to another decomposition.
         DataError: If the data does not fit the model, or is not that of the interrupted pass.
     """
-    if "vpd" not in model.__dict__:
-        raise AttachError("This model carries no decomposition. Call vpd_lens.decompose first.")
-    vpd: Decomposition = model.__dict__["vpd"]
-    _check_arguments(n_batches, output, resume)
+    vpd = decomposition_of(model)
+    check_output(n_batches, output, resume)
     settings = Settings(
         threshold=threshold, n_top=n_top, n_random=n_random, context=context, seed=seed
     )
     layout = _layout(vpd, sites)
     vocabularies = _vocabularies(model)
     _check_memory(layout, vocabularies, settings, memory_limit)
-    batches = token_batches(
-        data,
-        model=model,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        seed=seed,
-        prepend_bos=prepend_bos,
-        shuffle=False,
-    )
     if resume:
-        result = _moved(_resumed(Path(str(output)), vpd, layout, settings), vpd.device)
-        batches.load_state_dict(result.data_state or {})
+        result = _resumed(Path(str(output)), vpd, layout, settings).moved(vpd.device)
     else:
         strings = token_strings(getattr(model, "tokenizer", None), max(vocabularies))
         result = Harvest.empty(
             layout, settings, fingerprint(vpd), strings, vocabularies, vpd.device
         )
-    _gather(result, vpd, batches, n_batches, _Saver(output, save_every), progress)
-    return _moved(result, torch.device("cpu"))
+    batches = one_pass(
+        data,
+        model=model,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        prepend_bos=prepend_bos,
+        seed=seed,
+        state=result.data_state,
+    )
+    observe = _observer(vpd, layout, vocabularies[1])
+    with Progress("Harvesting", n_batches, result.n_batches, progress) as bar:
+
+        def add(batch: Batch) -> None:
+            batch = batch.to(vpd.device)
+            result.add(batch.tokens, *observe(batch), batch.real)
+            bar.advance()
+
+        gather(result, batches, n_batches, add, output, save_every)
+    return result.moved(torch.device("cpu"))
 
 
-def _gather(
-    result: Harvest,
-    vpd: Decomposition,
-    batches: TokenBatches,
-    n_batches: int,
-    saver: _Saver,
-    progress: bool,
-) -> None:
-    observe = _observer(vpd, result.layout, len(result.outputs.everywhere))
-    steps = range(result.n_batches, n_batches)
-    for _ in track(steps, "Harvesting", disable=not progress):
-        tokens = next(batches).tokens
-        state = batches.state_dict()
-        if batches.epoch > 0:
-            break  # the data began again
-        tokens = tokens.to(vpd.device)
-        result.add(tokens, *observe(tokens))
-        result.data_state = state
-        saver.maybe(result)
-    saver.now(result)
-
-
-Observer = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Observer = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
 
 
 def _observer(vpd: Decomposition, layout: Layout, vocabulary: int) -> Observer:
-    """A function from tokens to importances, activations and next-token probabilities."""
+    """A function from a batch to importances, activations and next-token probabilities."""
     chosen = [vpd.layout.names.index(name) for name in layout.names]
     directions = [
         (vpd.subcomponents.v[i] * vpd.subcomponents.u[i].norm(dim=1)).detach() for i in chosen
     ]
 
     @torch.no_grad()
-    def observe(tokens: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor, Tensor]:
-        output, inputs = vpd.target(tokens)
-        if not isinstance(output, Tensor) or output.shape != (*tokens.shape, vocabulary):
+    def observe(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        output, inputs = vpd.target(batch.tokens, **batch.mask_argument())
+        expected = (*batch.tokens.shape, vocabulary)
+        if not isinstance(output, Tensor) or output.shape != expected:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise InputError(
-                f"the model's output is {shape}; a harvest needs next-token logits "
-                f"{(*tokens.shape, vocabulary)}, so the model must be a language model."
+                f"the model's output is {shape}; a harvest needs next-token logits {expected}, so "
+                "the model must be a language model."
             )
-        parts = vpd.layout.split(lower_leaky(vpd.pre_importance(inputs)))
+        parts = vpd.layout.split(lower_leaky(vpd.pre_importance(inputs, batch.real)))
         importance = torch.cat([parts[i] for i in chosen], dim=-1)
         acts = [inputs[i].float() @ v for i, v in zip(chosen, directions, strict=True)]
-        return importance, torch.cat(acts, dim=-1), _softmax(output)
+        return importance, torch.cat(acts, dim=-1), output.float().softmax(dim=-1)
 
     return observe
 
 
-def _softmax(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos vocab"]:
-    return logits.float().softmax(dim=-1)
-
-
-class _Saver:
-    """Writes the state now and then, if there is somewhere to write it."""
-
-    def __init__(self, output: str | Path | None, every: float) -> None:
-        self.output = None if output is None else Path(output)
-        self.every = every
-        self.last = time.monotonic()
-
-    def maybe(self, result: Harvest) -> None:
-        if time.monotonic() - self.last >= self.every:
-            self.now(result)
-
-    def now(self, result: Harvest) -> None:
-        if self.output is not None:
-            result.save(self.output)
-        # Measured from the end, so that slow writing never takes most of the time.
-        self.last = time.monotonic()
-
-
 # ------------------------------------------------------------------ before the pass
-
-
-def _check_arguments(n_batches: int, output: str | Path | None, resume: bool) -> None:
-    if n_batches < 1:
-        raise InputError(f"n_batches is {n_batches}; expected at least 1.")
-    if resume and output is None:
-        raise InputError("resume=True needs output=..., the directory to go on from.")
-    if output is not None and not resume and (Path(output) / "harvest.json").exists():
-        raise ConfigError(
-            f"output={str(output)!r} already holds a harvest. Pass resume=True to continue it, or "
-            "another directory."
-        )
 
 
 def _layout(vpd: Decomposition, sites: Sequence[str] | None) -> Layout:
@@ -243,22 +191,7 @@ def _check_memory(
 
 def _resumed(output: Path, vpd: Decomposition, layout: Layout, settings: Settings) -> Harvest:
     stored = Harvest.load(output, vpd)
-    then, now = stored.settings.model_dump(), settings.model_dump()
-    different = [
-        f"{name} was {then[name]!r} and is {now[name]!r}" for name in now if then[name] != now[name]
-    ]
-    if stored.layout != layout:
-        different.append(f"sites were {list(stored.layout.names)} and are {list(layout.names)}")
-    if different:
-        raise ArtefactError(
-            f"{output}: the harvest was started with other arguments: {'; '.join(different)}. "
-            "Resume with the same ones, or choose a new output directory."
-        )
+    different = [f"sites were {list(stored.layout.names)} and are {list(layout.names)}"]
+    others = different if stored.layout != layout else []
+    check_same(output, stored.settings, settings, others)
     return stored
-
-
-def _moved(result: Harvest, device: torch.device) -> Harvest:
-    for part in (result.usage, result.inputs, result.outputs, result.top, result.random):
-        for name, tensor in vars(part).items():
-            setattr(part, name, tensor.to(device))
-    return result

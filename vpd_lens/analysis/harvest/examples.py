@@ -1,4 +1,7 @@
-"""Examples: for every subcomponent the `n` firings with the largest keys, and their text.
+"""Where subcomponents fire, and examples of the text there.
+
+Few subcomponents are needed at any position, so everything after the forward pass works on the
+list of firings instead of on every pair of position and subcomponent.
 
 Both kinds of examples are "the `n` largest of a stream", which differ in the key only:
 
@@ -11,16 +14,98 @@ Both kinds of examples are "the `n` largest of a stream", which differ in the ke
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int32, Int64
+from jaxtyping import Bool, Float, Int, Int32, Int64, Shaped
 from torch import Tensor
 
-from vpd_lens.analysis.harvest.firings import Firings
-
 EMPTY = -1
+
+
+@dataclass(frozen=True)
+class Firings:
+    """One batch, and the places where an importance exceeds the threshold.
+
+    Attributes:
+        tokens: The batch; -1 at pads.
+        importance: Causal importances `g`; 0 at pads.
+        activation: Activations `a ||U_c||`, with their sign; 0 at pads.
+        sequence: Row of every firing.
+        position: Position of every firing.
+        subcomponent: Which subcomponent fires there.
+        real: False at pads; `None`: there are none.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    importance: Float[Tensor, "batch pos C_total"]
+    activation: Float[Tensor, "batch pos C_total"]
+    sequence: Int[Tensor, " n_firings"]
+    position: Int[Tensor, " n_firings"]
+    subcomponent: Int[Tensor, " n_firings"]
+    real: Bool[Tensor, "batch pos"] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Int[Tensor, "batch pos"],
+        importance: Float[Tensor, "batch pos C_total"],
+        activation: Float[Tensor, "batch pos C_total"],
+        threshold: float,
+        real: Bool[Tensor, "batch pos"] | None = None,
+    ) -> Firings:
+        """Find the firings of a batch, ordered by sequence, position and subcomponent.
+
+        Args:
+            tokens: The batch.
+            importance: Causal importances on it.
+            activation: Activations on it.
+            threshold: A subcomponent fires where its importance exceeds this.
+            real: False at pads, where nothing fires; `None`: there are none.
+        """
+        if real is not None:
+            tokens = tokens.masked_fill(~real, EMPTY)
+            importance, activation = (
+                values.masked_fill(~real[..., None], 0) for values in (importance, activation)
+            )
+        where = (importance > threshold).nonzero(as_tuple=True)
+        return cls(tokens, importance, activation, *where, real)
+
+    def __len__(self) -> int:
+        return len(self.subcomponent)
+
+    def at(self, values: Float[Tensor, "batch pos C_total"]) -> Float[Tensor, " n_firings"]:
+        """What `values` are where subcomponents fire."""
+        return values[self.sequence, self.position, self.subcomponent]
+
+    def of_positions(self, values: Shaped[Tensor, "batch pos *of"]) -> Shaped[Tensor, "n *of"]:
+        """`values` at all positions that are no pads."""
+        return values.flatten(0, 1) if self.real is None else values[self.real]
+
+    def windows(self, which: Int[Tensor, " m"], context: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The text around some firings.
+
+        Args:
+            which: Which firings.
+            context: Tokens on either side.
+
+        Returns:
+            Tokens, and the importance and the activation of the subcomponent that fires, each
+            `[m, 2 context + 1]`; -1 and 0 at pads and beyond the ends of the sequence.
+        """
+        sequence = self.sequence[which, None]
+        subcomponent = self.subcomponent[which, None]
+        offsets = torch.arange(-context, context + 1, device=which.device)
+        position = self.position[which, None] + offsets  # [m, W]
+        beyond = (position < 0) | (position >= self.tokens.shape[1])
+        position = position.clamp(0, self.tokens.shape[1] - 1)
+        return (
+            self.tokens[sequence, position].masked_fill(beyond, EMPTY).int(),
+            self.importance[sequence, position, subcomponent].masked_fill(beyond, 0),
+            self.activation[sequence, position, subcomponent].masked_fill(beyond, 0),
+        )
 
 
 class Example(NamedTuple):
@@ -45,7 +130,7 @@ class Examples:
 
     Attributes:
         keys: Their keys, in no order; -1 marks an empty slot.
-        tokens: Their text, -1 beyond the ends of the sequence.
+        tokens: Their text; -1 at pads and beyond the ends of the sequence.
         importance: The subcomponent's importance on it.
         activation: Its activation on it.
     """
@@ -57,14 +142,7 @@ class Examples:
 
     @classmethod
     def empty(cls, c_total: int, n: int, context: int, device: torch.device) -> Examples:
-        """No examples yet.
-
-        Args:
-            c_total: Number of subcomponents.
-            n: Examples of each.
-            context: Tokens on either side.
-            device: Where the buffers live.
-        """
+        """No examples yet of `c_total` subcomponents, with room for `n` of each."""
         shape = (c_total, n, 2 * context + 1)
         return cls(
             torch.full(shape[:2], EMPTY, device=device),
@@ -97,25 +175,24 @@ class Examples:
         enters = (rank <= last) & (keys[which] > worst[row, rank.clamp(max=last)])
         which, row, rank = which[enters], row[enters], rank[enters]
         slot = slots[row, rank]
-        windows = firings.windows(which, self.tokens.shape[2] // 2)
         self.keys[row, slot] = keys[which]
-        self.tokens[row, slot] = windows.tokens
-        self.importance[row, slot] = windows.importance
-        self.activation[row, slot] = windows.activation
+        windows = firings.windows(which, self.tokens.shape[2] // 2)
+        for buffer, window in zip(
+            (self.tokens, self.importance, self.activation), windows, strict=True
+        ):
+            buffer[row, slot] = window
 
     def of(self, row: int) -> list[Example]:
         """Examples of one subcomponent, those with the largest keys first."""
         order = self.keys[row].argsort(descending=True)
         order = order[self.keys[row, order] != EMPTY]
         parts = [x[row, order] for x in (self.tokens, self.importance, self.activation)]
-        inside = parts[0] != EMPTY  # [n, W]: one run of tokens in every window
-        context = inside.shape[1] // 2
-        before = inside[:, :context].sum(1).tolist()
-        after = inside[:, context:].sum(1).tolist()
-        rows = zip(*(part.tolist() for part in parts), before, after, strict=True)
+        inside = parts[0] != EMPTY  # [n, W]
+        focus = inside[:, : inside.shape[1] // 2].sum(1).tolist()
+        rows = zip(*(part.tolist() for part in parts), inside.tolist(), focus, strict=True)
         return [
-            Example(*(values[context - n : context + m] for values in lists), n)
-            for *lists, n, m in rows
+            Example(*(list(compress(values, kept)) for values in lists), n)
+            for *lists, kept, n in rows
         ]
 
 

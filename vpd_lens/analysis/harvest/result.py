@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from vpd_lens.analysis.harvest.examples import Example, Examples, random_keys, top_keys
-from vpd_lens.analysis.harvest.firings import Firings
-from vpd_lens.analysis.harvest.token_statistics import TokenStatistic, TokenTable
-from vpd_lens.analysis.harvest.usage import Summary, Usage
-from vpd_lens.decomposition import Decomposition
-from vpd_lens.decomposition.masks import Layout
+from vpd_lens import storage
+from vpd_lens.analysis.harvest.examples import Example, Examples, Firings, random_keys, top_keys
+from vpd_lens.analysis.harvest.statistics import Summary, TokenStatistic, TokenTable, Usage
+from vpd_lens.decomposition import Decomposition, Layout
+from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import ArtefactError, InputError
+
+_PARTS = ("usage", "inputs", "outputs", "top", "random")
 
 
 class Settings(BaseModel):
@@ -50,6 +51,20 @@ class Settings(BaseModel):
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
             raise InputError(f"{name} is {first['input']!r}: {first['msg'].lower()}.") from None
+
+
+class HarvestRecord(storage.Record):
+    """What is stored of a harvest beside its tables and examples."""
+
+    kind = "harvest"
+
+    sites: list[str]
+    n_subcomponents: list[int]
+    settings: Settings
+    fingerprint: str
+    n_batches: int
+    data_state: dict[str, Any] | None
+    strings: list[str]
 
 
 @dataclass(repr=False)
@@ -123,6 +138,7 @@ class Harvest:
         importance: Float[Tensor, "batch pos C_total"],
         activation: Float[Tensor, "batch pos C_total"],
         probabilities: Float[Tensor, "batch pos vocab"],
+        real: Bool[Tensor, "batch pos"] | None = None,
     ) -> None:
         """Gather one batch.
 
@@ -131,14 +147,26 @@ class Harvest:
             importance: Causal importances on it.
             activation: Activations `a ||U_c||`.
             probabilities: The target model's next-token probabilities.
+            real: False at pads, which count nowhere; `None`: there are none.
         """
-        firings = Firings.of(tokens, importance, activation, self.settings.threshold)
+        firings = Firings.of(tokens, importance, activation, self.settings.threshold, real)
         self.usage.add(firings)
         self.inputs.count(firings)
         self.outputs.add_mass(firings, probabilities)
         self.top.offer(firings, top_keys(firings), one_per_sequence=True)
         self.random.offer(firings, random_keys(firings, self.settings.seed, self.n_batches))
         self.n_batches += 1
+
+    def moved(self, device: torch.device) -> Harvest:
+        """This harvest with its tables and buffers on a device."""
+        moved = {
+            name: replace(part, **{key: x.to(device) for key, x in vars(part).items()})
+            for name, part in self._parts().items()
+        }
+        return replace(self, **moved)
+
+    def _parts(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _PARTS}
 
     # ---------------------------------------------------------------- looking
 
@@ -258,26 +286,54 @@ class Harvest:
     # ----------------------------------------------------------------- storing
 
     def save(self, path: str | Path) -> Path:
-        """Write this harvest to a directory; see `vpd_lens.analysis.harvest.store`."""
-        from vpd_lens.analysis.harvest.store import save
+        """Write this harvest to a folder, whole or not at all.
 
-        return save(self, Path(path))
+        Args:
+            path: The folder; an earlier harvest there is replaced.
+
+        Raises:
+            ArtefactError: If the folder cannot be written, or holds something else.
+        """
+        record = HarvestRecord(
+            sites=list(self.layout.names),
+            n_subcomponents=list(self.layout.sizes),
+            settings=self.settings,
+            fingerprint=self.fingerprint,
+            n_batches=self.n_batches,
+            data_state=self.data_state,
+            strings=list(self.strings),
+        )
+        return storage.write(path, record, {name: vars(p) for name, p in self._parts().items()})
 
     @classmethod
     def load(cls, path: str | Path, vpd: Decomposition | None = None) -> Harvest:
         """Read a harvest.
 
         Args:
-            path: The directory that `save` wrote.
+            path: The folder that `save` wrote.
             vpd: The decomposition that it should belong to; `None` does not check.
 
         Raises:
             ArtefactError: If a file is missing or damaged, or it belongs to another decomposition.
         """
-        from vpd_lens.analysis.harvest.store import load
-        from vpd_lens.decomposition.saving import fingerprint
-
-        harvest = load(Path(path))
+        artefact = storage.read(path, HarvestRecord)
+        record, tensors = artefact.record, {name: artefact.tensors(name) for name in _PARTS}
+        n_input, n_output = (
+            len(tensors[side].get("everywhere", ())) for side in ("inputs", "outputs")
+        )
+        harvest = cls.empty(
+            Layout(tuple(record.sites), tuple(record.n_subcomponents)),
+            record.settings,
+            record.fingerprint,
+            record.strings,
+            (n_input, n_output),
+            torch.device("meta"),
+        )
+        for name, part in harvest._parts().items():
+            shapes = {key: tensor.shape for key, tensor in vars(part).items()}
+            storage.require_shapes(artefact.folder, tensors[name], shapes)
+            setattr(harvest, name, type(part)(**tensors[name]))
+        harvest.n_batches, harvest.data_state = record.n_batches, record.data_state
         if vpd is not None:
             harvest.check(fingerprint(vpd))
         return harvest

@@ -1,0 +1,105 @@
+"""Which subcomponents a model uses, and which of its attention heads each belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from einops import reduce
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vpd_lens.data import Batch
+from vpd_lens.decomposition import Decomposition
+from vpd_lens.errors import InputError
+from vpd_lens.evaluation.metrics import ALIVE
+
+# By site; sizes differ from one to the next, so their names are not checked against each other.
+Alive = Mapping[str, Int[Tensor, " _n_alive"]]
+
+
+@torch.no_grad()
+def mean_importance(
+    vpd: Decomposition, batches: Iterable[Tensor | Batch]
+) -> Float[Tensor, " C_total"]:
+    """Mean causal importance of every subcomponent over all positions of some inputs.
+
+    Args:
+        vpd: The decomposition.
+        batches: Inputs of the model. Pads of a `Batch` are no positions.
+
+    Returns:
+        The means in fp32, on the CPU.
+
+    Raises:
+        InputError: If there are no batches.
+    """
+    total, n_positions = torch.zeros(vpd.layout.total, dtype=torch.float64), 0
+    for batch in batches:
+        batch = (Batch(batch) if isinstance(batch, Tensor) else batch).to(vpd.device)
+        importance = vpd.causal_importance(batch.tokens, **batch.mask_argument())
+        importance = importance.flatten(0, -2) if batch.real is None else importance[batch.real]
+        total = total.to(importance.device) + importance.sum(0)
+        n_positions += len(importance)
+    if not n_positions:
+        raise InputError("batches is empty; a mean importance needs data.")
+    return (total / n_positions).float().cpu()
+
+
+def alive_subcomponents(
+    vpd: Decomposition, batches: Iterable[Tensor | Batch], threshold: float = ALIVE
+) -> Alive:
+    """Indices of the subcomponents that are used: mean causal importance above a threshold.
+
+    Args:
+        vpd: The decomposition.
+        batches: Inputs of the model, such as `vpd_lens.data.one_pass` gives.
+        threshold: Mean importance that counts as alive, in [0, 1].
+
+    Returns:
+        `{site: indices}`, on the CPU.
+
+    Raises:
+        InputError: If there are no batches.
+    """
+    return above(vpd, mean_importance(vpd, batches), threshold)
+
+
+def above(
+    vpd: Decomposition, means: Float[Tensor, " C_total"], threshold: float
+) -> dict[str, Int[Tensor, " _n_alive"]]:
+    """`{site: indices}` of the subcomponents whose mean exceeds a threshold."""
+    parts = zip(vpd.layout.names, vpd.layout.split(means), strict=True)
+    return {name: (part > threshold).nonzero().squeeze(1) for name, part in parts}
+
+
+@torch.no_grad()
+def head_shares(vpd: Decomposition, name: str) -> Float[Tensor, "C heads"]:
+    """Share of each head in every subcomponent of an attention matrix.
+
+    A decomposition sees all heads of a layer as one matrix, so a subcomponent may serve several.
+    At `q`, `k` and `v` a share is that of the squared norm of the write direction `U_c`; at `o`
+    that of the read direction `V_c`. Heads of `k` and `v` are the key-value heads, of which
+    grouped-query models have fewer.
+
+    Args:
+        vpd: A decomposition.
+        name: The site of a query, key, value or output matrix.
+
+    Returns:
+        Shares that add up to 1, or are all 0 where the direction is zero: it is in no head.
+
+    Raises:
+        InputError: If the site is not one of attention.
+    """
+    kind = name.rpartition(".")[2]
+    if ".attn." not in name or kind not in ("q", "k", "v", "o"):
+        raise InputError(f"{name!r} is not the q, k, v or o matrix of an attention layer.")
+    cfg = vpd.model.cfg
+    vectors = vpd.v(name).T if kind == "o" else vpd.u(name)  # [C, heads * d_head]
+    grouped = kind in ("k", "v") and getattr(cfg, "n_key_value_heads", None)
+    n_heads = cfg.n_key_value_heads if grouped else cfg.n_heads
+    squares = vectors.double().square()  # fp32 squares of small directions would be 0
+    squared = reduce(squares, "c (head d_head) -> c head", "sum", head=n_heads)
+    total = squared.sum(-1, keepdim=True)
+    return torch.where(total > 0, squared / total, 0).to(vectors.dtype)
