@@ -448,5 +448,7 @@ def _from_version_1(folder: Path, kind: str, content: dict[str, Any]) -> dict[st
     first, envelope = _VERSION_1[kind], ("format_version", "vpd_lens_version", "sha256")
     record = {name: value for name, value in content.items() if name not in envelope}
     record |= {name: read_json(folder / f"{name}.json") for name in first.fields}
+    for output in record["outputs"] if kind == "graph" else ():
+        output["tokens"] = dict(output["tokens"])  # pairs, and no weights: those are lost
     sha256 = None if kind == "model" else content["sha256"]
     return {"vpd_lens_version": "0.1.0", "record": record, "files": first.hashes(sha256)}

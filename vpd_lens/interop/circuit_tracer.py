@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from vpd_lens.analysis.circuits.tables import KINDS
 from vpd_lens.errors import ArtefactError
-from vpd_lens.files import atomic_directory, read_json, write_json, write_text_atomically
 from vpd_lens.interop.graph_json import (
     Axis,
     checked_slug,
@@ -28,6 +27,7 @@ from vpd_lens.interop.graph_json import (
     graph_json,
     numbering,
 )
+from vpd_lens.storage import atomic_folder, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.attention import AttentionPair
@@ -130,7 +130,7 @@ def _side_file(graph: AttributionGraph, ids: list[str]) -> dict[str, Any]:
 
 
 def _write(path: Path, data: Any) -> None:
-    write_text_atomically(path, json.dumps(data, allow_nan=False) + "\n")
+    write_text(path, json.dumps(data, allow_nan=False) + "\n")
 
 
 def _write_features(folder: Path, graph: AttributionGraph, axis: Axis, harvest: Cards) -> None:
@@ -138,7 +138,7 @@ def _write_features(folder: Path, graph: AttributionGraph, axis: Axis, harvest: 
     numbers, nodes = numbering(graph.nodes.places, axis), graph.nodes
     own = nodes.of_kind("subcomponent")
     places = (nodes.places[place] for place in nodes.place[own].tolist())
-    with atomic_directory(folder) as new:
+    with atomic_folder(folder) as new:
         for site, index in sorted(set(zip(places, nodes.index[own].tolist(), strict=True))):
             # A file also for those that never fired, as the viewer fails on a missing one.
             card = harvest.card(site, index) or {"density": 0, "examples": [], "output_tokens": []}

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vpd_lens.errors import InputError
-from vpd_lens.files import write_text_atomically
 from vpd_lens.interop.graph_json import checked_slug, checked_threshold, graph_json
+from vpd_lens.storage import write_text
 
 if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.attention import AttentionPair
@@ -73,7 +73,7 @@ def to_neuronpedia(
     _require_second_block(data["nodes"])
     text = json.dumps({"metadata": metadata, **data}, allow_nan=False)
     _warn_of_size(text)
-    write_text_atomically(Path(path), text + "\n")
+    write_text(Path(path), text + "\n")
     return Path(path)
 
 

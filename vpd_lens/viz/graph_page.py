@@ -15,7 +15,7 @@ import torch
 from markupsafe import Markup
 
 from vpd_lens.analysis.circuits.tables import KINDS, Edges
-from vpd_lens.files import write_text_atomically
+from vpd_lens.storage import write_text
 from vpd_lens.viz.html import render_template
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def to_html(
         ArtefactError: If the harvest is of another decomposition.
     """
     path = Path(path)
-    write_text_atomically(path, render(graph, harvest, title))
+    write_text(path, render(graph, harvest, title))
     return path
 
 

@@ -135,11 +135,6 @@ class Behaviour:
 
         Below 0 where a difference of logits is larger than the target model's. An adversary raises
         this; what is minimised is `loss`.
-
-        Args:
-            logits: Under masks.
-            clean: The target model's.
-            objective: See `PruneConfig`.
         """
         if objective == "kl":
             q, p = logits.log_softmax(-1), clean.log_softmax(-1)
@@ -154,13 +149,7 @@ class Behaviour:
         clean: Float[Tensor, "prompt vocab"],
         objective: Objective,
     ) -> Float[Tensor, " prompt"]:
-        """The distance, where a difference of logits need not be larger than the target model's.
-
-        Args:
-            logits: Under masks.
-            clean: The target model's.
-            objective: See `PruneConfig`.
-        """
+        """The distance, where a difference of logits need not be larger than the target model's."""
         return torch.relu(self.distance(logits, clean, objective))
 
     def _difference(self, logits: Float[Tensor, "prompt vocab"]) -> Float[Tensor, " prompt"]:

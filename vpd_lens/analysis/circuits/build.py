@@ -76,13 +76,7 @@ class Targets:
 
     @classmethod
     def packed(cls, numbers: Int[Tensor, "pos C"], one_position: bool) -> Targets:
-        """All targets of a matrix, in as few rows as possible.
-
-        Args:
-            numbers: Node of each read direction at each position, or -1.
-            one_position: Give each target a row of its own, because its sources lie at other
-                positions too.
-        """
+        """All targets of a matrix, in as few rows as possible."""
         position, column = (numbers >= 0).nonzero(as_tuple=True)
         node, order = numbers[position, column], torch.arange(len(position))
         if one_position:
@@ -171,11 +165,7 @@ class GraphBuilder:
         self.n_nodes = 0
 
     def build(self, progress: bool) -> tuple[Nodes, Edges]:
-        """All nodes, and the edges between them.
-
-        Args:
-            progress: Show a progress bar.
-        """
+        """All nodes, and the edges between them."""
         self.cut = self.forward(self.tokens, self.copies)
         names = (*self.cut.leaves, OUTPUTS)
         self.places = {name: self._nodes_at(i, name) for i, name in enumerate(names[:-1])}
@@ -312,13 +302,7 @@ class GraphBuilder:
     def _edges_into(
         self, x: Float[Tensor, "row pos d_in"], targets: Targets, read: Float[Tensor, "d_in C"]
     ) -> None:
-        """Edges into the target nodes of one matrix.
-
-        Args:
-            x: What the targets read, with graph.
-            targets: Which targets.
-            read: Their read directions.
-        """
+        """Edges into the target nodes of one matrix."""
         leaves = [self.cut.leaves[name] for name in self.places]
         for start in range(0, len(targets.table), self.copies):
             table = targets.table[start : start + self.copies]

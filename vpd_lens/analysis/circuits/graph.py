@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import torch
 from jaxtyping import Float
+from pydantic import create_model
 from torch import Tensor
 
+from vpd_lens import storage
 from vpd_lens.analysis.circuits.influence import (
     Influence,
     influence,
@@ -31,6 +33,29 @@ if TYPE_CHECKING:
 
     from vpd_lens.analysis.circuits.attention import AttentionPair
     from vpd_lens.analysis.harvest import Harvest
+
+
+# Every field of an output but its vector, which is a tensor of the file beside the record.
+OutputRecord: Any = create_model(
+    "OutputRecord",
+    **{
+        f.name: (get_type_hints(Output)[f.name], ... if f.default is MISSING else f.default)
+        for f in fields(Output)
+        if f.name != "vector"
+    },
+)
+
+
+class GraphRecord(storage.Record):
+    """What a saved graph says in JSON; see `AttributionGraph`."""
+
+    kind = "graph"
+    tokens: tuple[int, ...]
+    strings: tuple[str, ...]
+    places: tuple[str, ...]
+    outputs: tuple[OutputRecord, ...]
+    settings: dict[str, Any]
+    circuit: CircuitReport | None
 
 
 @dataclass
@@ -231,25 +256,59 @@ class AttributionGraph:
         """Write a directory that `load` reads, whole or not at all.
 
         Args:
-            path: The directory; an earlier one there is replaced once the new one is complete.
+            path: The directory; an earlier graph there is replaced once this one is complete.
 
         Raises:
+            ArtefactError: If something else is there, or the disk does not take it.
             InputError: If `settings` has values that JSON has not.
         """
-        from vpd_lens.analysis.circuits.store import save
-
-        return save(self, Path(path))
+        record = GraphRecord(
+            tokens=self.tokens,
+            strings=self.strings,
+            places=self.nodes.places,
+            outputs=tuple(OutputRecord.model_validate(vars(output)) for output in self.outputs),
+            settings=self.settings,
+            circuit=self.circuit,
+        )
+        tensors = {f"nodes.{name}": getattr(self.nodes, name) for name in Nodes.columns()}
+        tensors |= {f"edges.{name}": getattr(self.edges, name) for name in Edges.columns()}
+        tensors |= {f"outputs.{i}": output.vector for i, output in enumerate(self.outputs)}
+        return storage.write(path, record, {"graph": tensors})
 
     @classmethod
     def load(cls, path: str | Path) -> AttributionGraph:
         """Read what `save` wrote.
 
         Raises:
-            ArtefactError: If it is missing, damaged, or too new.
+            ArtefactError: If it is missing, something else, damaged, or too new.
         """
-        from vpd_lens.analysis.circuits.store import load
-
-        return load(Path(path))
+        artefact = storage.read(path, GraphRecord)
+        record, tensors = artefact.record, artefact.tensors("graph")
+        tables = {"nodes": Nodes.columns(), "edges": Edges.columns()}
+        length = {
+            table: list(tensors.get(f"{table}.{names[0]}", torch.empty(0)).shape)
+            for table, names in tables.items()
+        }
+        expected = {f"{table}.{name}": length[table] for table in tables for name in tables[table]}
+        width = list(tensors.get("outputs.0", torch.empty(0)).shape)
+        expected |= {f"outputs.{i}": width for i in range(len(record.outputs))}
+        storage.require_shapes(artefact.folder, tensors, expected)
+        nodes, edges = (
+            {name: tensors[f"{table}.{name}"] for name in names} for table, names in tables.items()
+        )
+        outputs = (
+            Output(vector=tensors[f"outputs.{i}"], **dict(output))
+            for i, output in enumerate(record.outputs)
+        )
+        return cls(
+            tokens=record.tokens,
+            strings=record.strings,
+            nodes=Nodes(record.places, **nodes),
+            edges=Edges(**edges),
+            outputs=tuple(outputs),
+            settings=record.settings,
+            circuit=record.circuit,
+        )
 
     def to_networkx(self) -> networkx.DiGraph:
         """As a `networkx.DiGraph`, whose nodes are named as here and have their columns."""

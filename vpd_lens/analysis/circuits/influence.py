@@ -42,13 +42,7 @@ Weights = Float[Tensor, " n_outputs"] | None
 
 
 def influence(nodes: Nodes, edges: Edges, weights: Weights = None) -> Influence:
-    """Influence of every node and edge.
-
-    Args:
-        nodes: The nodes of a graph.
-        edges: Its edges.
-        weights: Of the outputs; by default their probabilities.
-    """
+    """Influence of every node and edge."""
     total = _reaching(nodes, edges, weights)
     shares = _shares(edges, len(nodes))
     onward = torch.from_numpy(total)[edges.target.long()]
@@ -77,13 +71,6 @@ def kept_by_influence(
 
     Embeddings and outputs are always kept; a node without an edge towards an output is not, nor
     a subcomponent that nothing reaches.
-
-    Args:
-        nodes: The nodes of a graph.
-        edges: Its edges.
-        node_threshold: Keep the most influential nodes that hold this share.
-        edge_threshold: Of what is left, keep the most influential edges that hold this share.
-        weights: Of the outputs; by default their probabilities.
 
     Raises:
         InputError: If a threshold is not in (0, 1].
@@ -114,11 +101,6 @@ def kept_by_influence(
 def scores(nodes: Nodes, edges: Edges, weights: Weights = None) -> tuple[float, float]:
     """Replacement and completeness score, both in [0, 1].
 
-    Args:
-        nodes: The nodes of a graph.
-        edges: Its edges.
-        weights: Of the outputs; by default their probabilities.
-
     Returns:
         Replacement: share of the influence at the graph's beginnings (embeddings, biases, errors,
             deltas) that is not errors' or deltas'. Completeness: of every node the share of its
@@ -142,11 +124,6 @@ def total_effects(nodes: Nodes, edges: Edges, output: int) -> Float[Tensor, " n_
     Edges are local: `w / (a_s g_s)` is the derivative of the target's activation by the source's.
     The total derivative of an output by a node is the sum over all paths of products of these, and
     the node's activation times it is the output's change when the node is ablated.
-
-    Args:
-        nodes: The nodes of a graph.
-        edges: Its edges.
-        output: Number of the output node.
 
     Returns:
         `a_s d(output)/d(a_s)` for subcomponents, NaN for other nodes. Effects of nodes on one path

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from einops import rearrange, repeat
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -83,12 +84,8 @@ class LinearNorm:
         self.weight = (up - bias) / (direction / direction.square().mean().sqrt())
         self.bias = bias if bool(bias.abs().max() > 0) else None
 
-    def linear(self, x: Tensor, y: Tensor) -> Tensor:
-        """`y`, as a linear function of `x` whose scale is a constant.
-
-        Args:
-            x: The norm's input.
-            y: Its output on it.
+    def linear(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """The output `y` as a linear function of the input `x`, whose scale is a constant.
 
         Raises:
             VPDError: If the module is no norm of this form.
@@ -106,14 +103,13 @@ class LinearNorm:
         return self.weight * (x - x.mean(-1, keepdim=True) if self.centred else x)
 
 
-def attended(pattern: Tensor, value: Tensor, z: Tensor, name: str) -> Tensor:
-    """The attention's result as a linear function of its values, the pattern being a constant.
-
-    Args:
-        pattern: `[row, head, query, key]`.
-        value: Output of the v matrix, `[row, pos, kv_heads * d_head]`.
-        z: The result, `[row, pos, heads * d_head]`.
-        name: Of the o matrix, for messages.
+def attended(
+    pattern: Float[Tensor, "row head query key"],
+    value: Float[Tensor, "row key kv"],
+    z: Float[Tensor, "row query d"],
+    name: str,
+) -> Float[Tensor, "row query d"]:
+    """The attention's result `z` as a linear function of its values, the pattern being a constant.
 
     Raises:
         VPDError: If `z` is something else.
@@ -146,12 +142,10 @@ class NeuronGains:
         if name in self._wanted:
             self._before[name] = y
 
-    def output(self, prefix: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The neurons' activations as gain times pre-activation, and what is left of them.
-
-        Args:
-            prefix: Name of the MLP.
-            x: The activations, `[row, pos, d_mlp]`.
+    def output(
+        self, prefix: str, x: Float[Tensor, "row pos d_mlp"]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The neurons' activations `x` as gain times pre-activation, and what is left of them.
 
         Returns:
             The linear function, and a constant where an activation is not 0 at 0.

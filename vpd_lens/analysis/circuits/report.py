@@ -110,13 +110,7 @@ class CircuitTest:
         before: Float[Tensor, "prompt pos C_total"],
         clean: Float[Tensor, "prompt vocab"],
     ) -> CircuitReport:
-        """Compare a circuit with what it was found in.
-
-        Args:
-            circuit: The circuit's importances.
-            before: Those of the importance function.
-            clean: The target model's logits at the behaviour's positions.
-        """
+        """Compare a circuit with what it was found in."""
         counts = (circuit > 0).float().sum(1)
         by_site = self.layout.sum_per_site(counts).mean(0).tolist()
         return CircuitReport(
@@ -133,12 +127,7 @@ class CircuitTest:
     def probabilities(
         self, g: Float[Tensor, "prompt pos C_total"], clean: Float[Tensor, "prompt vocab"]
     ) -> dict[str, tuple[float, ...]]:
-        """Probability of each prompt's token under every kind of mask; see `CircuitReport`.
-
-        Args:
-            g: Importances.
-            clean: The target model's logits at the behaviour's positions.
-        """
+        """Probability of each prompt's token under every kind of mask; see `CircuitReport`."""
         config, layout, p = self.config, self.layout, self._probability
         generator = torch.Generator(device=g.device).manual_seed(config.seed + 1)
         none = g.new_zeros(*g.shape[:-1], layout.n_sites)

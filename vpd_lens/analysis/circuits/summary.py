@@ -24,21 +24,13 @@ _HTML = "<pre style='line-height:1.2;overflow-x:auto;background:none;color:inher
 
 
 def summary(graph: AttributionGraph) -> Group:
-    """Sizes, scores, outputs, the most influential nodes and L0 by block, for `rich.print`.
-
-    Args:
-        graph: The graph.
-    """
+    """Sizes, scores, outputs, the most influential nodes and L0 by block, for `rich.print`."""
     prompt = Panel(Text("".join(graph.strings), style="bold"), title="Attribution graph")
     return Group(prompt, _sizes(graph), _outputs(graph), _most_influential(graph), _l0(graph))
 
 
 def summary_html(graph: AttributionGraph) -> str:
-    """The same for a notebook.
-
-    Args:
-        graph: The graph.
-    """
+    """The same for a notebook."""
     console = Console(record=True, file=io.StringIO(), width=100, force_jupyter=False)
     console.print(summary(graph))
     return console.export_html(inline_styles=True, code_format=_HTML)

@@ -125,12 +125,6 @@ def resolve_targets(
 ) -> list[Output]:
     """The output nodes that a user's `target` means.
 
-    Args:
-        model: The model, for its tokenizer and its size.
-        targets: One or several targets; `None` is `TopTokens()`.
-        logits: The target model's on the prompt.
-        unembed: The unembedding's weight and bias.
-
     Raises:
         InputError: If a target is not one token, a position is not in the prompt, or a vector
             has the wrong size.
@@ -295,11 +289,6 @@ def prompt_tokens(
     prepend_bos: bool | None = None,
 ) -> Int[Tensor, " pos"]:
     """A prompt as token ids.
-
-    Args:
-        model: The model.
-        prompt: Text, ids, or a tensor of one row.
-        prepend_bos: Whether text gets a BOS token; `None`: the model's own default.
 
     Raises:
         InputError: If it is empty, of several rows, out of the vocabulary or too long.
