@@ -58,12 +58,7 @@ def gather(
 
 
 def check_output(n_batches: int, output: str | Path | None, resume: bool) -> None:
-    """Refuse to go on from nothing, and to write over what is stored.
-
-    Args:
-        n_batches: Batches in all.
-        output: The folder, or `None`.
-        resume: Whether to go on from what is there.
+    """Refuse to go on from nothing, and to write over what is stored in `output`.
 
     Raises:
         InputError: If `n_batches` is below 1, or `resume` without `output`.
@@ -86,14 +81,8 @@ def check_same(
 ) -> None:
     """Refuse to go on with other arguments than a result was started with.
 
-    Args:
-        output: Where the result is stored.
-        then: Its settings.
-        now: The settings asked for.
-        others: Further differences, in words.
-
     Raises:
-        ArtefactError: If anything differs.
+        ArtefactError: If the settings differ, or `others` names further differences.
     """
     before, after = then.model_dump(), now.model_dump()
     different = [

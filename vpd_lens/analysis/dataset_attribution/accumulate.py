@@ -260,11 +260,7 @@ class Engine:
             yield name, self.reads[name].shape[1] if name in self.reads else n_sources, n_sources
 
     def require_small(self, limit: float) -> None:
-        """Refuse tables that are too large.
-
-        Raises:
-            InputError: If they are.
-        """
+        """Refuse tables of more than `limit` GiB."""
         sizes = {
             name: 4 * rows * columns * (1 + self._has_absolute(name))
             for name, rows, columns in self.shapes()
@@ -311,13 +307,7 @@ class Engine:
         batch: Batch,
         count_pass: Callable[[], None] = lambda: None,
     ) -> None:
-        """Add one batch.
-
-        Args:
-            result: The sums.
-            batch: The batch, on the model's device.
-            count_pass: Called after each of `n_passes`.
-        """
+        """Add one batch on the model's device, calling `count_pass` after each of `n_passes`."""
         seen = observe(self.forward, self.directions, self.alive, batch)
         seen.count_pass = count_pass
         count_pass()

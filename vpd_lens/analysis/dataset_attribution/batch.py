@@ -95,23 +95,14 @@ class Observed:
     def contribution(
         self, place: str, gradient: Float[Tensor, "n d_out"]
     ) -> Float[Tensor, " n_sources"]:
-        """What every source at a place adds to a target, summed over positions.
-
-        Args:
-            place: A site, or `embed`.
-            gradient: Of the target, at the place's output.
-        """
+        """What every source at a place adds to a target with that gradient at its output."""
         if place == EMBEDDING:
             per_position = torch.linalg.vecdot(gradient, self.embeddings)
             return self.by_token(per_position[:, None])[0]
         return ((self.weighted[place].T @ gradient) * self.directions.write[place]).sum(1)
 
     def by_token(self, values: Float[Tensor, "n k"]) -> Float[Tensor, "k n_tokens"]:
-        """Sums over the positions of every token.
-
-        Args:
-            values: One row per position.
-        """
+        """Sums over the positions of every token."""
         sums = values.new_zeros(self.directions.n_tokens, values.shape[1])
         return sums.index_add_(0, self.tokens, values).T
 
@@ -122,14 +113,7 @@ def observe(
     alive: Alive,
     batch: Batch,
 ) -> Observed:
-    """Run one batch.
-
-    Args:
-        forward: The cut model.
-        directions: Of the alive subcomponents.
-        alive: Which these are.
-        batch: The batch. Its pads are on the right, where a causal model does not see them.
-    """
+    """Run one batch; its pads are on the right, where a causal model does not see them."""
     vpd = forward.vpd
     cut = forward(batch.tokens)
     rows = None if batch.real is None else batch.real.flatten()

@@ -27,31 +27,14 @@ class Node(NamedTuple):
 
 
 def node_name(place: str, row: int, alive: Mapping[str, Tensor]) -> str:
-    """The name of a node.
-
-    Args:
-        place: A site, `embed` or `output`.
-        row: Among the alive subcomponents, or a token id.
-        alive: Alive subcomponents by site.
-    """
+    """The name of a node: row among the alive subcomponents of its site, or token id."""
     return f"{place}:{int(alive[place][row]) if place in alive else row}"
 
 
 def find_node(
     name: str, alive: Mapping[str, Tensor], strings: Sequence[str], n_tokens: int, readout: Tensor
 ) -> Node:
-    """The node of a name.
-
-    Args:
-        name: As `node_name` gives it; tokens also as text.
-        alive: Alive subcomponents by site.
-        strings: Text of every token id.
-        n_tokens: Number of tokens of `embed`.
-        readout: Its columns are the tokens of `output`.
-
-    Raises:
-        InputError: If there is no such node.
-    """
+    """The node of a name, as `node_name` gives it; tokens also as text."""
     place, colon, rest = name.partition(":")
     if place in (EMBEDDING, OUTPUT) and colon:
         size = n_tokens if place == EMBEDDING else readout.shape[1]
@@ -92,18 +75,7 @@ def ranked(
     sign: Sign,
     place: str | None,
 ) -> list[tuple[str, float]]:
-    """Names and values, the strongest first; what is 0 is left out.
-
-    Args:
-        found: Values of the nodes of each place, `[n]`.
-        alive: Alive subcomponents by site.
-        top: At most so many.
-        sign: Which values.
-        place: Nodes of this place only.
-
-    Raises:
-        InputError: If there is no such sign or place.
-    """
+    """Names and values, the strongest first; what is 0 is left out."""
     if sign not in ("both", "positive", "negative"):
         raise InputError(f"sign={sign!r}; expected 'both', 'positive' or 'negative'.")
     if place is not None and place not in found:
@@ -125,14 +97,7 @@ def strongest_table(
     targets: Sequence[tuple[str, float]],
     strings: Sequence[str],
 ) -> Table:
-    """A rich table of ranked sources on the left and ranked targets on the right.
-
-    Args:
-        title: Its title.
-        sources: Names and values, as from `ranked`.
-        targets: Likewise.
-        strings: Text of every token id.
-    """
+    """A rich table of ranked sources on the left and ranked targets on the right."""
     table = Table(title=title, title_justify="left")
     for heading in ("source", "target"):
         table.add_column(heading, overflow="fold")

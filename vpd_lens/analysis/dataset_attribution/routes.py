@@ -56,13 +56,7 @@ class Route(ABC):
         """
 
     def n_passes(self, d_in: int, n_targets: int, absolute: bool) -> int:
-        """Number of backward passes of a call, which take most of its time.
-
-        Args:
-            d_in: Length of the targets' read directions.
-            n_targets: Number of targets.
-            absolute: Whether it is a call with signs.
-        """
+        """Number of backward passes of a call, which take most of its time."""
         return 0
 
 
@@ -209,22 +203,16 @@ class ThroughNeurons(Route):
         slopes = batch.gradients(self.matrix, self.places, ones)
         tables = []
         for place, slope in zip(self.places, slopes, strict=True):
-            parts = slope, batch.weighted[place], batch.directions.write[place]
-            tables.append(_signed(read, *parts) if sign is None else _absolute(read, sign, *parts))
+            weighted, write = batch.weighted[place], batch.directions.write[place]
+            if sign is None:
+                tables.append(read.T @ ((weighted.T @ slope) * write).T)
+            else:
+                tables.append(_absolute(read, sign, slope, weighted, write))
         return torch.cat(tables, 1)
 
     def n_passes(self, d_in: int, n_targets: int, absolute: bool) -> int:
         """See `Route`."""
         return 1
-
-
-def _signed(
-    read: Float[Tensor, "d T"],
-    slope: Float[Tensor, "n d"],
-    weighted: Float[Tensor, "n S"],
-    write: Float[Tensor, "S d"],
-) -> Float[Tensor, "T S"]:
-    return read.T @ ((weighted.T @ slope) * write).T
 
 
 def _absolute(
@@ -249,14 +237,7 @@ def _absolute(
 def choose_routes(
     forward: CutForward, directions: Directions, alive: Alive, matrices: Sequence[str]
 ) -> dict[str, Route]:
-    """The route to every matrix that any source reaches.
-
-    Args:
-        forward: The cut model.
-        directions: Of the alive subcomponents.
-        alive: Which these are.
-        matrices: Whose inputs are wanted.
-    """
+    """The route to every matrix that any source reaches."""
     probe = _probe(forward, directions, alive)
     routes: dict[str, Route] = {}
     for matrix in matrices:

@@ -208,11 +208,6 @@ def random_keys(firings: Firings, seed: int, batch: int) -> Int64[Tensor, " n_fi
 
     They come from numpy, so that they are independent of data that a torch generator of the same
     seed makes, and the same on every device.
-
-    Args:
-        firings: The firings of one batch.
-        seed: The harvest's seed.
-        batch: Number of the batch.
     """
     largest = np.iinfo(np.int64).max
     keys = np.random.default_rng([seed, batch]).integers(largest, size=len(firings))

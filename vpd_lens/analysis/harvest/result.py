@@ -109,16 +109,7 @@ class Harvest:
         vocabularies: tuple[int, int],
         device: torch.device,
     ) -> Harvest:
-        """A harvest of nothing yet.
-
-        Args:
-            layout: The sites.
-            settings: What to gather.
-            fingerprint: The decomposition's.
-            strings: Text of every token id.
-            vocabularies: Number of input tokens and of output tokens.
-            device: Where tables and buffers live.
-        """
+        """A harvest of nothing yet, for numbers of input and of output tokens."""
         c, n = layout.total, settings
         return cls(
             layout,

@@ -153,12 +153,7 @@ class TokenTable:
         )
 
     def add_mass(self, firings: Firings, mass: Float[Tensor, "batch pos vocab"]) -> None:
-        """Add the masses of all tokens at the positions of a batch.
-
-        Args:
-            firings: The batch' firings.
-            mass: Weights of all tokens at every position; probabilities add up to 1.
-        """
+        """Add the masses of all tokens at the positions of a batch."""
         self.everywhere += firings.of_positions(mass).sum(0, dtype=torch.float64)
         by_row = firings.subcomponent.argsort(stable=True)
         rows, counts = firings.subcomponent[by_row].unique_consecutive(return_counts=True)
@@ -173,19 +168,7 @@ class TokenTable:
     def largest(
         self, row: int, n_firings: int, k: int = 10, by: str = "information", min_count: float = 0.0
     ) -> list[TokenStatistic]:
-        """The tokens that go most with the firing of one subcomponent.
-
-        Args:
-            row: Which subcomponent.
-            n_firings: How often it fired, at least once.
-            k: Number of tokens; fewer if it was seen with fewer.
-            by: `"information"`, `"recall"`, `"precision"` or `"pmi"`.
-            min_count: Leave out tokens with less weight at the firings, which make precision and
-                PMI noisy.
-
-        Raises:
-            InputError: If `by` is none of these.
-        """
+        """The tokens that go most with a subcomponent's firing; see `Harvest.tokens`."""
         if by not in ORDERS:
             raise InputError(f"by={by!r} is not one of {', '.join(ORDERS)}.")
         weights = self.at_firings[row]
@@ -225,11 +208,7 @@ def token_strings(tokenizer: Any, vocabulary: int) -> list[str]:
 
     A token that is part of a character only, which has no text of its own, is written as the
     tokenizer's vocabulary does; one without any text, or without a tokenizer, as its id in angle
-    brackets.
-
-    Args:
-        tokenizer: A Hugging Face tokenizer, or `None`.
-        vocabulary: Number of ids; models may have more than their tokenizer.
+    brackets. Models may have more ids than their tokenizer.
     """
     if tokenizer is None:
         return [f"<{token}>" for token in range(vocabulary)]
