@@ -104,7 +104,7 @@ class LinearNorm:
 
 
 def attended(
-    pattern: Float[Tensor, "row head query key"],
+    pattern: Float[Tensor, "#row head query key"],
     value: Float[Tensor, "row key kv"],
     z: Float[Tensor, "row query d"],
     name: str,
