@@ -59,6 +59,8 @@ class TrainingResult:
     history: list[dict[str, float]] = field(repr=False, default_factory=list)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(
     model: nn.Module,
     data: Any,
