@@ -12,6 +12,7 @@ How a batch is cut into micro-batches and shared between processes is in `accumu
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -230,7 +231,7 @@ class Stepper:
         return self._divergence_under(part)(masks)
 
     def _faithfulness(self) -> Tensor:
-        with torch.autocast(self.device.type, enabled=False):
+        with self._autocast(False):
             loss = faithfulness(self.vpd.subcomponents.deltas(self.weights))
         return loss if self.processes.world == 1 else loss / self.processes.world
 
@@ -283,9 +284,10 @@ class Stepper:
         if self.adversary is not None:
             self.adversary.set_lr(self._adversary_lr)
 
-    def _autocast(self) -> Any:
-        on = self.config.autocast and self.device.type == "cuda"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+    def _autocast(self, on: bool = True) -> AbstractContextManager[Any]:
+        if self.device.type != "cuda" or not self.config.autocast:
+            return nullcontext()
+        return torch.autocast("cuda", dtype=torch.bfloat16, enabled=on)
 
 
 def _masked_forward(vpd: Decomposition, config: VPDConfig) -> MaskedForward:
