@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vpd_lens
 from vpd_lens.decomposition import Divergence, Masks
 from vpd_lens.decomposition.attach import attach
-from vpd_lens.errors import AttachError, ConfigError, VPDError
+from vpd_lens.errors import AttachError, ConfigError
 from vpd_lens.training import VPDConfig
 from vpd_lens.training import step as step_module
 from vpd_lens.training.step import Stepper
@@ -269,21 +269,28 @@ def test_a_compiled_model_is_refused_and_left_alone() -> None:
     assert "vpd" not in model.__dict__
 
 
-def test_gradient_checkpointing_under_masks_is_refused() -> None:
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradients_under_masks_do_not_depend_on_gradient_checkpointing(reentrant: bool) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    shape = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 16, "vocab_size": 29}
-    model = GPT2LMHeadModel(GPT2Config(**shape)).eval()
+    shape = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16, "vocab_size": 29}
+    off = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(**shape, **off))
     importance = vpd_lens.CausalImportanceConfig(kind="mlp")
     attach(model, r"mlp", 6, importance, rows(), divergence=lambda a, b: (a - b).square().mean())
-    model.gradient_checkpointing_enable()
-    with model.vpd.masked("zero"):
-        model(rows())  # nothing is recomputed in evaluation mode
-        model.train()
-        with pytest.raises(VPDError, match="gradient_checkpointing_disable"):
-            model(rows())
-        with torch.no_grad():
-            model(rows())
+    model.train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with model.vpd.masked("random", seed=0):
+            loss = model(rows()).logits.square().mean()
+        loss.backward()
+        gradients.append([v.grad.clone() for v in model.vpd.subcomponents.v])
+        model.vpd.zero_grad()
+        assert model.is_gradient_checkpointing == checkpointing
+    assert all(map(torch.equal, *gradients))
+    assert all(gradient.abs().max() > 0 for gradient in gradients[0])
 
 
 @pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])

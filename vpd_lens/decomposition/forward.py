@@ -132,12 +132,11 @@ class Forwards:
         n, state = len(self.sites), self.state
         current = Pass([None] * n, frozen=state.frozen, finished=not self.ends)
         if masks is not None:
-            self._refuse_checkpointing()
             masks = masks.computed() if isinstance(masks, SourceMasks) else masks
             current.masks, current.edited = masks.per_site(self.layout), [False] * n
         if record:
             current.outputs = [None] * n
-        with self.within(current):
+        with self.within(current), self._keeping_activations():
             output = self.original(*args, **kwargs)
         if masks is not None:
             self._require_all_edited(current, kwargs)
@@ -203,17 +202,23 @@ class Forwards:
         inner = wrapped.modules() if isinstance(wrapped, nn.Module) else ()
         return list(dict.fromkeys([*self.model.modules(), *inner]))
 
-    def _refuse_checkpointing(self) -> None:
-        if not torch.is_grad_enabled():
+    @contextmanager
+    def _keeping_activations(self) -> Iterator[None]:
+        """Switch off Hugging Face's gradient checkpointing, whose repetitions know no masks."""
+        state = self.state
+        if state.undisturbed or not torch.is_grad_enabled():  # then nothing is recomputed
+            yield
             return
-        # Hugging Face marks the modules that recompute; they do so in training mode only.
-        if any(m.training and m.__dict__.get("gradient_checkpointing") for m in self._modules()):
-            raise VPDError(
-                "masks are active, and the model recomputes its blocks in the backward pass "
-                "(gradient_checkpointing_enable), where the masks are gone. Call "
-                "gradient_checkpointing_disable() or model.eval(); in training, use recompute=True "
-                "of VPDConfig."
-            )
+        recomputing = [
+            m for m in self._modules() if m.training and m.__dict__.get("gradient_checkpointing")
+        ]
+        for module in recomputing:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for module in recomputing:
+                module.gradient_checkpointing = True  # type: ignore[assignment]
 
     def _require_all_edited(self, current: Pass, kwargs: Mapping[str, Any]) -> None:
         """A flag switched on after attaching may bypass a matrix; its masks would do nothing."""
