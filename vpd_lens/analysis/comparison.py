@@ -24,8 +24,9 @@ from torch import Tensor
 
 from vpd_lens.analysis.usage import Alive
 from vpd_lens.decomposition import Decomposition
-from vpd_lens.errors import ArtefactError, InputError
-from vpd_lens.files import existing_directory, read_tensors
+from vpd_lens.description import DecompositionRecord
+from vpd_lens.errors import InputError
+from vpd_lens.storage import read
 
 # By site; sizes differ from one to the next, so their names are not checked against each other.
 Directions = Mapping[str, tuple[Float[Tensor, "_d_in _C"], Float[Tensor, "_C _d_out"]]]
@@ -180,13 +181,9 @@ def directions(decomposition: Decomposition | str | Path) -> Directions:
             name: (v.detach().cpu(), u.detach().cpu())
             for name, v, u in zip(layout.names, parts.v, parts.u, strict=True)
         }
-    path = existing_directory(Path(decomposition)) / "subcomponents.safetensors"
-    tensors = read_tensors(path)
-    sites = [name.removesuffix(".V") for name in tensors if name.endswith(".V")]
-    try:
-        return {site: (tensors[f"{site}.V"], tensors[f"{site}.U"]) for site in sites}
-    except KeyError as error:
-        raise ArtefactError(f"{path}: there is no {error} in it.") from None
+    artefact = read(decomposition, DecompositionRecord)
+    tensors = artefact.tensors("subcomponents")
+    return {site: (tensors[f"{site}.V"], tensors[f"{site}.U"]) for site in artefact.record.sites}
 
 
 # --------------------------------------------------------------------------- one site
