@@ -52,7 +52,7 @@ class Contributor:
 
     def weights(self, gradient: Float[Tensor, "row pos d_out"]) -> Float[Tensor, "row n"]:
         """The weight of the edge from each node to each row's target at the node's position."""
-        if self.index is None:
+        if self.index is None or self.weighted is None:
             return torch.linalg.vecdot(gradient, self.write)[:, : len(self.numbers)]
         at = self.position.to(gradient.device)
         return (gradient @ self.write.T)[:, at, self.index] * self.weighted

@@ -143,8 +143,7 @@ def edited(
         ...     model.generate("def read(self", max_new_tokens=8)
     """
     vpd = decomposition_of(model)
-    several = [edits] if isinstance(edits, Edit) else list(edits)
-    resolved = [part for edit in several for part in _resolve(vpd, edit, prepend_bos)]
+    resolved = [part for edit in _several(edits) for part in _resolve(vpd, edit, prepend_bos)]
     clock = _Clock(vpd)
     hooks: list[tuple[str, Any]] = []
     if resolved:
@@ -195,16 +194,14 @@ def _contains(positions: Positions, here: Int[Tensor, " pos"]) -> Tensor:
         start, stop, step = positions.start or 0, positions.stop, positions.step or 1
         inside = (here >= start) & ((here - start) % step == 0)
         return inside if stop is None else inside & (here < stop)
-    wanted = [positions] if isinstance(positions, int) else list(positions)
-    return torch.isin(here, torch.tensor(wanted, device=here.device))
+    return torch.isin(here, torch.tensor(_listed(positions), device=here.device))
 
 
 def _resolve(vpd: Decomposition, edit: Edit, prepend_bos: bool | None) -> list[_SiteEdit]:
     """The edit by site and position."""
     _require_positions(edit.positions)
-    names = [edit.subcomponents] if isinstance(edit.subcomponents, str) else edit.subcomponents
     groups: dict[tuple[str, int | None], list[int]] = {}
-    for name in names:
+    for name in _names(edit):
         site, index, position = parse_name(vpd, name)
         if position is not None and edit.positions is not None:
             raise InputError(f"{name!r} names a position, and positions={edit.positions!r} too.")
@@ -261,17 +258,10 @@ def require_in_prompt(vpd: Decomposition, edits: Edit | Sequence[Edit], n_positi
     Raises:
         InputError: If one does not.
     """
-    for edit in [edits] if isinstance(edits, Edit) else list(edits):
-        names = [edit.subcomponents] if isinstance(edit.subcomponents, str) else edit.subcomponents
-        named = [parse_name(vpd, name)[2] for name in names]
-        given = edit.positions
-        if isinstance(given, slice):
-            named.append(given.start)
-        else:
-            named += [given] if isinstance(given, int) else list(given or [])
-        beyond = [
-            position for position in named if position is not None and position >= n_positions
-        ]
+    for edit in _several(edits):
+        given, named = edit.positions, [parse_name(vpd, name)[2] for name in _names(edit)]
+        named += [given.start] if isinstance(given, slice) else _listed(given)
+        beyond = [at for at in named if at is not None and at >= n_positions]
         if beyond:
             raise InputError(
                 f"{type(edit).__name__}: position {beyond[0]} is not in the prompt, which has "
@@ -284,8 +274,7 @@ def _require_positions(positions: Positions) -> None:
         backwards = positions.step is not None and positions.step < 1
         values = [v for v in (positions.start, positions.stop) if v is not None]
     else:
-        backwards = isinstance(positions, bool)
-        values = [positions] if isinstance(positions, int) else list(positions or [])
+        backwards, values = isinstance(positions, bool), _listed(positions)
     if backwards:
         raise InputError(f"positions={positions!r}; expected numbers, or a slice going forwards.")
     if any(value < 0 for value in values):
@@ -293,3 +282,16 @@ def _require_positions(positions: Positions) -> None:
             f"positions={positions!r}: count from the beginning, because a sequence that is being "
             "generated has no fixed end."
         )
+
+
+def _several(edits: Edit | Sequence[Edit]) -> list[Edit]:
+    return [edits] if isinstance(edits, Edit) else list(edits)
+
+
+def _names(edit: Edit) -> list[str]:
+    names = edit.subcomponents
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _listed(positions: int | Sequence[int] | None) -> list[int]:
+    return [positions] if isinstance(positions, int) else list(positions or ())

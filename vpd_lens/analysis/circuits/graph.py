@@ -53,7 +53,7 @@ class GraphRecord(storage.Record):
     tokens: tuple[int, ...]
     strings: tuple[str, ...]
     places: tuple[str, ...]
-    outputs: tuple[OutputRecord, ...]
+    outputs: tuple[OutputRecord, ...]  # type: ignore[valid-type]
     settings: dict[str, Any]
     circuit: CircuitReport | None
 
