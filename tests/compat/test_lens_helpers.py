@@ -98,7 +98,7 @@ def heads_and_output(model: nn.Module) -> tuple[Tensor, Tensor]:
     """The sum of all heads' results, and the sum of the attention outputs."""
     _, cache = model.run_with_cache(tokens(1))
     layers = range(model.cfg.n_layers)
-    biases = sum(model.blocks[layer].attn.b_O for layer in layers)
+    biases = sum(b for layer in layers if (b := model.blocks[layer].attn.b_O) is not None)
     output = sum(cache[f"blocks.{layer}.hook_attn_out"] for layer in layers)
     return cache.stack_head_results(layer=-1).sum(0), output - biases
 
@@ -114,6 +114,30 @@ def test_heads_add_up_to_the_attention(pair: Pair) -> None:
     assert not torch.allclose(masked, heads, atol=1e-2)
 
 
+def test_results_of_heads_under_masks(build: Callable[..., nn.Module]) -> None:
+    """With `use_attn_result` on, hook_result shows what each head writes under masks."""
+    from vpd_lens.decomposition.attach import attach
+
+    model = attach(build("hooked-result"), n_subcomponents=5)
+    masks, deltas = random_masks(model.vpd)
+    ablate = ("blocks.0.attn.hook_result", lambda r, hook: r.index_fill(2, torch.tensor([1]), 0))
+    outputs = []
+    with torch.no_grad(), model.vpd.masked(masks, delta=deltas):
+        for on in (True, False):
+            model.set_use_attn_result(on)
+            logits, cache = model.run_with_cache(tokens(1))
+            outputs.append((logits, cache.stack_head_results(layer=-1)))
+        model.set_use_attn_result(True)
+        torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-3)
+        seen = []
+        see = ("blocks.0.hook_attn_out", lambda a, hook: seen.append(a))
+        model.run_with_hooks(tokens(1), fwd_hooks=[ablate, see])
+    rest = [head for head in range(model.cfg.n_heads) if head != 1]
+    expected = outputs[1][1][: model.cfg.n_heads][rest].sum(0) + model.blocks[0].attn.b_O
+    torch.testing.assert_close(seen[0], expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:run_with_cache")
 def test_heads_under_masks_need_the_masks(pair: Pair) -> None:
     from vpd_lens.errors import InputError
 

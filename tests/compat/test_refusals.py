@@ -76,6 +76,30 @@ def test_transformers_that_lose_the_cache_of_bridges(
         module.attach(model, n_subcomponents=5)
 
 
+def test_adapters_even_while_they_are_zero(build: Callable[..., nn.Module]) -> None:
+    from vpd_lens.decomposition.attach import attach
+    from vpd_lens.errors import AttachError
+
+    class Adapted(nn.Module):
+        """What peft puts around a linear module; its second factor starts at zero."""
+
+        def __init__(self, base_layer: nn.Linear) -> None:
+            super().__init__()
+            self.base_layer = base_layer
+            self.a = nn.Linear(base_layer.in_features, 2, bias=False)
+            self.b = nn.Linear(2, base_layer.out_features, bias=False)
+            nn.init.zeros_(self.b.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base_layer(x) + self.b(self.a(x))
+
+    model = build("bridge-llama-default")
+    q = model.blocks[0].attn.q
+    q.set_original_component(Adapted(q.original_component))
+    with pytest.raises(AttachError, match=r"blocks\.0\.attn\.q carries an adapter"):
+        attach(model, n_subcomponents=5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_sites_that_do_not_exist(case: str, build: Callable[..., nn.Module]) -> None:
     from vpd_lens.decomposition.attach import attach

@@ -55,6 +55,9 @@ class Attachment:
             self.handles += site.attach(
                 partial(forwards.read, index), partial(forwards.edit, index)
             )
+            if site.results is not None:
+                edit_heads = partial(forwards.edit_heads, index)
+                self.handles.append(site.results.register_forward_pre_hook(edit_heads))
         if model_kind(model) != "module":
             self.handles += self._hook_ends(forwards)
         model.__dict__.update({name: wrapped[name] for name in self.original})

@@ -14,10 +14,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from vpd_lens.decomposition.masked_site import edited_site, masked_site
@@ -45,6 +46,7 @@ class Pass:
         frozen: Whether V and U are constants, which get no gradient.
         outputs: Output of every site as written, `[*batch, d_out]`, if they are recorded.
         edited: Which sites have been masked so far.
+        by_head: Sites whose masks were applied to the result of every head.
         finished: Whether the forward has reached the model's end.
         own: Whether it runs through the decomposition; `False` for whatever else calls the model.
     """
@@ -54,6 +56,7 @@ class Pass:
     frozen: bool = False
     outputs: list[Tensor | None] | None = None
     edited: list[bool] = field(default_factory=list)
+    by_head: set[int] = field(default_factory=set)
     finished: bool = False
     own: bool = True
 
@@ -253,6 +256,32 @@ class Forwards:
             current.inputs[index] = None
         return edited
 
+    def edit_heads(self, index: int, _module: nn.Module, args: tuple) -> tuple[Tensor] | None:
+        """The results of a site's heads under masks, `[*batch, head, d_out]`.
+
+        HookedTransformer computes them with `use_attn_result` on, and adds them up itself. Head h
+        writes `m_delta z_h W_h + ((m - m_delta) * (z_h V_h)) U`.
+        """
+        current = self.state.current
+        if current is None or current.masks is None:
+            return None
+        (results,) = args
+        z = current.inputs[index]
+        assert z is not None
+        v, u = (part.to(z.dtype) for part in self._directions(current, index))
+        v = rearrange(v, "(head d) c -> head d c", head=results.shape[-2])
+        z = rearrange(z, "... (head d) -> ... head d", head=results.shape[-2])
+        acts = einsum(z, v, "... head d, head d c -> ... head c")
+        seen = self._shown(index, acts.sum(-2), current.masks[index])
+        if seen.acts_edited:
+            raise VPDError(
+                f"hook_acts of {self.layout.names[index]} was edited, which says nothing of single "
+                "heads. Call model.set_use_attn_result(False), or edit hook_mask."
+            )
+        mask, delta = (t.to(z.dtype).unsqueeze(-2) for t in (seen.mask, seen.delta))
+        current.by_head.add(index)
+        return (delta * results + ((mask - delta) * acts) @ u,)
+
     def note_end(self, _module: nn.Module, _args: tuple) -> None:
         """See that the forward has reached the model's end."""
         if (current := self.state.current) is not None:
@@ -274,6 +303,8 @@ class Forwards:
             return hooks.hook_out(self._watched(current, index, y, None))  # type: ignore[no-any-return]
         masks = current.masks[index]
         current.edited[index] = True
+        if index in current.by_head:
+            return hooks.hook_out(y)  # type: ignore[no-any-return]
         self._require_fit(index, masks, y)
         if hooks.masks_are_watched():
             y = self._watched(current, index, y, masks)
@@ -314,6 +345,19 @@ class Forwards:
         v, u = self._directions(current, index)
         x = self._input_of(current, index, y)
         acts = x.to(y.dtype) @ v.to(y.dtype)
+        shown = self._shown(index, acts, masks)
+        points = (hooks.hook_acts, hooks.hook_mask, hooks.hook_delta_mask)
+        backward = torch.is_grad_enabled() and any(point._backward_hooks for point in points)
+        # The untouched path: hooks that only look leave the model's own output in place.
+        if masks is None and not shown.edited and not backward:
+            return y
+        clean = x.to(y.dtype) @ v.to(y.dtype) if shown.acts_overwritten else acts
+        bias = self.sites[index].bias
+        return edited_site(y, u, clean, shown.acts, shown.mask, shown.delta, bias)
+
+    def _shown(self, index: int, acts: Tensor, masks: SiteMasks | None) -> _Shown:
+        """Activations and masks after the hooks of a site have seen them."""
+        hooks = self.sites[index].hooks
         batch = acts.shape[:-1]
         if masks is None:
             mask, delta = acts.new_ones(acts.shape), acts.new_ones(*batch, 1)
@@ -324,23 +368,36 @@ class Forwards:
             if masks.routed is not None:
                 mask = torch.where(masks.routed, mask, 1)
                 delta = torch.where(masks.routed, delta, 1)
-        backward = False
         for hook, leaf in ((hooks.hook_mask, mask), (hooks.hook_delta_mask, delta)):
             if hook._backward_hooks and torch.is_grad_enabled() and not leaf.requires_grad:
                 leaf.requires_grad_()
-            backward |= bool(hook._backward_hooks)
-        backward |= bool(hooks.hook_acts._backward_hooks)
-        # The untouched path: hooks that only look leave the model's own output in place.
         before = [_Snapshot(t) for t in (acts, mask, delta)]
-        new_acts = hooks.hook_acts(acts)
-        new_mask = hooks.hook_mask(mask)
-        new_delta = hooks.hook_delta_mask(delta)
-        same = new_acts is acts and new_mask is mask and new_delta is delta
-        same = same and not any(snapshot.changed() for snapshot in before)
-        if masks is None and same and not (backward and torch.is_grad_enabled()):
-            return y
-        clean = x.to(y.dtype) @ v.to(y.dtype) if before[0].changed() else acts
-        return edited_site(y, u, clean, new_acts, new_mask, new_delta, self.sites[index].bias)
+        after = hooks.hook_acts(acts), hooks.hook_mask(mask), hooks.hook_delta_mask(delta)
+        overwritten = [snapshot.changed() for snapshot in before]
+        replaced = [new is not old for new, old in zip(after, (acts, mask, delta), strict=True)]
+        return _Shown(
+            *after, overwritten[0], overwritten[0] or replaced[0], any(overwritten + replaced)
+        )
+
+
+class _Shown(NamedTuple):
+    """What the hooks of a site made of its activations and masks.
+
+    Attributes:
+        acts: Activations `[*batch, C]`.
+        mask: Masks of the subcomponents `[*batch, C]`.
+        delta: The delta's mask `[*batch, 1]`.
+        acts_overwritten: Whether a hook wrote into the activations that it was given.
+        acts_edited: Whether it did so, or returned others.
+        edited: Whether any of the three is another one.
+    """
+
+    acts: Tensor
+    mask: Tensor
+    delta: Tensor
+    acts_overwritten: bool
+    acts_edited: bool
+    edited: bool
 
 
 class _Snapshot:

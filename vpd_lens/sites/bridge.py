@@ -69,6 +69,12 @@ def _site(
 ) -> Site:
     part = name.rsplit(".", 1)[-1]
     linear = module.original_component
+    if hasattr(linear, "base_layer"):
+        raise AttachError(
+            f"{name} carries an adapter ({type(linear).__name__}), which is part of its output and "
+            "of no subcomponent, even while it is still zero. Merge it first (merge_and_unload) or "
+            "remove it."
+        )
     inputs = []
     # Processed gated MLPs skip the `in` and `gate` modules but still fire the container's hook.
     if part in ("in", "gate"):

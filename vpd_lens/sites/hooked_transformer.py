@@ -85,6 +85,7 @@ def _attention_sites(prefix: str, attn: nn.Module) -> list[Site]:
         inputs=[InputPoint(attn.hook_z, "output")],
         output=attn,
         output_kind="output",
+        results=attn.hook_result,
         has_heads=True,
     )
     return [projection("q"), projection("k"), projection("v"), output]

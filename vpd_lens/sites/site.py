@@ -89,6 +89,8 @@ class Site:
         mount: Module path under which the hook points are mounted, `<mount>.vpd`.
         frame: A hook point that sees `[batch, pos, ...]` just before, for a matrix whose module
             may be called on `[batch * pos, d_in]` (OPT's MLP); `None` takes inputs as they come.
+        results: A hook point that may receive what every head adds to the output,
+            `[batch, pos, heads, d_out]`; `None` where the model has none.
         has_heads: Whether its input or output may come as `[batch, pos, heads, d_head]`, which
             no shape tells of a single head.
     """
@@ -101,6 +103,7 @@ class Site:
     output_kind: str = "argument"
     mount: str = ""
     frame: nn.Module | None = None
+    results: nn.Module | None = None
     has_heads: bool = False
     hooks: SiteHooks = field(default_factory=SiteHooks)
     _rows: torch.Size | None = field(default=None, init=False, repr=False)
