@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from vpd_lens.data import TokenBatches, token_batches
+from vpd_lens.data import Batch, TokenBatches, one_pass, token_batches
 from vpd_lens.data import checks as data_checks
 from vpd_lens.data import documents as data_documents
+from vpd_lens.data.batches import BatchSpec
 from vpd_lens.errors import DataError, InputError
 
 CORPUS = Path(os.path.dirname(json.__file__))
@@ -770,6 +771,166 @@ def test_toy_models_take_float_batches(toy):
     assert_resumes(make)
     with pytest.raises(DataError, match=r"shape \[3\]"):
         next(token_batches([torch.rand(3)], model=toy, batch_size=3, seq_len=None))
+
+
+# --- one pass -------------------------------------------------------------------------------------
+
+
+ONCE = {
+    "rows": lambda folder: ROWS[:, :4],
+    "stream": lambda folder: STREAM[:43],
+    "npy": lambda folder: folder / "rows.npy",
+    "dataset": lambda folder: datasets.Dataset.from_dict({"tokens": ROWS[:, :4].tolist()}),
+    "streamed": lambda folder: datasets.Dataset.from_dict(
+        {"tokens": ROWS[:, :4].tolist()}
+    ).to_iterable_dataset(2),
+    "batches": lambda folder: list(ROWS[:, :4].split(3)),
+    "lists": lambda folder: ROWS[:, :4].tolist(),
+}
+
+
+@pytest.mark.parametrize("kind", ONCE)
+def test_one_pass_gives_every_row_once_and_the_short_last_batch(kind, model, tmp_path):
+    np.save(tmp_path / "rows.npy", ROWS.numpy())
+    expected = STREAM[:40].reshape(10, 4) if kind == "stream" else ROWS[:, :4]
+    plan = {"model": model, "batch_size": 3, "seq_len": 4}
+    make = lambda **kw: one_pass(ONCE[kind](tmp_path), **plan, **kw)  # noqa: E731
+    batches = [batch.tokens for batch in make()]
+    assert [len(batch) for batch in batches] == [3, 3, 3, 1]
+    assert torch.equal(torch.cat(batches), expected)
+    assert len(list(make(n_batches=2))) == 2
+    assert len(list(one_pass(ONCE[kind](tmp_path), **{**plan, "batch_size": 99}))) == (
+        4 if kind == "batches" else 1
+    )
+    # an interrupted pass goes on where it was, also at the end
+    for n in range(5):
+        begun = make()
+        for _ in range(n):
+            next(begun)
+        state = json.loads(json.dumps(begun.state_dict()))
+        rest = [batch.tokens for batch in make(state=state)]
+        assert torch.equal(torch.cat([*batches[:n], *rest]), expected)
+
+
+def test_one_pass_over_nothing(model):
+    for nothing in ([], iter([])):
+        with pytest.raises(DataError):
+            next(one_pass(nothing, model=model, batch_size=2))
+    with pytest.raises(InputError, match="n_batches is 0"):
+        one_pass(ROWS, model=model, batch_size=2, n_batches=0)
+
+
+# --- the order of epochs ----------------------------------------------------------------------------
+
+
+def epochs_of(batches, n):
+    return take(batches, 2 * n).reshape(n, 10, 4)
+
+
+def test_neighbouring_seeds_share_no_order(model):
+    first = epochs_of(batches_of(ROWS, model, batch_size=5, seed=0), 4)
+    second = epochs_of(batches_of(ROWS, model, batch_size=5, seed=1), 4)
+    assert not any(torch.equal(a, b) for a in first for b in second)
+
+
+def test_a_run_of_version_1_keeps_its_order(model):
+    """Then the order of epoch e was that of `seed + e`."""
+    batches = batches_of(ROWS, model, batch_size=5, seed=3)
+    state = {**batches.state_dict(), "version": 1, "position": {"epoch": 1, "batch": 1}}
+    batches.load_state_dict(state)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(next(batches).tokens, ROWS[order[5:], :4])
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(next(batches).tokens, ROWS[order[:5], :4])
+    assert batches.state_dict()["version"] == 1
+
+
+# --- padding ----------------------------------------------------------------------------------------
+
+
+UNEQUAL = [[3, 4, 5], [6], [7, 8, 9, 10], [11, 12]]
+
+
+def padded(side, length=5):
+    """Tokens and attention masks of `UNEQUAL`, padded on one side with a token that is no pad."""
+    tokens, masks = [], []
+    for row in UNEQUAL:
+        pads, ones = [17] * (length - len(row)), [1] * len(row)
+        zeros = [0] * len(pads)
+        tokens.append(pads + row if side == "left" else row + pads)
+        masks.append(zeros + ones if side == "left" else ones + zeros)
+    return {"input_ids": tokens, "attention_mask": masks}
+
+
+def padded_sources(side):
+    columns = padded(side)
+    tensors = {name: torch.tensor(rows) for name, rows in columns.items()}
+    dataset = datasets.Dataset.from_dict(columns)
+    return {
+        "dataset": dataset,
+        "streamed": dataset.to_iterable_dataset(),
+        "mapping": tensors,
+        "mappings": [{name: rows[i : i + 2] for name, rows in tensors.items()} for i in (0, 2)],
+        "batches": [Batch(tensors["input_ids"], tensors["attention_mask"].bool())],
+        "lists": UNEQUAL,
+    }
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pads_are_marked_and_on_the_right(model, side):
+    for kind, source in padded_sources(side).items():
+        batches = list(one_pass(source, model=model, batch_size=2))
+        rows = [row for batch in batches for row in zip(batch.tokens, batch.real, strict=True)]
+        assert [tokens[real].tolist() for tokens, real in rows] == UNEQUAL, kind
+        assert all(bool((real.int().diff() <= 0).all()) for _, real in rows)
+
+
+def test_padded_data_in_training_order_and_without_padding(model):
+    source = padded_sources("left")["dataset"]
+    make = partial(batches_of, source, model, batch_size=2, seq_len=3)
+    assert next(make()).tokens.shape == (2, 3)
+    batch = next(make(seq_len=6, batch_size=4))  # longer than the rows: padded further
+    assert batch.real.sum(1).sort().values.tolist() == [1, 2, 3, 4]
+    whole = datasets.Dataset.from_dict({"tokens": [[1, 2]] * 4, "attention_mask": [[1, 1]] * 4})
+    assert next(batches_of(whole, model, seq_len=2)).real is None
+    state = make()
+    next(state)
+    resumed = make()
+    resumed.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert all(torch.equal(a, b) for a, b in zip(next(state), next(resumed), strict=True))
+
+
+def test_texts_of_unequal_length(model, tokenizer):
+    texts = TEXTS[0][:30], TEXTS[0][:90], TEXTS[1][:60]
+    batch = next(one_pass(list(texts), model=model, batch_size=3))
+    for row, real, text in zip(batch.tokens, batch.real, texts, strict=True):
+        assert row[real].tolist() == [BOS, *tokenizer.encode(text, add_special_tokens=False)]
+    plain = next(one_pass(list(texts), model=model, batch_size=3, prepend_bos=False, seq_len=4))
+    assert plain.real is None
+    assert plain.tokens.shape == (3, 4)
+    with pytest.raises(DataError, match="no token in row 1"):
+        one_pass([[1], []], model=model, batch_size=1)
+    with pytest.raises(DataError, match="token 500"):
+        one_pass([[1], [500]], model=model, batch_size=1)
+    bad = {"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(2, 2)}
+    with pytest.raises(DataError, match="attention mask of shape"):
+        next(one_pass([bad], model=model, batch_size=2))
+
+
+def test_a_text_that_mentions_a_special_token_has_no_border_there(model):
+    dataset = datasets.Dataset.from_dict({"text": ["one <bos> two <eos> three " * 40]})
+    batch = next(batches_of(dataset, model, prepend_bos=False, shuffle=False, seq_len=16))
+    assert not ((batch.tokens == BOS) | (batch.tokens == EOS)).any()
+
+
+def test_batches_for_a_gpu_are_pinned(model, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t.shape) or t)
+    next(batches_of(ROWS, model))
+    assert not pinned
+    monkeypatch.setattr(BatchSpec, "on_cuda", True)
+    next(batches_of(ROWS, model))
+    assert pinned == [(3, 4)]
 
 
 # --- a real model ---------------------------------------------------------------------------------

@@ -28,17 +28,8 @@ from vpd_lens.errors import DataError
 class ArrayBatches(TokenBatches):
     """Rows `[rows, pos]`, or windows of a stream `[n_tokens]`, without replacement per epoch.
 
-    A stream is cut at a new random offset every epoch, so that window borders fall elsewhere.
-
-    Args:
-        tokens: The data, checked completely here; may be memory-mapped.
-        spec: What was asked for.
-        name: What to call the data.
-        bos: The BOS token in front of every window; by default as `spec.prepend_bos` says.
-        padded: Whether rows may end in `PAD`.
-
-    Raises:
-        DataError: If the data does not fit `spec`.
+    A stream is cut at a new random offset every epoch, so that window borders fall elsewhere. The
+    data is checked completely; it may be memory-mapped. `padded`: rows may end in `PAD`.
     """
 
     def __init__(
@@ -125,13 +116,7 @@ def with_bos(rows: Tensor, bos: int) -> Tensor:
 def rows_of(source: Any, spec: BatchSpec) -> ArrayBatches:
     """Rows of unequal length, padded on the right: texts, lists of tokens, what a tokenizer gives.
 
-    Args:
-        source: A list of texts or of lists of token numbers, or a mapping with `input_ids` and
-            perhaps `attention_mask`.
-        spec: What was asked for. Only texts get a BOS token, and then a single one in front.
-
-    Raises:
-        DataError: If a row is empty, or holds something other than tokens.
+    The latter is a mapping with `input_ids` and perhaps `attention_mask`. Only texts get a BOS.
     """
     if isinstance(source, Mapping):
         ids, masks = source["input_ids"], source.get("attention_mask")
@@ -164,11 +149,7 @@ def is_rows(source: Any) -> bool:
 
 
 def token_row(example: Any, column: str) -> np.ndarray:
-    """One row of tokens, int64 `[pos]`.
-
-    Raises:
-        DataError: If it is something else.
-    """
+    """One row of tokens, int64 `[pos]`."""
     row = np.asarray(example)
     if row.ndim != 1 or not (np.issubdtype(row.dtype, np.integer) or not row.size):
         raise DataError(
@@ -179,11 +160,7 @@ def token_row(example: Any, column: str) -> np.ndarray:
 
 
 def to_array(tokens: Tensor, what: str) -> np.ndarray:
-    """A tensor of tokens as an array, which shares its memory if it is on the CPU.
-
-    Raises:
-        DataError: If it does not hold integers.
-    """
+    """A tensor of tokens as an array, which shares its memory if it is on the CPU."""
     # Here and not only in `check_all_tokens`, because numpy has no bfloat16.
     if not is_integer(tokens):
         raise DataError(not_integers(what, str(tokens.dtype)))
@@ -191,14 +168,7 @@ def to_array(tokens: Tensor, what: str) -> np.ndarray:
 
 
 def load_tokens(path: Path) -> np.ndarray:
-    """Open a `.npy` (memory-mapped) or `.safetensors` file of tokens.
-
-    Args:
-        path: The file. A `.safetensors` file has one tensor, or one called `tokens`.
-
-    Raises:
-        DataError: If the file is missing, truncated, damaged, or holds something else.
-    """
+    """Open a `.npy` file (memory-mapped), or the one tensor, or `tokens`, of `.safetensors`."""
     if not path.is_file():
         raise DataError(f"source is {path}, but there is no such file.")
     try:

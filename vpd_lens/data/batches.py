@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +53,11 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str) -> Batch:
         """This batch on another device; from pinned memory the copy is asynchronous."""
         return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self))
+
+    @property
+    def model_kwargs(self) -> dict[str, Tensor]:
+        """What tells a model about the padding: `attention_mask`, if there is any."""
+        return {} if self.real is None else {"attention_mask": self.real.long()}
 
     def pinned(self) -> Batch:
         """This batch in page-locked memory."""
@@ -130,20 +136,15 @@ class BatchSpec:
 
     @property
     def on_cuda(self) -> bool:
-        """Whether batches go to a GPU, so that pinned memory makes the copy asynchronous."""
-        parameters = getattr(self.model, "parameters", lambda: iter(()))
-        first = next(iter(parameters()), None)
-        return isinstance(first, Tensor) and first.is_cuda
+        """Whether the model is on a GPU, to which pinned memory is copied asynchronously."""
+        parameters = getattr(self.model, "parameters", lambda: ())
+        return any(parameter.is_cuda for parameter in islice(parameters(), 1))
 
     def length(self, row_length: int | None = None, bos: bool = False) -> int:
         """The length of a row: as asked for, or the longest that model and data allow.
 
-        Args:
-            row_length: Tokens in a row of the data; None if the data is a stream.
-            bos: Whether one of them is a BOS that is put in front.
-
-        Raises:
-            DataError: If nothing determines the length, or the rows are too short.
+        `row_length` is that of the data's rows, None for a stream; with `bos`, one token of a row
+        is a BOS that is put in front.
         """
         choices = [n for n in (self.n_ctx, row_length) if n is not None]
         if self.seq_len is None and not choices:
@@ -165,11 +166,7 @@ class BatchSpec:
         return length
 
     def forbid_bos(self, what: str) -> None:
-        """Refuse `prepend_bos=True` for rows that are cut already.
-
-        Raises:
-            DataError: If it is True.
-        """
+        """Refuse `prepend_bos=True` for rows that are cut already."""
         if self.prepend_bos:
             raise DataError(
                 f"prepend_bos=True, but source is {what}, whose rows are used as they are. Put "

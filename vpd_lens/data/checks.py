@@ -10,28 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from vpd_lens.data.batches import PAD, Batch, BatchSpec
 from vpd_lens.errors import DataError
+from vpd_lens.progress import Progress
+
+FIRST = os.environ.get("RANK", "0") == "0"  # one bar for all processes of a job
 
 CHUNK = 1 << 24
 """Tokens checked at once: bounds the memory that a memory-mapped file takes."""
 
 
 def check_all_tokens(tokens: np.ndarray, d_vocab: int | None, lowest: int = 0) -> int:
-    """Check a whole source, in chunks, and return its checksum (CRC-32).
-
-    Args:
-        tokens: `[n_tokens]` or `[rows, pos]`, possibly memory-mapped.
-        d_vocab: Size of the vocabulary; None skips the range check.
-        lowest: The smallest value allowed; `PAD` for rows that were padded here.
-
-    Raises:
-        DataError: If these are not integers, not 1-D or 2-D, empty, or out of the vocabulary.
-    """
+    """Check a whole source `[n_tokens]` or `[rows, pos]` in chunks; returns its CRC-32."""
     if not np.issubdtype(tokens.dtype, np.integer):
         raise DataError(not_integers("source", str(tokens.dtype)))
     if tokens.ndim not in (1, 2):
@@ -44,27 +36,21 @@ def check_all_tokens(tokens: np.ndarray, d_vocab: int | None, lowest: int = 0) -
     rows = max(1, CHUNK // (tokens.shape[1] if tokens.ndim == 2 else 1))
     starts = range(0, len(tokens), rows)
     checksum = 0
-    for start in progress(starts, "Checking source", hide=len(starts) < 20):
-        chunk = np.ascontiguousarray(tokens[start : start + rows])
-        check_range(chunk, d_vocab, "source", start, lowest)
-        checksum = zlib.crc32(chunk.data, checksum)
+    with Progress("Checking source", len(starts), show=len(starts) >= 20 and FIRST) as bar:
+        for start in starts:
+            chunk = np.ascontiguousarray(tokens[start : start + rows])
+            check_range(chunk, d_vocab, "source", start, lowest)
+            checksum = zlib.crc32(chunk.data, checksum)
+            bar.advance()
     return checksum
 
 
 def check_range(
     tokens: np.ndarray, d_vocab: int | None, what: str, first: int = 0, lowest: int = 0
 ) -> None:
-    """Check that all tokens, at least one, are in the vocabulary.
+    """Check that integers, at least one, are in the vocabulary.
 
-    Args:
-        tokens: Integers.
-        d_vocab: Size of the vocabulary; None skips the check.
-        what: The data's name in messages.
-        first: Where `tokens` begins in the data, for the message.
-        lowest: The smallest value allowed.
-
-    Raises:
-        DataError: If one is not; says which and where.
+    The message calls them `what`; they begin at `first` in it. `lowest` is `PAD` for padded rows.
     """
     if d_vocab is None or (int(tokens.min()) >= lowest and int(tokens.max()) < d_vocab):
         return
@@ -78,15 +64,10 @@ def check_range(
 
 
 def check_batch(given: Any, spec: BatchSpec) -> Batch:
-    """Check one batch from a user's iterable or function.
+    """Check one batch from a user's iterable or function; the number of rows is left to the caller.
 
-    Args:
-        given: Tokens `[batch, pos]`, or anything `[batch, ...]` for a model without vocabulary: a
-            tensor, a numpy array, a `Batch`, or a mapping with `input_ids` and `attention_mask`.
-        spec: What was asked for. The number of rows is left to the caller.
-
-    Raises:
-        DataError: If it is no such batch or does not fit the model.
+    It is `[batch, pos]`, or anything `[batch, ...]` for a model without vocabulary, as a tensor, a
+    numpy array, a `Batch`, or a mapping with `input_ids` and perhaps `attention_mask`.
     """
     mask = None
     if isinstance(given, Batch):
@@ -101,6 +82,8 @@ def check_batch(given: Any, spec: BatchSpec) -> Batch:
             "example (b['tokens'] for b in loader)."
         )
     tokens = tokens.detach().cpu()
+    if tokens.is_inference():  # made in inference_mode; no backward pass may use it
+        tokens = tokens.clone()
     integers = is_integer(tokens)
     if spec.d_vocab is None and (not integers or tokens.ndim != 2):
         if tokens.ndim < 2:
@@ -164,12 +147,6 @@ def to_tensor(array: np.ndarray) -> Tensor:
 def checksum(tokens: Tensor) -> int:
     """CRC-32 of a tensor's contents."""
     return zlib.crc32(tokens.contiguous().numpy().data)
-
-
-def progress(steps: Any, title: str, hide: bool = False) -> Any:
-    """A progress bar on standard error that disappears when done."""
-    hide = hide or os.environ.get("RANK", "0") != "0"  # one bar for all processes of a job
-    return track(steps, title, transient=True, disable=hide, console=Console(stderr=True))
 
 
 def is_integer(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,68 +31,52 @@ READ = 256
 BLOCK_ROWS = 1024
 """Rows that are shuffled together, at least."""
 
-RowMaker = Callable[[list[dict[str, Any]], np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""(examples, tokens carried over) -> (rows `[n, seq_len]`, tokens left over)."""
-
 
 class DocumentBatches(TokenBatches):
-    """Batches from a `datasets.Dataset` or `IterableDataset`.
-
-    Args:
-        dataset: One split.
-        spec: What was asked for.
-        text_column: The column of text, if there are no tokens.
-        name: What to call the data.
-
-    Raises:
-        DataError: If columns, tokenizer or lengths do not fit.
-    """
+    """Batches from one split of a `datasets.Dataset` or `IterableDataset`."""
 
     def __init__(self, dataset: Any, spec: BatchSpec, text_column: str, name: str) -> None:
         with readable("at its beginning"):
             first = next(iter(dataset.with_format(None)), None)
         if first is None:
             raise DataError(f"source ({name}) is empty: it has no examples.")
-        column = _column(list(first), text_column, name)
+        self._column = column = _column(list(first), text_column, name)
         count = len(dataset) if hasattr(dataset, "__len__") else None
-        size = "streamed documents" if count is None else f"{count} documents"
-        columns, bos = [column], None
+        what = "streamed documents" if count is None else f"{count} documents"
+        columns = [column]
+        self._encoder: TextEncoder | None = None
         if column == text_column and isinstance(first[column], str | None):
-            encoder = TextEncoder.of(spec)
-            bos = encoder.bos
-            length = spec.length(bos=bos is not None)
-            self._make_rows = _packer(encoder, spec, length - (bos is not None), column)
-            what = f"{size} of text (column {column!r}), {encoder.eos_policy}"
+            self._encoder = TextEncoder.of(spec)
+            length = spec.length(bos=self._encoder.bos is not None)
+            what += f" of text (column {column!r}), {self._encoder.eos_policy}"
         else:
             spec.forbid_bos(f"tokenised already (column {column!r})")
-            n_tokens, what = len(token_row(first[column], column)), f"{size} of tokens"
+            n_tokens = len(token_row(first[column], column))
+            what += f" of tokens (column {column!r})"
             if "attention_mask" in first:
                 columns.append("attention_mask")
-                length = spec.seq_len or spec.length(n_tokens)
-                what += f" (column {column!r}), padding by attention_mask"
-            else:
-                length = spec.length(n_tokens)
-                what += f" (column {column!r})"
-            self._make_rows = _cutter(spec, length, column)
+                what += ", without those that attention_mask leaves out"
+            padded = len(columns) > 1 and spec.seq_len is not None
+            length = spec.length(None if padded else n_tokens)
+        self._bos = None if self._encoder is None else self._encoder.bos
+        self._window = length - (self._bos is not None)
         # With the data's own order, a block need not be larger than a batch.
         self._block_rows = BLOCK_ROWS if spec.shuffle else spec.batch_size
-        policy = "no BOS added" if bos is None else f"BOS ({bos}) before every row"
+        policy = "no BOS added" if self._bos is None else f"BOS ({self._bos}) before every row"
         super().__init__(
             spec,
             length,
             f"{name}: {what}, rows of {length}; {policy}",
-            {"documents": count, "column": column, "bos": bos, "block_rows": self._block_rows},
+            {
+                "documents": count,
+                "column": column,
+                "bos": self._bos,
+                "block_rows": self._block_rows,
+            },
         )
-        self._examples: _Examples = (
-            _StreamedExamples(dataset, columns)
-            if count is None
-            else _MappedExamples(dataset, columns, self._epoch_order)
-        )
-        self._bos = bos
+        order = None if count is None else lambda n, epoch: self._order(n, self._generator(epoch))
+        self._examples = _Examples(dataset, columns, order)
         self._begin({"epoch": 0, "examples": None, "carry": [], "block": 0, "rows": 0})
-
-    def _epoch_order(self, n: int, epoch: int) -> list[int]:
-        return self._order(n, self._generator(epoch)).tolist()
 
     def _begin(self, start: dict[str, Any]) -> None:
         """Go to the beginning of a block; it is read when the first row of it is wanted."""
@@ -101,7 +85,7 @@ class DocumentBatches(TokenBatches):
         self._carry = np.array(start["carry"], np.int64)
         self._rows_in_epoch = start["rows"]
         self._start, self._row, self._ended = start, 0, False
-        self._block: Tensor = torch.empty(0, self.seq_len or 0, dtype=torch.long)
+        self._block: Tensor = torch.empty(0, self._window, dtype=torch.long)
 
     def _read_block(self) -> None:
         self._start = {
@@ -111,21 +95,20 @@ class DocumentBatches(TokenBatches):
             "block": self._n_block,
             "rows": self._rows_in_epoch,
         }
-        pieces: list[np.ndarray] = [np.empty((0, self._block.shape[1]), np.int64)]
+        pieces = [np.empty((0, self._window), np.int64)]
         n_rows = 0
         while n_rows < self._block_rows:
             examples = self._examples.read(READ)
             if examples:
-                rows, self._carry = self._make_rows(examples, self._carry)
-                pieces.append(rows)
-                n_rows += len(rows)
-                self._rows_in_epoch += len(rows)
+                pieces.append(self._pack(examples) if self._encoder else self._cut(examples))
+                n_rows += len(pieces[-1])
+                self._rows_in_epoch += len(pieces[-1])
                 continue
             self._end_epoch()
             if n_rows or self._ended:  # no row twice in a block
                 break
-        block = torch.from_numpy(np.concatenate(pieces[bool(n_rows) :]))
-        self._block, self._row = block[self._order(n_rows, self._generator(self._n_block))], 0
+        order = self._order(n_rows, self._generator(self._n_block))
+        self._block, self._row = torch.from_numpy(np.concatenate(pieces))[order], 0
         self._n_block += 1
 
     def _end_epoch(self) -> None:
@@ -142,18 +125,48 @@ class DocumentBatches(TokenBatches):
             self._rows_in_epoch = 0
             self._examples.seek(self.epoch, None)
 
+    def _pack(self, examples: list[dict[str, Any]]) -> np.ndarray:
+        """Rows from what was carried over and these texts; the rest is carried over."""
+        assert self._encoder is not None
+        texts = [example[self._column] for example in examples]
+        for text in texts:
+            if text is not None and not isinstance(text, str):
+                raise DataError(
+                    f"source has a {type(text).__name__} in the column {self._column!r}; expected "
+                    "text."
+                )
+        stream = np.concatenate([self._carry, self._encoder.encode(texts)])
+        if len(stream):
+            check_range(stream, self._spec.d_vocab, "a document of source")
+        used = len(stream) // self._window * self._window
+        self._carry = stream[used:]
+        return stream[:used].reshape(-1, self._window)
+
+    def _cut(self, examples: list[dict[str, Any]]) -> np.ndarray:
+        """One row from each of these; short ones are padded if a mask says what is padding."""
+        rows = [token_row(example[self._column], self._column) for example in examples]
+        if "attention_mask" in examples[0]:
+            masks = [np.asarray(example["attention_mask"], bool) for example in examples]
+            rows = [row[mask] for row, mask in zip(rows, masks, strict=True)]
+        elif (shortest := min(map(len, rows))) < self._window:
+            raise DataError(
+                f"source has a row of {shortest} tokens in the column {self._column!r}, shorter "
+                f"than seq_len={self._window}. Pass seq_len={shortest} or less, add a column "
+                "attention_mask (short rows are padded then), or give the text instead, which is "
+                "packed into full rows."
+            )
+        check_range(np.concatenate(rows), self._spec.d_vocab, "a document of source")
+        return padded_rows(rows, self._window)
+
     def _draw(self) -> Batch:
         pieces: list[Tensor] = []
         missing = self.batch_size
-        while missing:
+        while missing and not (self._ended and self._row == len(self._block)):
             if self._row == len(self._block):
-                if self._ended:
-                    break
                 self._read_block()
-            rows = self._block[self._row : self._row + missing]
-            pieces.append(rows)
-            self._row += len(rows)
-            missing -= len(rows)
+            pieces.append(self._block[self._row : self._row + missing])
+            self._row += len(pieces[-1])
+            missing -= len(pieces[-1])
         if missing == self.batch_size:
             raise StopIteration
         rows = torch.cat(pieces)
@@ -177,9 +190,6 @@ class DocumentBatches(TokenBatches):
             self._row = position["row"]
 
 
-# ------------------------------------------------------------- from examples to rows
-
-
 def _column(columns: list[str], text_column: str, name: str) -> str:
     for column in ("tokens", "input_ids", text_column):
         if column in columns:
@@ -188,59 +198,6 @@ def _column(columns: list[str], text_column: str, name: str) -> str:
         f"source ({name}) has the columns {columns}; expected 'tokens' or 'input_ids', or the text "
         f"column {text_column!r}. Name the column of text with text_column=."
     )
-
-
-def _packer(encoder: TextEncoder, spec: BatchSpec, window: int, column: str) -> RowMaker:
-    def pack(examples: list[dict[str, Any]], carry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        texts = [example[column] for example in examples]
-        for text in texts:
-            if text is not None and not isinstance(text, str):
-                raise DataError(
-                    f"source has a {type(text).__name__} in the column {column!r}; expected text."
-                )
-        stream = np.concatenate([carry, encoder.encode(texts)])
-        if len(stream):
-            check_range(stream, spec.d_vocab, "a document of source")
-        used = len(stream) // window * window
-        return stream[:used].reshape(-1, window), stream[used:]
-
-    return pack
-
-
-def _cutter(spec: BatchSpec, length: int, column: str) -> RowMaker:
-    def cut(examples: list[dict[str, Any]], carry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows = [token_row(example[column], column) for example in examples]
-        if "attention_mask" in examples[0]:
-            masks = [np.asarray(example["attention_mask"], bool) for example in examples]
-            rows = [row[mask] for row, mask in zip(rows, masks, strict=True)]
-        elif (shortest := min(map(len, rows))) < length:
-            raise DataError(
-                f"source has a row of {shortest} tokens in the column {column!r}, shorter than "
-                f"seq_len={length}. Pass seq_len={shortest} or less, add a column attention_mask "
-                "(short rows are padded then), or give the text instead, which is packed into "
-                "full rows."
-            )
-        check_range(np.concatenate(rows), spec.d_vocab, "a document of source")
-        return padded_rows(rows, length), carry
-
-    return cut
-
-
-# --------------------------------------------------------- examples in a definite order
-
-
-class _Examples(Protocol):
-    """The wanted columns of a dataset, epoch after epoch, from any position."""
-
-    def seek(self, epoch: int, position: Any) -> None:
-        """Go to a position in an epoch; None is its beginning."""
-
-    def read(self, n: int) -> list[dict[str, Any]]:
-        """Up to `n` more examples; none at the end of the epoch."""
-        ...
-
-    def position(self) -> Any:
-        """What `seek` needs to read on from here, JSON-serialisable."""
 
 
 @contextmanager
@@ -257,49 +214,31 @@ def readable(where: str) -> Iterator[None]:
         ) from error
 
 
-class _MappedExamples:
-    """A `datasets.Dataset`: random access, so every epoch is a new permutation."""
+class _Examples:
+    """Some columns of a dataset, epoch after epoch, from any position.
 
-    def __init__(
-        self, dataset: Any, columns: list[str], order: Callable[[int, int], list[int]]
-    ) -> None:
-        self._dataset = dataset.with_format(None).select_columns(columns)
-        self._order = order
-
-    def seek(self, epoch: int, position: int | None) -> None:
-        self._indices = self._order(len(self._dataset), epoch)
-        self._next = position or 0
-
-    def read(self, n: int) -> list[dict[str, Any]]:
-        indices = self._indices[self._next : self._next + n]
-        self._next += len(indices)
-        if not indices:
-            return []
-        with readable(f"at the examples {indices[:3]}..."):
-            values = self._dataset[indices]
-        return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-
-    def position(self) -> int:
-        return self._next
-
-
-class _StreamedExamples:
-    """A `datasets.IterableDataset`, in its own order.
-
-    Its own position is exact unless it was shuffled: a shuffle buffer is not part of it. Then the
-    position is a count, and resuming draws that many examples again.
+    A `Dataset` is permuted by `order`, a stream keeps its own order. The position is that of the
+    `datasets` library, which is exact unless the stream was shuffled: a shuffle buffer is not part
+    of it. Then it is a count, and resuming draws that many examples again.
     """
 
-    def __init__(self, dataset: Any, columns: list[str]) -> None:
-        self._dataset, self._columns = dataset, columns
-        self._has_position = hasattr(dataset, "state_dict") and not _is_shuffled(
-            getattr(dataset, "_ex_iterable", None)
-        )
+    def __init__(
+        self, dataset: Any, columns: list[str], order: Callable[[int, int], Tensor] | None
+    ) -> None:
+        self._dataset, self._columns, self._order = dataset.with_format(None), columns, order
+        if order is not None:
+            self._dataset = self._dataset.select_columns(columns)
+        self._has_position = not _is_shuffled(getattr(dataset, "_ex_iterable", None))
 
-    def seek(self, epoch: int, position: dict[str, Any] | None) -> None:
-        position = position or {"count": 0, "dataset": None}
+    def seek(self, epoch: int, position: dict[str, Any] | int | None) -> None:
+        """Go to a position in an epoch; None is its beginning, a number a count of examples."""
+        if not isinstance(position, dict):
+            position = {"count": position or 0, "dataset": None}
         # A new object each time: a loaded position would be where every later epoch begins.
         self._current = self._dataset.with_format(None)
+        if self._order is not None:
+            n = len(self._current)
+            self._current = self._current.select(self._order(n, epoch)).to_iterable_dataset()
         self._current.set_epoch(epoch)
         skip = position["count"]
         if position["dataset"] is not None:
@@ -309,6 +248,7 @@ class _StreamedExamples:
         self._start, self._n_read = position, 0
 
     def read(self, n: int) -> list[dict[str, Any]]:
+        """Up to `n` more examples; none at the end of the epoch."""
         with readable(f"after {self._start['count'] + self._n_read} examples"):
             examples = [
                 {name: example[name] for name in self._columns}
@@ -318,6 +258,7 @@ class _StreamedExamples:
         return examples
 
     def position(self) -> dict[str, Any]:
+        """What `seek` needs to read on from here, JSON-serialisable."""
         if not self._n_read:  # the library takes over a loaded position at the first example only
             return self._start
         state = self._current.state_dict() if self._has_position else None
@@ -330,9 +271,6 @@ def _is_shuffled(iterable: Any) -> bool:
         return False
     inner = [getattr(iterable, "ex_iterable", None), *getattr(iterable, "ex_iterables", [])]
     return "Shuffled" in type(iterable).__name__ or any(map(_is_shuffled, inner))
-
-
-# ------------------------------------------------------------------ finding a dataset
 
 
 def is_dataset(source: Any) -> bool:
@@ -348,11 +286,7 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def load_saved(path: Path, split: str | None = None) -> Any:
-    """A dataset written by `save_to_disk`, memory-mapped.
-
-    Raises:
-        DataError: If it cannot be read, or has splits and none of them is chosen.
-    """
+    """A dataset written by `save_to_disk`, memory-mapped."""
     import datasets
 
     try:
@@ -370,11 +304,7 @@ def load_saved(path: Path, split: str | None = None) -> Any:
 
 
 def load_hf(source: str) -> Any:
-    """Load `"hf:NAME"` or `"hf:NAME:split"`, streaming; NAME may be a local directory.
-
-    Raises:
-        DataError: If there is no such dataset or split.
-    """
+    """Load `"hf:NAME"` or `"hf:NAME:split"`, streaming; NAME may be a local directory."""
     import datasets
 
     name, split = source.removeprefix("hf:"), "train"

@@ -19,14 +19,8 @@ class IteratorBatches(TokenBatches):
 
     An iterable is started again when it ends. On resume its own `load_state_dict` is used if it
     has one; otherwise the batches consumed so far are drawn again. A bare iterator cannot be
-    resumed. A last batch with fewer rows than the others is left out, except in a single pass.
-
-    Args:
-        source: Gives what `check_batch` takes.
-        spec: What was asked for.
-
-    Raises:
-        DataError: If the source's own state is not JSON-serialisable.
+    resumed. A last batch with fewer rows than the others is left out, except in a single pass,
+    which takes batches of any size.
     """
 
     def __init__(self, source: Iterable[Any], spec: BatchSpec) -> None:
@@ -49,10 +43,9 @@ class IteratorBatches(TokenBatches):
         if self._iterator is None:
             self._iterator = iter(self._source)
         batch = self._checked_next()
-        if self._spec.once:
-            if batch is None:
-                raise StopIteration
-        elif batch is None or self._is_short_last(batch):
+        if batch is None and self._spec.once and self._consumed:
+            raise StopIteration
+        if batch is None or (not self._spec.once and self._is_short_last(batch)):
             batch = self._restart()
         self._consumed += 1
         self._last = batch
@@ -87,7 +80,7 @@ class IteratorBatches(TokenBatches):
         self.epoch += bool(self._consumed)
         if batch is None:
             raise DataError("source is an iterable that gives no batches. Is it empty?")
-        if len(batch.tokens) != self.batch_size:
+        if len(batch.tokens) != self.batch_size and not self._spec.once:
             raise DataError(
                 f"source began a new pass with a batch of {len(batch.tokens)} rows; expected "
                 f"batch_size={self.batch_size}."
@@ -137,12 +130,7 @@ class IteratorBatches(TokenBatches):
 
 
 class FunctionBatches(TokenBatches):
-    """Batches of a function `f(generator, batch_size) -> Tensor`, mostly toy data.
-
-    Args:
-        function: Must take all its randomness from the generator.
-        spec: What was asked for.
-    """
+    """Batches of a function that takes all its randomness from a generator, mostly toy data."""
 
     def __init__(self, function: Callable[[torch.Generator, int], Any], spec: BatchSpec) -> None:
         spec.forbid_bos("a function")

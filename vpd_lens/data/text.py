@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,16 @@ from typing import Any
 import numpy as np
 
 from vpd_lens.data.batches import BatchSpec
-from vpd_lens.data.checks import progress
+from vpd_lens.data.checks import FIRST
 from vpd_lens.errors import DataError
+from vpd_lens.progress import Progress
 
 CHUNK_CHARACTERS = 1 << 20
 """Text per call of the tokenizer: enough to use its threads, little enough memory."""
 
 
 def bos_of(spec: BatchSpec) -> int:
-    """The BOS token's number.
-
-    Raises:
-        DataError: If there is none.
-    """
+    """The BOS token's number; a `DataError` if there is none."""
     bos = getattr(spec.tokenizer, "bos_token_id", None)
     if bos is None:
         raise DataError(
@@ -49,11 +46,7 @@ class TextEncoder:
 
     @classmethod
     def of(cls, spec: BatchSpec) -> TextEncoder:
-        """The encoder for a model and a BOS policy.
-
-        Raises:
-            DataError: If the model has no tokenizer, or no BOS token where one is asked for.
-        """
+        """The encoder for a model and a BOS policy."""
         tokenizer = spec.tokenizer
         if tokenizer is None:
             raise DataError(
@@ -99,11 +92,7 @@ class TextEncoder:
 
 
 def find_text_files(path: Path) -> list[Path]:
-    """Files in a directory (recursively, hidden ones left out), or matching a glob, in order.
-
-    Raises:
-        DataError: If there are none.
-    """
+    """Files in a directory (recursively, hidden ones left out), or matching a glob, in order."""
     if path.is_dir():
         found = [
             file
@@ -124,51 +113,39 @@ def find_text_files(path: Path) -> list[Path]:
 
 
 def tokenize_files(files: list[Path], encoder: TextEncoder, name: str) -> tuple[np.ndarray, str]:
-    """Tokenise all files that are UTF-8 text.
-
-    Args:
-        files: Text files; binary ones are skipped and counted.
-        encoder: How.
-        name: What to call the data.
+    """Tokenise all files that are UTF-8 text, as one stream; binary ones are skipped and counted.
 
     Returns:
         The stream `[n_tokens]` (int32, to halve the memory) and a description of it.
-
-    Raises:
-        DataError: If a file cannot be read or there is no text.
     """
-    skipped: list[Path] = []
     pieces: list[np.ndarray] = []
     texts: list[str] = []
-    waiting = 0
-    for text in _read(progress(files, f"Tokenising {name}", hide=len(files) < 2), skipped):
-        texts.append(text)
-        waiting += len(text)
-        if waiting >= CHUNK_CHARACTERS:
-            pieces.append(encoder.encode(texts).astype(np.int32))
-            texts, waiting = [], 0
-    pieces.append(encoder.encode(texts).astype(np.int32))
-    tokens = np.concatenate(pieces)
+    waiting = n_skipped = 0
+    with Progress(f"Tokenising {name}", len(files), show=len(files) > 1 and FIRST) as bar:
+        for file in files:
+            text = _read(file)
+            n_skipped += text is None
+            texts.append(text or "")
+            waiting += len(texts[-1])
+            if waiting >= CHUNK_CHARACTERS:
+                pieces.append(encoder.encode(texts).astype(np.int32))
+                texts, waiting = [], 0
+            bar.advance()
+    tokens = np.concatenate([*pieces, encoder.encode(texts).astype(np.int32)])
     if not len(tokens):
         raise DataError(
-            f"source is {name}, but there is no text in it ({len(files)} files, {len(skipped)} "
+            f"source is {name}, but there is no text in it ({len(files)} files, {n_skipped} "
             "of them binary). For Parquet, Arrow or compressed files pass 'hf:DIRECTORY'."
         )
-    ignored = f", {len(skipped)} binary files skipped" if skipped else ""
-    n_files = len(files) - len(skipped)
-    return tokens, f"{name}: {n_files} text files{ignored}, {encoder.eos_policy}"
+    ignored = f", {n_skipped} binary files skipped" if n_skipped else ""
+    return tokens, f"{name}: {len(files) - n_skipped} text files{ignored}, {encoder.eos_policy}"
 
 
-def _read(files: Any, skipped: list[Path]) -> Iterator[str]:
-    for file in files:
-        try:
-            text = file.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError:
-            skipped.append(file)
-            continue
-        except OSError as error:
-            raise DataError(f"{file} cannot be read: {error}.") from error
-        if "\0" in text:  # valid UTF-8, but no text
-            skipped.append(file)
-        else:
-            yield text
+def _read(file: Path) -> str | None:
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error}.") from error
+    return None if "\0" in text else text  # valid UTF-8 with zeros is no text
