@@ -3,19 +3,21 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import vpd_lens
+from vpd_lens.data import Batch
 from vpd_lens.decomposition import Divergence, Layout, Masks
 from vpd_lens.decomposition.adversary import ascend, shared_sources
-from vpd_lens.errors import ArtefactError, AttachError
+from vpd_lens.errors import ArtefactError, AttachError, InputError
 from vpd_lens.evaluation.metrics import (
     Sparsity,
     delta_sizes,
-    hidden_error,
+    hidden_errors,
     next_token_cross_entropy,
     pgd_curve,
 )
@@ -164,9 +166,13 @@ def test_cross_entropy_counts_one_term_per_predicted_token():
         -logits[b, t].log_softmax(-1)[tokens[b, t + 1]] for b in range(3) for t in range(7 - 1)
     ]
     assert len(terms) == 3 * (7 - 1)
-    assert next_token_cross_entropy(logits, tokens) == pytest.approx(
-        float(torch.stack(terms).mean()), rel=1e-6
-    )
+    mean, n = next_token_cross_entropy(logits, tokens)
+    assert mean == pytest.approx(float(torch.stack(terms).mean()), rel=1e-6)
+    assert n == len(terms)
+    real = torch.arange(7) < torch.tensor([[7], [3], [1]])
+    mean, n = next_token_cross_entropy(logits, tokens, real)
+    assert mean == pytest.approx(float(torch.stack(terms[:6] + terms[6:8]).mean()), rel=1e-6)
+    assert n == 6 + 2
 
 
 # -------------------------------------------------------------------------- sparsity
@@ -219,22 +225,11 @@ def test_the_curve_is_a_forward_with_the_sources_found(model, tokens, importance
     with torch.no_grad():
         target = model(tokens)
     divergence = Divergence(target, "kl")
-    arguments = {"n_steps": 5, "step_size": 0.2}
-    sources, _ = ascend(
-        lambda masks: divergence(vpd.run(masks, tokens)),
-        importance,
-        shared_sources(importance, vpd.layout, torch.Generator().manual_seed(5)),
-        **arguments,
-    )
-    curve = pgd_curve(
-        vpd,
-        tokens,
-        importance,
-        divergence,
-        [0, 5],
-        0.2,
-        torch.Generator().manual_seed(5),
-    )
+    start = shared_sources(importance, vpd.layout, torch.Generator().manual_seed(5))
+    divergence_of = lambda masks: divergence(vpd.run(masks, tokens))  # noqa: E731
+    sources, _ = ascend(divergence_of, importance, start, n_steps=5, step_size=0.2)
+    generator = torch.Generator().manual_seed(5)
+    curve = pgd_curve(vpd, Batch(tokens), importance, divergence, [0, 5], 0.2, generator)
     masks = importance + (1 - importance) * sources.components
     with torch.no_grad(), vpd.masked(masks, delta=_by_site(vpd, sources.delta)):
         logits = model(tokens)
@@ -250,8 +245,9 @@ def test_the_adversary_ends_in_a_corner(model, tokens, importance):
     vpd = model.vpd
     with torch.no_grad():
         divergence = Divergence(model(tokens), "kl")
-    start = shared_sources(importance, vpd.layout)
-    sources, _ = ascend(lambda masks: divergence(vpd.run(masks, tokens)), importance, start, 5, 1.0)
+    start = shared_sources(importance, vpd.layout, torch.Generator().manual_seed(5))
+    divergence_of = lambda masks: divergence(vpd.run(masks, tokens))  # noqa: E731
+    sources, _ = ascend(divergence_of, importance, start, n_steps=5, step_size=1.0)
     assert sources.components.shape == (1, 1, vpd.layout.total)
     free = (importance < 1).flatten(0, -2).any(0)  # elsewhere the mask is 1 whatever the source
     corners = torch.cat([sources.components[..., free], sources.delta], -1)
@@ -294,13 +290,154 @@ def test_an_exact_decomposition_has_no_error(tokens):
             vpd.v(site.name).copy_(torch.eye(site.shape[0]))
             vpd.u(site.name).copy_(site.weight)
     ones = Masks(torch.ones(1, 1, vpd.layout.total), torch.zeros(1, 1, vpd.layout.n_sites))
-    _, clean = vpd.run_recording(None, tokens)
-    assert max(hidden_error(vpd, tokens, ones, clean).values()) < 1e-10
+    _, inputs = vpd.target(tokens)
+    _, outputs = vpd.run_recording(ones, tokens)
+    assert max(hidden_errors(vpd, inputs, outputs).values()) < 1e-10
     report = vpd_lens.evaluate(model, tokens, **{**SETTINGS, "pgd_steps": ()})
     assert report.modes["unmasked"]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert report.modes["unmasked"]["ce_recovered"] == pytest.approx(1.0, abs=1e-5)
     assert report.delta["total"]["relative"] == 0.0
     assert report.pgd == {}
+
+
+# --------------------------------------------------------------- what is measured on
+
+
+def figures(report):
+    """What two reports of the same rows share: everything but random numbers and batches."""
+    modes = {
+        mode: row
+        for mode, row in report.modes.items()
+        if mode in ("target", "unmasked", "ci", "zero") or mode.startswith("rounded")
+    }
+    flat = [value for row in modes.values() for value in row.values()]
+    flat += [report.n_positions, *report.hidden_error["ci"].values(), *report.alive.values()]
+    return flat + [value for row in report.l0.values() for value in row.values()]
+
+
+@pytest.fixture(scope="module")
+def seven(tokens):
+    return tokens[:7]
+
+
+@pytest.fixture(scope="module")
+def whole(model, seven):
+    return vpd_lens.evaluate(model, seven, batch_size=7, pgd_steps=(), progress=False)
+
+
+def test_a_short_last_batch_counts_by_its_positions(model, seven, whole):
+    report = vpd_lens.evaluate(model, seven, batch_size=3, pgd_steps=(), progress=False)
+    assert report.n_positions == 7 * LENGTH
+    kls = whole.modes["ci"]["kl"], report.modes["ci"]["kl"]
+    assert kls[0] == pytest.approx(kls[1], rel=1e-4)
+    assert report.modes["zero"]["ce"] == pytest.approx(whole.modes["zero"]["ce"], rel=1e-5)
+    assert report.l0 == whole.l0
+
+
+@pytest.mark.parametrize("kind", ["stream", "npy", "iterable"])
+def test_no_row_is_measured_twice(model, seven, whole, kind, tmp_path):
+    np.save(tmp_path / "rows.npy", seven.numpy())
+    data = {"stream": seven.flatten(), "npy": tmp_path / "rows.npy", "iterable": [seven]}[kind]
+    report = vpd_lens.evaluate(model, data, batch_size=7, n_batches=5, pgd_steps=(), progress=False)
+    assert report == whole
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(model, tokens, side):
+    lengths = (8, 5, 3)
+    alone = [
+        vpd_lens.evaluate(
+            model, row[None, :n], seq_len=n, pgd_steps=(), rounding=(0.1,), progress=False
+        )
+        for row, n in zip(tokens, lengths, strict=False)
+    ]
+    rows = tokens[:3].clone()
+    mask = torch.arange(LENGTH) < torch.tensor(lengths)[:, None]
+    if side == "left":
+        rows = torch.stack([r.roll(LENGTH - n) for r, n in zip(rows, lengths, strict=True)])
+        mask = mask.flip(1)
+    data = {"input_ids": rows, "attention_mask": mask}
+    report = vpd_lens.evaluate(
+        model, data, batch_size=3, pgd_steps=(2,), pgd_restarts=1, rounding=(0.1,), progress=False
+    )
+    assert report.n_positions == sum(lengths)
+    for mode in ("unmasked", "ci", "rounded>0.1", "zero"):
+        kl = sum(r.modes[mode]["kl"] * n for r, n in zip(alone, lengths, strict=True))
+        ce = sum(r.modes[mode]["ce"] * (n - 1) for r, n in zip(alone, lengths, strict=True))
+        assert report.modes[mode]["kl"] == pytest.approx(kl / 16, rel=1e-3, abs=1e-5)
+        assert report.modes[mode]["ce"] == pytest.approx(ce / 13, rel=1e-4)
+    l0 = sum(r.l0["0.1"]["total"] * n for r, n in zip(alone, lengths, strict=True))
+    assert report.l0["0.1"]["total"] == pytest.approx(l0 / 16, rel=1e-5)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_inside_a_block_without_gradients(model, tokens, report, context):
+    with context():
+        assert vpd_lens.evaluate(model, [tokens[:4] + 0, tokens[4:] + 0], **SETTINGS) == report
+
+
+# ---------------------------------------------------------- models of other kinds
+
+
+class Classifier(nn.Module):
+    """Classes of rows, from features or from tokens; counts its forwards."""
+
+    def __init__(self, classes=3, tokens=False):
+        super().__init__()
+        self.calls = 0
+        self.embed = nn.Embedding(9, 5) if tokens else nn.Identity()
+        self.inside, self.out = nn.Linear(5, 6), nn.Linear(6, classes)
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.embed(x)
+        return self.out(self.inside(x.mean(1) if x.ndim == 3 else x).relu())
+
+
+def classifier(data, **kw):
+    torch.manual_seed(0)
+    model = Classifier(tokens=not data.is_floating_point(), **kw)
+    return vpd_lens.decompose(model, n_subcomponents=4, example=data, divergence="kl")
+
+
+def measured(model, data):
+    return vpd_lens.evaluate(
+        model, [data], batch_size=len(data), pgd_steps=(1,), pgd_restarts=1, progress=False
+    )
+
+
+@pytest.mark.parametrize("data", [torch.rand(6, 5), torch.randint(9, (6, 4))])
+def test_a_classifier_has_no_next_token(data):
+    model = classifier(data)
+    report = measured(model, data)
+    assert "ce" not in report.modes["zero"]
+    assert report.modes["zero"]["kl"] > 0
+    assert report.n_positions == 6
+    before = model.calls
+    vpd_lens.evaluate(model, [data], batch_size=6, pgd_steps=(), progress=False)
+    assert model.calls - before == 1 + len(report.modes)
+
+
+def test_a_single_logit_has_no_kl():
+    data = torch.rand(6, 5)
+    with pytest.raises(InputError, match="one logit"):
+        measured(classifier(data, classes=1), data)
+
+
+def test_a_divergence_that_sees_nothing_is_reported():
+    data = torch.rand(6, 5)
+    model = classifier(data)
+    with torch.no_grad():
+        model.out.weight.zero_()
+    with pytest.warns(UserWarning, match="say nothing"):
+        report = measured(model, data)
+    assert report.delta["out"]["relative"] != report.delta["out"]["relative"]  # no number
+    assert report.delta["inside"]["relative"] < 10
+    assert report.delta["total"]["relative"] < 10
+    assert report.hidden_error["ci"]["inside"] >= 0
+    with torch.no_grad():
+        model.vpd.u("out").zero_()
+    assert delta_sizes(model.vpd)["out"]["relative"] == 0.0
 
 
 # ----------------------------------------------------------------- report and page
@@ -342,6 +479,14 @@ def test_the_tables_name_every_site_and_mode(report):
     text = str(report)
     assert all(name in text for name in [*report.n_subcomponents, *report.modes])
     assert "kl_pgd_10=" in repr(report)
+    assert "blocks.0.attn.q" in report._repr_html_()
+
+
+def test_progress_moves_with_every_forward(model, tokens, monkeypatch):
+    ticks = []
+    monkeypatch.setattr("vpd_lens.progress.Progress.advance", lambda bar: ticks.append(bar.total))
+    vpd_lens.evaluate(model, tokens, **SETTINGS)
+    assert len(ticks) == ticks[0] == 2 * 10 + 2 * 11
 
 
 def test_the_page_stands_alone(report, tmp_path):

@@ -1,29 +1,39 @@
-"""`evaluate`: measure a decomposition on data and return a report."""
+"""`evaluate`: measure a decomposition on data and return a report.
+
+1. `one_pass` reads the data: every row once, pads marked.
+2. `_Measurement.add` measures one batch: target and importances, the masking modes, the adversary.
+3. `_Measurement.report` divides the sums.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
-from vpd_lens.data import one_pass
-from vpd_lens.decomposition import Decomposition, Divergence
+from vpd_lens.data import Batch, one_pass
+from vpd_lens.decomposition import Decomposition, Divergence, decomposition_of
+from vpd_lens.decomposition.modes import masks_of
 from vpd_lens.decomposition.sigmoids import lower_leaky
-from vpd_lens.errors import AttachError
+from vpd_lens.errors import InputError
 from vpd_lens.evaluation.metrics import (
     Means,
     Sparsity,
     delta_sizes,
-    hidden_error,
-    masking_modes,
+    hidden_errors,
     next_token_cross_entropy,
     pgd_curve,
+    predicts_next_token,
 )
 from vpd_lens.evaluation.report import EvalReport
+from vpd_lens.progress import Progress
+
+WITH_HIDDEN_ERROR = ("stochastic", "ci")
+NOTHING_HAPPENS = 1e-7
 
 
 def evaluate(
@@ -45,11 +55,15 @@ def evaluate(
 ) -> EvalReport:
     """Measure a decomposition: faithfulness, sparsity, and robustness to ablation.
 
+    Every row of the data is measured at most once, in order; the short last batch counts by its
+    positions, and padding (an `attention_mask` in the data, texts of unequal length) not at all.
+    Works inside `torch.no_grad()` and `torch.inference_mode()` too.
+
     Args:
         model: A decomposed model.
-        data: As for `vpd_lens.train`; held-out data, please. Read in order, not shuffled.
+        data: As for `vpd_lens.train`; held-out data, please.
         batch_size: Sequences per batch.
-        n_batches: Batches; fewer if the data is a tensor with fewer rows.
+        n_batches: Batches; fewer if the data ends before.
         seq_len: Tokens per sequence; `None`: the model's context length (or the row length).
         thresholds: L0 counts subcomponents with importance above each.
         rounding: Thresholds of the rounded masks.
@@ -59,7 +73,7 @@ def evaluate(
         pgd_batches: Batches on which the adversary is run; each is a fresh attack.
         seed: Seed of masks and adversary; the report is reproducible bit for bit on CPU.
         prepend_bos: BOS policy for text; `None` follows the model.
-        progress: Show a progress bar.
+        progress: Show a progress bar, which moves with every forward.
 
     Returns:
         An `EvalReport`: print it, `to_json`, `to_html`.
@@ -67,55 +81,9 @@ def evaluate(
     Raises:
         AttachError: If the model carries no decomposition.
         DataError: If the data does not fit the model.
+        InputError: If the divergence is KL and the model has a single logit.
     """
-    if "vpd" not in model.__dict__:
-        raise AttachError("This model carries no decomposition. Call vpd_lens.decompose first.")
-    vpd: Decomposition = model.__dict__["vpd"]
-    batches = _batches(model, data, batch_size, n_batches, seq_len, prepend_bos)
-    generator = torch.Generator(device=vpd.device).manual_seed(seed)
-    modes = masking_modes(rounding)
-    sparsity = Sparsity(vpd.layout, thresholds, vpd.device)
-    kl, ce, hidden = Means(), Means(), Means()
-    curves: list[dict[int, float]] = []
-    n_positions = 0
-    for index, batch in enumerate(track(batches, "Evaluating", disable=not progress)):
-        batch = batch.to(vpd.device)
-        output, inputs = vpd.target(batch)
-        with torch.no_grad():
-            importance = lower_leaky(vpd.pre_importance(inputs))
-        sparsity.add(importance)
-        divergence = Divergence(output, vpd.divergence)
-        tokens = batch if vpd.divergence == "kl" and batch.ndim == 2 else None
-        if tokens is not None:
-            ce.add("target", next_token_cross_entropy(output, tokens))
-        _, clean = vpd.run_recording(None, batch)
-        for name, make in modes.items():
-            masks = make(importance, vpd.layout, generator)
-            with torch.no_grad():
-                masked = vpd.run(masks, batch)
-                kl.add(name, float(divergence(masked)))
-            if tokens is not None:
-                ce.add(name, next_token_cross_entropy(masked, tokens))
-            if name in ("stochastic", "ci"):
-                for site, error in hidden_error(vpd, batch, masks, clean).items():
-                    hidden.add(f"{name}/{site}", error)
-        n_positions += math.prod(importance.shape[:-1])
-        if pgd_steps and index < pgd_batches:
-            curves += [
-                pgd_curve(vpd, batch, importance, divergence, pgd_steps, pgd_step_size, generator)
-                for _ in range(pgd_restarts)
-            ]
-    return _report(vpd, modes, kl, ce, hidden, sparsity, curves, n_positions, seed, batches)
-
-
-def _batches(
-    model: nn.Module,
-    data: Any,
-    batch_size: int,
-    n_batches: int,
-    seq_len: int | None,
-    prepend_bos: bool | None,
-) -> list[Tensor]:
+    vpd = decomposition_of(model)
     batches = one_pass(
         data,
         model=model,
@@ -123,60 +91,145 @@ def _batches(
         n_batches=n_batches,
         seq_len=seq_len,
         prepend_bos=prepend_bos,
-    )
-    return [batch.tokens for batch in batches]
-
-
-def _report(
-    vpd: Decomposition,
-    modes: dict[str, Any],
-    kl: Means,
-    ce: Means,
-    hidden: Means,
-    sparsity: Sparsity,
-    curves: list[dict[int, float]],
-    n_positions: int,
-    seed: int,
-    batches: list[Tensor],
-) -> EvalReport:
-    kls, ces, errors = kl.means(), ce.means(), hidden.means()
-    table: dict[str, dict[str, float]] = {}
-    if ces:
-        table["target"] = {"kl": 0.0, "ce": ces["target"], "ce_recovered": 1.0}
-    for name in modes:
-        table[name] = {"kl": kls[name]}
-        if ces:
-            lost = ces["zero"] - ces["target"]
-            recovered = 1 - (ces[name] - ces["target"]) / lost if lost else float("nan")
-            table[name] |= {"ce": ces[name], "ce_recovered": recovered}
-    steps = sorted(curves[0]) if curves else []
-    mean_importance = sparsity.mean_importance()
-    return EvalReport(
-        modes=table,
-        pgd={
-            str(step): {
-                "mean": sum(c[step] for c in curves) / len(curves),
-                "max": max(c[step] for c in curves),
-            }
-            for step in steps
-        },
-        l0=sparsity.l0(),
-        alive=sparsity.alive(),
-        n_subcomponents=dict(zip(vpd.layout.names, vpd.layout.sizes, strict=True)),
-        hidden_error={
-            mode: {n: errors[f"{mode}/{n}"] for n in vpd.layout.names}
-            for mode in ("stochastic", "ci")
-        },
-        delta=delta_sizes(vpd),
-        ci_histogram=sparsity.histogram.tolist(),
-        mean_ci={
-            name: part.sort(descending=True).values.tolist()
-            for name, part in zip(vpd.layout.names, vpd.layout.split(mean_importance), strict=True)
-        },
-        divergence=vpd.divergence if isinstance(vpd.divergence, str) else "custom",
-        n_positions=n_positions,
-        batch_shape=list(batches[0].shape),
-        n_pgd_runs=len(curves),
         seed=seed,
-        trained_steps=vpd.trained_steps,
     )
+    measurement = _Measurement(vpd, thresholds, rounding, seed)
+    n_attacks = pgd_restarts * pgd_batches if pgd_steps else 0
+    n_forwards = n_batches * (1 + len(measurement.modes))
+    n_forwards += n_attacks * (max(pgd_steps, default=0) + 1)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        Progress("Evaluating", n_forwards, show=progress) as bar,
+    ):
+        for index, batch in enumerate(batches):
+            batch = batch.to(vpd.device)
+            importance, divergence = measurement.add(batch, bar.advance)
+            if index < pgd_batches and pgd_steps:
+                measurement.curves += [
+                    pgd_curve(
+                        vpd,
+                        batch,
+                        importance,
+                        divergence,
+                        pgd_steps,
+                        pgd_step_size,
+                        measurement.generator,
+                        bar.advance,
+                    )
+                    for _ in range(pgd_restarts)
+                ]
+    return measurement.report(seed)
+
+
+class _Measurement:
+    """Sums over the batches so far."""
+
+    def __init__(
+        self, vpd: Decomposition, thresholds: Sequence[float], rounding: Sequence[float], seed: int
+    ) -> None:
+        self.vpd = vpd
+        self.generator = torch.Generator(device=vpd.device).manual_seed(seed)
+        self.sparsity = Sparsity(vpd.layout, thresholds, vpd.device)
+        # Name in the report: mode and threshold.
+        self.modes: dict[str, tuple[str, float]] = {
+            **{m: (m, 0.0) for m in ("unmasked", "stochastic", "stochastic_subset", "ci")},
+            **{f"rounded>{t:g}": ("rounded", t) for t in rounding},
+            **{m: (m, 0.0) for m in ("random", "zero")},
+        }
+        self.divergences, self.cross_entropies, self.hidden = Means(), Means(), Means()
+        self.curves: list[dict[int, float]] = []
+        self.predicts_next_token = True
+        self.batch_shape: list[int] = []
+
+    @torch.no_grad()
+    def add(self, batch: Batch, tick: Callable[[], Any]) -> tuple[Tensor, Divergence]:
+        """Measure one batch under all masking modes.
+
+        Returns:
+            The causal importances `[*batch, C_total]`, and the distance from the target's output.
+        """
+        vpd, (tokens, real) = self.vpd, batch
+        self.batch_shape = self.batch_shape or list(tokens.shape)
+        output, inputs = vpd.target(tokens, **batch.model_kwargs)
+        if vpd.divergence == "kl" and output.shape[-1] == 1:
+            raise InputError(
+                "the model has one logit per position, so its KL divergence is 0 whatever the "
+                "masks do. Decompose it with divergence='mse'."
+            )
+        importance = lower_leaky(vpd.pre_importance(inputs, real))
+        self.sparsity.add(importance, real)
+        n_positions = math.prod(importance.shape[:-1]) if real is None else int(real.sum())
+        divergence = Divergence(output, vpd.divergence, real)
+        self.predicts_next_token &= vpd.divergence == "kl" and predicts_next_token(
+            vpd.model, tokens, output
+        )
+        self._add_cross_entropy("target", output, batch)
+        tick()
+        for name, (mode, threshold) in self.modes.items():
+            masks = masks_of(mode, importance, vpd.layout, self.generator, threshold, real)
+            if mode in WITH_HIDDEN_ERROR:
+                masked, outputs = vpd.run_recording(masks, tokens, **batch.model_kwargs)
+                for site, error in hidden_errors(vpd, inputs, outputs, real).items():
+                    self.hidden.add(f"{mode}/{site}", error, n_positions)
+            else:
+                masked = vpd.run(masks, tokens, **batch.model_kwargs)
+            self.divergences.add(name, float(divergence(masked)), n_positions)
+            self._add_cross_entropy(name, masked, batch)
+            tick()
+        return importance, divergence
+
+    def _add_cross_entropy(self, name: str, output: Tensor, batch: Batch) -> None:
+        if self.predicts_next_token:
+            mean, n = next_token_cross_entropy(output, batch.tokens, batch.real)
+            self.cross_entropies.add(name, mean, n)
+
+    def report(self, seed: int) -> EvalReport:
+        """What was measured."""
+        vpd, errors = self.vpd, self.hidden.means()
+        return EvalReport(
+            modes=self._mode_table(),
+            pgd=self._pgd_table(),
+            l0=self.sparsity.l0(),
+            alive=self.sparsity.alive(),
+            n_subcomponents=dict(zip(vpd.layout.names, vpd.layout.sizes, strict=True)),
+            hidden_error={
+                mode: {name: errors[f"{mode}/{name}"] for name in vpd.layout.names}
+                for mode in WITH_HIDDEN_ERROR
+            },
+            delta=delta_sizes(vpd),
+            ci_histogram=self.sparsity.histogram.tolist(),
+            mean_ci=self.sparsity.sorted_by_site(),
+            divergence=vpd.divergence if isinstance(vpd.divergence, str) else "custom",
+            n_positions=self.sparsity.n_positions,
+            batch_shape=self.batch_shape,
+            n_pgd_runs=len(self.curves),
+            seed=seed,
+            trained_steps=vpd.trained_steps,
+        )
+
+    def _mode_table(self) -> dict[str, dict[str, float]]:
+        table = {name: {"kl": mean} for name, mean in self.divergences.means().items()}
+        if (nothing := table["zero"]["kl"]) < NOTHING_HAPPENS:
+            warnings.warn(
+                f"with every decomposed matrix ablated the divergence is {nothing:.1e}: "
+                "the output hardly depends on them, or the divergence does not see it. The figures "
+                "of this report then say nothing. Decompose other sites, or pass divergence=.",
+                stacklevel=4,
+            )
+        means = self.cross_entropies.means()
+        if not self.predicts_next_token or not means:
+            return table
+        table = {"target": {"kl": 0.0}, **table}
+        lost = means["zero"] - means["target"]
+        for name, row in table.items():
+            recovered = 1 - (means[name] - means["target"]) / lost if lost else math.nan
+            row |= {"ce": means[name], "ce_recovered": recovered}
+        return table
+
+    def _pgd_table(self) -> dict[str, dict[str, float]]:
+        table = {}
+        for steps in sorted(self.curves[0]) if self.curves else ():
+            found = [curve[steps] for curve in self.curves]
+            table[str(steps)] = {"mean": sum(found) / len(found), "max": max(found)}
+        return table

@@ -1,91 +1,80 @@
 """Everything that is measured on one decomposition (VPD, evaluation), as running means.
 
-Each class takes batches one at a time and keeps only sums, so that any amount of data can be
-evaluated in bounded memory.
+What is kept are sums, so that any amount of data can be evaluated in bounded memory. Every batch
+counts by its number of positions that are data, so that a short or padded one has its own weight.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
-from vpd_lens.decomposition import Decomposition, Divergence, Layout, Masks
+from vpd_lens.data import Batch
+from vpd_lens.decomposition import Decomposition, Divergence, Layout
 from vpd_lens.decomposition.adversary import ascend, shared_sources
-from vpd_lens.decomposition.masks import uniform_k_subset, uniform_sources
+from vpd_lens.decomposition.masks import AnyMasks
 
 ALIVE = 1e-6
 HISTOGRAM_BINS = 50
-
-
-def next_token_cross_entropy(
-    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
-) -> float:
-    """Mean cross-entropy of the next token in nats, over `batch * (pos - 1)` predictions."""
-    return float(F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten()))
-
-
-MaskMaker = Callable[[Tensor, Layout, torch.Generator], Masks]
-
-
-def masking_modes(rounding: Sequence[float]) -> dict[str, MaskMaker]:
-    """The masking modes of the evaluation table, each from importances to masks.
-
-    The delta is excluded (mask 0) except in the stochastic modes, where it is drawn from U(0, 1)
-    as in training.
-
-    Args:
-        rounding: Thresholds of the rounded modes.
-    """
-
-    def without_delta(components: Callable[[Tensor, torch.Generator], Tensor]) -> MaskMaker:
-        return lambda g, layout, generator: Masks(
-            components(g, generator), g.new_zeros(*g.shape[:-1], layout.n_sites)
-        )
-
-    def stochastic(g: Tensor, layout: Layout, generator: torch.Generator) -> Masks:
-        return uniform_sources(g, layout, generator).masks(g)
-
-    def subset(g: Tensor, layout: Layout, generator: torch.Generator) -> Masks:
-        masks = stochastic(g, layout, generator)
-        masks.routed = uniform_k_subset(masks.delta.shape, g.device, generator)
-        return masks
-
-    def rounded(threshold: float) -> MaskMaker:
-        return without_delta(lambda g, _: (g > threshold).to(g.dtype))
-
-    return {
-        "unmasked": without_delta(lambda g, _: torch.ones_like(g)),
-        "stochastic": stochastic,
-        "stochastic_subset": subset,
-        "ci": without_delta(lambda g, _: g),
-        **{f"rounded>{t:g}": rounded(t) for t in rounding},
-        "random": without_delta(
-            lambda g, generator: torch.empty_like(g).uniform_(generator=generator)
-        ),
-        "zero": without_delta(lambda g, _: torch.zeros_like(g)),
-    }
+_ZERO = 1e-12
 
 
 class Means:
-    """Running means by name, weighted by the number of positions."""
+    """Running means by name, weighted by what each batch counts."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: dict[str, float] = defaultdict(float)
 
-    def add(self, name: str, value: float, weight: float = 1.0) -> None:
-        """Add one batch' mean."""
-        self.sums[name] += value * weight
-        self.counts[name] += weight
+    def add(self, name: str, value: float, weight: float) -> None:
+        """Add one batch' mean over `weight` positions."""
+        if weight:
+            self.sums[name] += value * weight
+            self.counts[name] += weight
 
     def means(self) -> dict[str, float]:
         """All means."""
         return {name: self.sums[name] / self.counts[name] for name in self.sums}
+
+
+def predicts_next_token(model: nn.Module, tokens: Tensor, output: Tensor) -> bool:
+    """Whether the cross-entropy of the next token means something.
+
+    Args:
+        model: A causal language model, or something else.
+        tokens: Its input; `[batch, pos]` of integers for a language model.
+        output: Its output; `[batch, pos, vocab]` with a logit for every token.
+    """
+    if tokens.is_floating_point() or tokens.ndim != 2 or output.ndim != 3:
+        return False
+    cfg = getattr(model, "cfg", None)
+    if getattr(cfg, "attention_dir", "causal") != "causal" or output.shape[:2] != tokens.shape:
+        return False
+    d_vocab = getattr(cfg, "d_vocab", 0)
+    needed = d_vocab if d_vocab > 0 else int(tokens.max()) + 1
+    return output.shape[-1] >= needed
+
+
+def next_token_cross_entropy(
+    logits: Float[Tensor, "batch pos vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    real: Bool[Tensor, "batch pos"] | None = None,
+) -> tuple[float, int]:
+    """Mean cross-entropy of the next token in nats, and the number of predictions.
+
+    There are `batch * (pos - 1)` of them, less those of pads.
+    """
+    targets = tokens[:, 1:] if real is None else tokens[:, 1:].masked_fill(~real[:, 1:], -100)
+    n = int((targets >= 0).sum())
+    flat = logits[:, :-1].float().flatten(0, 1)
+    return float(F.cross_entropy(flat, targets.flatten(), ignore_index=-100)), n
 
 
 class Sparsity:
@@ -105,18 +94,27 @@ class Sparsity:
         self.active = torch.zeros(len(thresholds), layout.total, device=device, dtype=torch.float64)
         self.histogram = torch.zeros(HISTOGRAM_BINS, device=device, dtype=torch.float64)
 
-    def add(self, importance: Float[Tensor, "*batch C_total"]) -> None:
-        """Add the importances of one batch."""
-        g = importance.flatten(0, -2)
+    def add(
+        self,
+        importance: Float[Tensor, "*batch C_total"],
+        real: Bool[Tensor, "*batch"] | None = None,
+    ) -> None:
+        """Add the importances of one batch, at the positions that are data."""
+        g = importance.flatten(0, -2) if real is None else importance[real]
         self.n_positions += g.shape[0]
         self.total += g.sum(0)
         for row, threshold in zip(self.active, self.thresholds, strict=True):
             row += (g > threshold).sum(0)
         self.histogram += torch.histc(g, HISTOGRAM_BINS, 0, 1)
 
-    def mean_importance(self) -> Tensor:
-        """Mean CI of every subcomponent, `[C_total]`."""
+    def mean_importance(self) -> Float[Tensor, " C_total"]:
+        """Mean CI of every subcomponent."""
         return (self.total / self.n_positions).float()
+
+    def sorted_by_site(self) -> dict[str, list[float]]:
+        """The mean CIs of every site, largest first."""
+        parts = zip(self.layout.names, self.layout.split(self.mean_importance()), strict=True)
+        return {name: part.sort(descending=True).values.tolist() for name, part in parts}
 
     def l0(self) -> dict[str, dict[str, float]]:
         """`{threshold: {site: L0, ..., layer sums, total}}`, means per position."""
@@ -144,66 +142,80 @@ def grouped(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
 
 @torch.no_grad()
 def delta_sizes(vpd: Decomposition) -> dict[str, dict[str, float]]:
-    """What the subcomponents leave over: `mse` (per entry), `relative` (`||.||_F / ||W||_F`).
+    """What the subcomponents leave over, by site and in `total`.
 
-    Subcomponents folded into a delta count as explained, so this is of `W - F - V U`;
-    `folded` is the relative size of their sum F, which the delta's mask switches with the rest.
+    Subcomponents folded into a delta count as explained, so this is of `W - F - V U`, where F is
+    their sum, which the delta's mask switches with the rest.
 
     Args:
         vpd: The decomposition.
+
+    Returns:
+        `mse` per entry, `relative` = `||W - F - V U||_F / ||W||_F`, `folded` = `||F||_F / ||W||_F`;
+        the last two are NaN for a matrix of zeros that is not explained as zeros.
     """
     weights = [site.weight.float() for site in vpd.sites]
     references = vpd.subcomponents.references(weights)
     deltas = vpd.subcomponents.deltas(references)
-    folded = [w - reference for w, reference in zip(weights, references, strict=True)]
-    rows = zip(vpd.layout.names, deltas, folded, weights, strict=True)
-    result = {
+    rows = [
+        [float(part.square().sum()) for part in (delta, w - reference, w)] + [w.numel()]
+        for delta, reference, w in zip(deltas, references, weights, strict=True)
+    ]
+    totals = [sum(column) for column in zip(*rows, strict=True)]
+    return {
         name: {
-            "mse": float(delta.square().mean()),
-            "relative": float(delta.norm() / weight.norm()),
-            "folded": float(gone.norm() / weight.norm()),
+            "mse": delta / n,
+            "relative": _ratio(delta, weight) ** 0.5,
+            "folded": _ratio(folded, weight) ** 0.5,
         }
-        for name, delta, gone, weight in rows
+        for name, (delta, folded, weight, n) in zip(
+            [*vpd.layout.names, "total"], [*rows, totals], strict=True
+        )
     }
-    squares, gone, whole = (
-        sum(float(part.square().sum()) for part in parts) for parts in (deltas, folded, weights)
-    )
-    result["total"] = {
-        "mse": squares / sum(delta.numel() for delta in deltas),
-        "relative": (squares / whole) ** 0.5,
-        "folded": (gone / whole) ** 0.5,
-    }
-    return result
 
 
-def hidden_error(
-    vpd: Decomposition, batch: Tensor, masks: Masks, clean: Sequence[Tensor]
+def _ratio(part: float, whole: float) -> float:
+    if whole > _ZERO:
+        return part / whole
+    return 0.0 if part <= _ZERO else math.nan
+
+
+@torch.no_grad()
+def hidden_errors(
+    vpd: Decomposition,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    real: Bool[Tensor, "*batch"] | None = None,
 ) -> dict[str, float]:
-    """Error of every site's output in a masked forward, relative to the output's mean square.
+    """Error of every site's output in a masked forward, relative to the target's mean square.
 
     Errors of earlier sites propagate; nothing is teacher-forced.
 
     Args:
         vpd: The decomposition.
-        batch: Tokens.
-        masks: The masks.
-        clean: The target's outputs at every site.
+        inputs: The target's input at every site, `[*batch, d_in]`: its output is `x W + b`.
+        outputs: The masked forward's output at every site, `[*batch, d_out]`.
+        real: Positions to take the mean over; None: all.
     """
-    _, masked = vpd.run_recording(masks, batch)
-    return {
-        name: float((y - target).square().mean() / target.square().mean().clamp(min=1e-12))
-        for name, y, target in zip(vpd.layout.names, masked, clean, strict=True)
-    }
+    errors = {}
+    for site, x, y in zip(vpd.sites, inputs, outputs, strict=True):
+        target = x.float() @ site.weight.float()
+        target = target if site.bias is None else target + site.bias.float()
+        pair = (y.float() - target, target)
+        error, size = (float((t if real is None else t[real]).square().mean()) for t in pair)
+        errors[site.name] = _ratio(error, size)
+    return errors
 
 
 def pgd_curve(
     vpd: Decomposition,
-    batch: Tensor,
-    importance: Tensor,
+    batch: Batch,
+    importance: Float[Tensor, "*batch C_total"],
     divergence: Divergence,
     steps: Sequence[int],
     step_size: float,
     generator: torch.Generator,
+    tick: Callable[[], Any] = lambda: None,
 ) -> dict[int, float]:
     """Divergence under a fresh shared adversary after each of several step counts.
 
@@ -215,14 +227,16 @@ def pgd_curve(
         steps: Step counts, along one trajectory.
         step_size: Size of a sign step.
         generator: Random generator of the start.
+        tick: Called after every forward.
     """
+
+    def divergence_of(masks: AnyMasks) -> Tensor:
+        tick()
+        return divergence(vpd.run(masks, batch.tokens, **batch.model_kwargs))
+
     with vpd.frozen_subcomponents():
+        start = shared_sources(importance, vpd.layout, generator)
         _, curve = ascend(
-            lambda masks: divergence(vpd.run(masks, batch)),
-            importance,
-            shared_sources(importance, vpd.layout, generator),
-            max(steps),
-            step_size,
-            checkpoints=steps,
+            divergence_of, importance, start, max(steps), step_size, checkpoints=steps
         )
     return curve

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 from vpd_lens.evaluation import plots
-from vpd_lens.evaluation.report import EvalReport
 from vpd_lens.viz.html import render_template
+
+if TYPE_CHECKING:
+    from vpd_lens.evaluation.report import EvalReport
 
 _MODES = {
     "target": "the original model, for comparison",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,8 +18,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, ScalarFormatter
 
 from vpd_lens.evaluation.metrics import ALIVE
-from vpd_lens.evaluation.report import EvalReport
 from vpd_lens.viz.svg import GRID, INK, MUTED, PALETTE, draw, legend_above
+
+if TYPE_CHECKING:
+    from vpd_lens.evaluation.report import EvalReport
 
 MAIN, BESIDE = "#3f87d6", "#d98a2b"
 _FULL, _HALF = (10.2, 2.7), (5.0, 2.8)
@@ -30,7 +33,7 @@ _KIND_COLOURS = dict(zip(_KINDS, PALETTE, strict=True))
 _FEW_SITES = 26
 _MAX_LABELS = 16
 
-Named = Sequence[tuple[str, EvalReport]]
+Named = Sequence[tuple[str, "EvalReport"]]
 
 
 def pgd_plot(reports: Named, unit: str) -> str:
@@ -160,7 +163,8 @@ def delta_plot(report: EvalReport) -> str:
 
     def plot(figure: Figure) -> None:
         axes = figure.subplots()
-        values = [max(report.delta[name]["relative"], 1e-9) for name in names]
+        sizes = [report.delta[name]["relative"] for name in names]
+        values = [size if size > 1e-9 else 1e-9 for size in sizes]  # NaN of a zero matrix, too
         site_bars(axes, names, values)
         axes.set(yscale="log", ylabel="size of delta / size of W")
         axes.set_ylim(min(values) / 2, max(1.0, *values))

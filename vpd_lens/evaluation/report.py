@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class EvalReport(BaseModel):
         ci_histogram: Counts of importances in equal bins over [0, 1].
         mean_ci: Mean CI of every subcomponent of a site, sorted.
         divergence: `"kl"`, `"mse"` or `"custom"`.
-        n_positions: Positions evaluated.
+        n_positions: Positions evaluated, pads not counted.
         batch_shape: Shape of one batch, on which each attack of the adversary runs.
         n_pgd_runs: Attacks behind `pgd`.
         seed: Seed of masks and adversary.
@@ -170,10 +171,16 @@ class EvalReport(BaseModel):
 
     def __str__(self) -> str:
         """The tables as plain text."""
-        console = Console(width=100, no_color=True)
-        with console.capture() as capture:
-            console.print(self.tables())
-        return capture.get()
+        return self._printed().export_text()
+
+    def _repr_html_(self) -> str:
+        """The tables in a notebook."""
+        return self._printed().export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+    def _printed(self) -> Console:
+        console = Console(width=100, no_color=True, record=True, file=StringIO())
+        console.print(self.tables())
+        return console
 
     def __repr__(self) -> str:
         """The summary on one line."""
