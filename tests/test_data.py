@@ -820,7 +820,7 @@ def test_one_pass_over_nothing(model):
         one_pass(ROWS, model=model, batch_size=2, n_batches=0)
 
 
-# --- the order of epochs ----------------------------------------------------------------------------
+# --- the order of epochs ------------------------------------------------------------------------
 
 
 def epochs_of(batches, n):
@@ -845,7 +845,7 @@ def test_a_run_of_version_1_keeps_its_order(model):
     assert batches.state_dict()["version"] == 1
 
 
-# --- padding ----------------------------------------------------------------------------------------
+# --- padding ------------------------------------------------------------------------------------
 
 
 UNEQUAL = [[3, 4, 5], [6], [7, 8, 9, 10], [11, 12]]
