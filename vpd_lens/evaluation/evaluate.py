@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vpd_lens.data import Batch, one_pass
-from vpd_lens.decomposition import Decomposition, Divergence, decomposition_of
+from vpd_lens.decomposition import Decomposition, Divergence
+from vpd_lens.decomposition.attach import decomposition_of
 from vpd_lens.decomposition.modes import masks_of
 from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import InputError

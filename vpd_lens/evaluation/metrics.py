@@ -31,9 +31,9 @@ class Means:
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
-        self.counts: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, int] = defaultdict(int)
 
-    def add(self, name: str, value: float, weight: float) -> None:
+    def add(self, name: str, value: float, weight: int) -> None:
         """Add one batch' mean over `weight` positions."""
         if weight:
             self.sums[name] += value * weight
