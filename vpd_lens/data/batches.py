@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
     def rows(self, index: slice) -> Batch:
         """Some of the rows."""
-        return Batch(self.tokens[index], None if self.real is None else self.real[index])
+        return self._each(lambda t: t[index])
 
     def mask_argument(self) -> dict[str, Tensor]:
         """The keyword argument of a model's forward that says what is padding; none if nothing."""
@@ -52,16 +52,19 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """This batch on another device; from pinned memory the copy is asynchronous."""
-        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self))
+        return self._each(lambda t: t.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """This batch in page-locked memory."""
+        return self._each(lambda t: t.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(change(self.tokens), None if self.real is None else change(self.real))
 
     @property
     def model_kwargs(self) -> dict[str, Tensor]:
         """What tells a model about the padding: `attention_mask`, if there is any."""
         return {} if self.real is None else {"attention_mask": self.real.long()}
-
-    def pinned(self) -> Batch:
-        """This batch in page-locked memory."""
-        return Batch(*(t if t is None else t.pin_memory() for t in self))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ _POINTS = 5000
 _MAX_PANELS = 8
 
 _KINDS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.in", "mlp.gate", "mlp.out")
-_KIND_COLOURS = dict(zip(_KINDS, PALETTE, strict=True))
+_KIND_COLOURS: dict[str, str] = dict(zip(_KINDS, PALETTE, strict=True))
 _FEW_SITES = 26
 _MAX_LABELS = 16
 
