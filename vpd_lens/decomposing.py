@@ -58,7 +58,7 @@ def decompose(
     Raises:
         AttachError: If no site matches, the model is decomposed already, or a site fails the
             self-check; the message lists the sites and the cause.
-        ConfigError: If a number of subcomponents is below 1.
+        ConfigError: If a number of subcomponents is below 1, or `data` is a configuration.
 
     Example:
         >>> from transformer_lens.config import TransformerBridgeConfig
@@ -70,6 +70,8 @@ def decompose(
         >>> vpd_lens.decompose(model).vpd
         Decomposition(6 sites, 152 subcomponents, TransformerImportance, untrained)
     """
+    if isinstance(data, VPDConfig):
+        raise ConfigError("data is a VPDConfig; pass config=..., and data=... to train on.")
     base = config or (VPDConfig() if data is None else VPDConfig.small())
     given = {"sites": sites, "n_subcomponents": n_subcomponents, "seed": seed}
     recordable = {

@@ -82,7 +82,7 @@ class Decomposition(nn.Module):
         self.__dict__["sites"] = list(sites)
         self.__dict__["forwards"] = Forwards(model, self.sites, self.subcomponents)
         self.importance_config = importance
-        self.divergence = divergence
+        self.divergence: DivergenceKind | CustomDivergence = divergence
         self.trained_steps = 0
         self.training_config: dict[str, Any] | None = None
 
