@@ -95,10 +95,11 @@ class ArrayBatches(TokenBatches):
             start = 0
         self._batch += 1
         chosen = self._indices[start : start + self.batch_size]
+        if self._padded:  # whether there are pads is a matter of the whole batch, on all processes
+            rows = to_tensor(self._rows[chosen])
+            return Batch.of_rows(rows, self._spec.pad).rows(self._spec.rows)
         rows = to_tensor(self._rows[chosen[self._spec.rows]])
-        if self._bos is not None:
-            rows = with_bos(rows, self._bos)
-        return Batch.of_rows(rows, self._spec.pad) if self._padded else Batch(rows)
+        return Batch(rows if self._bos is None else with_bos(rows, self._bos))
 
     def _position(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "batch": self._batch}
