@@ -61,11 +61,6 @@ class Batch(NamedTuple):
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(change(self.tokens), None if self.real is None else change(self.real))
 
-    @property
-    def model_kwargs(self) -> dict[str, Tensor]:
-        """What tells a model about the padding: `attention_mask`, if there is any."""
-        return {} if self.real is None else {"attention_mask": self.real.long()}
-
 
 @dataclass(frozen=True)
 class BatchSpec:

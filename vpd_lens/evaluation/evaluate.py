@@ -152,7 +152,7 @@ class _Measurement:
         """
         vpd, (tokens, real) = self.vpd, batch
         self.batch_shape = self.batch_shape or list(tokens.shape)
-        output, inputs = vpd.target(tokens, **batch.model_kwargs)
+        output, inputs = vpd.target(tokens, **batch.mask_argument())
         if vpd.divergence == "kl" and output.shape[-1] == 1:
             raise InputError(
                 "the model has one logit per position, so its KL divergence is 0 whatever the "
@@ -170,11 +170,11 @@ class _Measurement:
         for name, (mode, threshold) in self.modes.items():
             masks = masks_of(mode, importance, vpd.layout, self.generator, threshold, real)
             if mode in WITH_HIDDEN_ERROR:
-                masked, outputs = vpd.run_recording(masks, tokens, **batch.model_kwargs)
+                masked, outputs = vpd.run_recording(masks, tokens, **batch.mask_argument())
                 for site, error in hidden_errors(vpd, inputs, outputs, real).items():
                     self.hidden.add(f"{mode}/{site}", error, n_positions)
             else:
-                masked = vpd.run(masks, tokens, **batch.model_kwargs)
+                masked = vpd.run(masks, tokens, **batch.mask_argument())
             self.divergences.add(name, float(divergence(masked)), n_positions)
             self._add_cross_entropy(name, masked, batch)
             tick()

@@ -232,7 +232,7 @@ def pgd_curve(
 
     def divergence_of(masks: AnyMasks) -> Tensor:
         tick()
-        return divergence(vpd.run(masks, batch.tokens, **batch.model_kwargs))
+        return divergence(vpd.run(masks, batch.tokens, **batch.mask_argument()))
 
     with vpd.frozen_subcomponents():
         start = shared_sources(importance, vpd.layout, generator)
