@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,42 +86,37 @@ def evaluate(
         InputError: If the divergence is KL and the model has a single logit.
     """
     vpd = decomposition_of(model)
-    batches = one_pass(
-        data,
-        model=model,
-        batch_size=batch_size,
-        n_batches=n_batches,
-        seq_len=seq_len,
-        prepend_bos=prepend_bos,
-        seed=seed,
-    )
-    measurement = _Measurement(vpd, thresholds, rounding, seed)
-    n_attacks = pgd_restarts * pgd_batches if pgd_steps else 0
-    n_forwards = n_batches * (1 + len(measurement.modes))
-    n_forwards += n_attacks * (max(pgd_steps, default=0) + 1)
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        Progress("Evaluating", n_forwards, show=progress) as bar,
-    ):
-        for index, batch in enumerate(batches):
-            batch = batch.to(vpd.device)
-            importance, divergence = measurement.add(batch, bar.advance)
-            if index < pgd_batches and pgd_steps:
-                measurement.curves += [
-                    pgd_curve(
-                        vpd,
-                        batch,
-                        importance,
-                        divergence,
-                        pgd_steps,
-                        pgd_step_size,
-                        measurement.generator,
-                        bar.advance,
-                    )
-                    for _ in range(pgd_restarts)
-                ]
-    return measurement.report(seed)
+    # Also where the caller has switched gradients off: the adversary needs them.
+    with torch.inference_mode(False), torch.enable_grad():
+        batches = one_pass(
+            data,
+            model=model,
+            batch_size=batch_size,
+            n_batches=n_batches,
+            seq_len=seq_len,
+            prepend_bos=prepend_bos,
+            seed=seed,
+        )
+        measured = _Measurement(vpd, thresholds, rounding, seed)
+        n_forwards = n_batches * (1 + len(measured.modes))
+        if pgd_steps:
+            n_forwards += pgd_batches * pgd_restarts * (max(pgd_steps) + 1)
+        with Progress("Evaluating", n_forwards, show=progress) as bar:
+            attack = partial(
+                pgd_curve,
+                vpd,
+                steps=pgd_steps,
+                step_size=pgd_step_size,
+                generator=measured.generator,
+                tick=bar.advance,
+            )
+            for index, batch in enumerate(batches):
+                batch = batch.to(vpd.device)
+                importance, divergence = measured.add(batch, bar.advance)
+                if pgd_steps and index < pgd_batches:
+                    for _ in range(pgd_restarts):
+                        measured.curves.append(attack(batch, importance, divergence))
+        return measured.report(seed)
 
 
 class _Measurement:
