@@ -34,8 +34,7 @@ from vpd_lens.decomposition.masks import Sources
 from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.training import VPDConfig
 from vpd_lens.training import step as stepping
-from vpd_lens.training.cost.products import flops
-from vpd_lens.training.cost.workload import Workload
+from vpd_lens.training.plan import plan_step
 from vpd_lens.training.step import Stepper
 
 PAPER = {"n_layers": 4, "d_model": 768, "n_heads": 6, "d_mlp": 3072, "d_vocab": 50_277}
@@ -174,7 +173,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             stepper.step(batches[index % 4], index)
     seconds = statistics.median(times)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    arithmetic = flops(Workload.of(model.vpd, config, options.seq_len))
+    without_values = target(shape, options.seq_len, options.model, "cpu")
+    arithmetic = plan_step(without_values, config, *size).total_flop
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,

@@ -24,6 +24,7 @@ from rich.table import Table
 
 import vpd_lens
 from vpd_lens.decomposition.saving import fingerprint
+from vpd_lens.decomposition.subcomponents import align
 from vpd_lens.experiments.record import versions
 from vpd_lens.files import json_in_rows, write_text_atomically
 from vpd_lens.models import load_model, save_model
@@ -36,7 +37,6 @@ from vpd_lens.toys.frequencies import (
 )
 from vpd_lens.toys.modular_addition import ModularAddition, last_position_kl
 from vpd_lens.training import VPDConfig
-from vpd_lens.decomposition.subcomponents import align
 
 IN, OUT = "blocks.0.mlp.in", "blocks.0.mlp.out"
 console = Console()

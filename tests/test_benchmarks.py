@@ -9,37 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-import vpd_lens
-from vpd_lens.config import VPDConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-commits, evaluation, pairs, presets, quality, step = map(
-    importlib.import_module, ("commits", "evaluation", "pairs", "presets", "quality", "step")
-)
+commits, evaluation, pairs = map(importlib.import_module, ("commits", "evaluation", "pairs"))
 
 
 def test_ratios_are_of_pairs():
     """A machine that is ten times slower in one round says nothing about the ratio."""
     found = pairs.ratio([2.0, 40.0, 6.0], [1.0, 20.0, 3.0])
     assert found == {"median": 2.0, "low": 2.0, "high": 2.0}
-
-
-def test_the_papers_losses_are_those_of_its_preset():
-    """All that differs from `paper()` is common to both recipes."""
-    found = presets.configurations(steps=10, seed=3)
-    ours, paper = found["paper-losses"], VPDConfig.paper()
-    assert ours.stochastic == paper.stochastic
-    assert ours.adversary == paper.adversary
-    assert ours.optimiser.kind == paper.optimiser.kind
-    assert ours.initialisation == paper.initialisation
-    assert found["small"] == VPDConfig.small(
-        steps=10, seed=3, compile=True, log_every=50, checkpoint_every=250
-    )
-    assert ours.minimality == found["small"].minimality
-    assert ours.optimiser.lr == found["small"].optimiser.lr
 
 
 # ------------------------------------------------------------------ commits
@@ -173,107 +152,3 @@ def test_evaluation_adds_its_parts_up():
     # The median of two rounds is their mean, and means of shares add up.
     assert sum(shares.values()) == pytest.approx(1)
     assert result["parts"][evaluation.FORWARD]["forwards"]["median"] == 1
-
-
-# ------------------------------------------------------------------ quality
-
-
-def small(**changes) -> VPDConfig:
-    base = {"steps": 4, "faithfulness.warmup_steps": 3, "adversary.lr_warmup": 0.0}
-    return step.preset("XS").replaced(base | changes)
-
-
-def runs(**configs: VPDConfig) -> dict:
-    """A run on the same target and data for each configuration."""
-    stream = torch.randint(64, (500,), generator=torch.Generator().manual_seed(0))
-    made = {}
-    for name, config in configs.items():
-        model = step.build("XS", "hooked_transformer")
-        step.stepper_for("XS", model, config)
-        made[name] = quality.Run(model, config, quality.windows(stream, config, 16))
-    return made
-
-
-HELD_OUT = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(1))
-
-
-def report(model: torch.nn.Module, pgd_steps: int, pgd_restarts: int) -> vpd_lens.EvalReport:
-    arguments = {"pgd_steps": [pgd_steps], "pgd_restarts": pgd_restarts, "progress": False}
-    return vpd_lens.evaluate(model, HELD_OUT, batch_size=2, n_batches=1, **arguments)
-
-
-def test_an_evaluation_is_that_of_the_library():
-    (run,) = runs(preset=small()).values()
-    run.advance(1)
-    found, expected = quality.evaluated(HELD_OUT)(run.model), report(run.model, 20, 3)
-    assert found == {
-        "l0": expected.l0["0"]["total"],
-        "stochastic": expected.modes["stochastic"]["kl"],
-        "pgd20_mean": expected.pgd["20"]["mean"],
-        "pgd20_max": expected.pgd["20"]["max"],
-    }
-
-
-def curves(made: dict, block: int, every: int) -> dict:
-    """What a race finds, without times."""
-
-    def evaluate(model: torch.nn.Module) -> dict:
-        found = report(model, 2, 1)
-        return {"l0": found.l0["0"]["total"], "kl": found.modes["ci"]["kl"], "pgd": found.pgd["2"]}
-
-    found: dict = {name: [] for name in made}
-    for points in quality.race(made, block, every, evaluate):
-        for name, point in points.items():
-            figures = {key: value for key, value in point.items() if "seconds" not in key}
-            found[name].append(figures)
-    return found
-
-
-def test_turns_and_evaluations_change_nothing_about_training():
-    """In turns as alone, to the bit, whatever the block and however often it is looked at."""
-    adamw = small(**{"optimiser.kind": "adamw"})
-    together = curves(runs(preset=small(), adamw=adamw), block=2, every=2)
-    assert [point["step"] for point in together["preset"]] == [2, 4]
-    alone = curves(runs(adamw=adamw), block=3, every=6)
-    assert alone["adamw"] == together["adamw"][-1:]
-    assert together["preset"][-1]["kl"] != together["adamw"][-1]["kl"]
-    assert together["preset"][-1] != together["preset"][0]
-
-
-def test_a_block_is_counted_and_an_evaluation_is_not():
-    made = runs(preset=small(), same=small())
-
-    def evaluate(_):
-        return {"waited": torch.rand(2_000_000).sum(), "pgd20_mean": 1.0, "l0": 1.0}
-
-    for points in quality.race(made, 2, 2, evaluate):
-        assert list(points) == ["preset", "same"]
-        summary = quality.summary(made, [(1.0, 1.0)])
-        assert [one["goals"][0]["step"] for one in summary.values()] == [2, 2]
-    for run in made.values():
-        assert run.seconds == sum(run.blocks)
-        assert [point["seconds"] for point in run.curve] == [run.blocks[0], run.seconds]
-
-
-def point(at: int, kl: float, l0: float) -> dict:
-    return {"step": at, "seconds": 2.0 * at, "cpu_seconds": at, "pgd20_mean": kl, "l0": l0}
-
-
-def test_a_goal_is_reached_when_both_bounds_hold_at_once():
-    base = [point(10, 1.0, 90), point(20, 3.0, 20), point(30, 2.0, 30), point(40, 1.0, 10)]
-    own = [point(10, 5.0, 10), point(20, 2.0, 30)]
-    assert quality.arrival(base, base, (2.0, 30)) == {
-        "pgd20": 2.0,
-        "l0": 30,
-        "step": 30,
-        "seconds": 60.0,
-        "cpu_seconds": 30,
-        "ratio": {"seconds": 1.0, "cpu_seconds": 1.0},
-    }
-    assert quality.arrival(own, base, (2.0, 30))["ratio"] == {
-        "seconds": pytest.approx(2 / 3),
-        "cpu_seconds": pytest.approx(2 / 3),
-    }
-    never = quality.arrival(own, base, (1.0, 30))
-    assert (never["step"], never["seconds"], never["ratio"]) == (None, None, None)
-    assert quality.arrival(base, own, (1.0, 30))["ratio"] is None

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import vpd_lens
+import vpd_lens.errors
 from vpd_lens.config import (
     CausalImportanceConfig,
     Config,
@@ -129,3 +130,55 @@ def test_yaml_errors_keep_their_lines(run_file):
     )
     with pytest.raises(ConfigError, match="there is no such file"):
         read_run_file(run_file.with_name("none.yaml"))
+
+
+# ---------------------------------------------------------------- names of arguments
+
+
+def test_what_decompose_does_not_take_is_answered_with_what_it_does():
+    from conftest import tiny_bridge
+
+    model = tiny_bridge()
+    for arguments, message in (
+        ({"n_components": 4}, "no argument 'n_components'; did you mean n_subcomponents?"),
+        ({"data": VPDConfig.small()}, "data is a VPDConfig; pass config="),
+        ({"sites": ["blocks.0.attn.W_Q"]}, "W_Q is attn.q here"),
+        ({"sites": ["blocks.0.mlp.inn"]}, "did you mean blocks.0.mlp.in?"),
+    ):
+        with pytest.raises(vpd_lens.errors.VPDError) as caught:
+            vpd_lens.decompose(model, **arguments)
+        assert message in str(caught.value)
+        assert "vpd" not in model.__dict__
+
+
+# ---------------------------------------------------------------- the width of terminals
+
+
+def test_the_bar_and_the_losses_fit_80_columns(tmp_path, monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    from vpd_lens.training import logging
+
+    metrics = {"stochastic": 2.22, "adversarial": 5.83, "l0": 48.6, "faithfulness": 0.0149}
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80, _environ={})
+    monkeypatch.setattr(logging, "Console", lambda **_: screen)
+    with logging.MetricsLog(tmp_path, 400_000) as log:
+        log.advance(123_456)
+        log.write(123_456, {**metrics, "seconds_per_step": 0.1})
+    shown = screen.file.getvalue()
+    for words in ("123456/400000", "0:00:00", "stochastic 2.22", "faithfulness 0.0149"):
+        assert words in shown
+    assert "…" not in shown
+
+
+def test_lines_in_a_pipe_are_not_broken(tmp_path, capsys):
+    from vpd_lens.training.logging import MetricsLog
+
+    metrics = {"stochastic": 2.22, "adversarial": 5.83, "l0": 48.6, "faithfulness": 0.0149}
+    with MetricsLog(tmp_path, 400_000) as log:
+        log.write(123_456, {**metrics, "seconds_per_step": 0.1})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("step 123456/400000")
+    assert line.endswith("min left")

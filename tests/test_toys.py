@@ -1,8 +1,6 @@
 """Toy models: data, targets, and ground-truth figures on cases worked out by hand."""
 
-import importlib.util
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -250,62 +248,6 @@ def test_measure_leaves_a_dropped_feature_out():
     second = sites["linear2"]
     assert (second.alive, second.expected, second.error_01) == (4, 4, 0)
     assert second.mmcs == pytest.approx(1.0)
-
-
-# ------------------------------------------------------------- benchmarks/dense_block.py
-
-PATH = Path(__file__).resolve().parents[1] / "benchmarks" / "dense_block.py"
-SPEC = importlib.util.spec_from_file_location("dense_block", PATH)
-dense_block = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(dense_block)
-
-
-@pytest.fixture
-def identity_toy():
-    """A decomposition, not trained, of TMS with an identity layer, and its configuration."""
-    config = preset("tms-5-2-id", "vpd").replaced({"n_subcomponents": C, "batch_size": 16})
-    model = TMS(N, D, identity=True)
-    attach(model, "all", C, config.importance, torch.eye(N))
-    return model.vpd, config
-
-
-def test_the_dense_block_placed_by_hand_is_the_truth(identity_toy):
-    """All of the identity, important on every input; the other sites stay as they are."""
-    vpd, _ = identity_toy
-    x = torch.rand(9, N, generator=generator())
-    before = vpd.layout.split(vpd.causal_importance(x))
-    dense_block.place_dense_block(vpd)
-    after = vpd.layout.split(vpd.causal_importance(x))
-    torch.testing.assert_close(vpd.v("hidden") @ vpd.u("hidden"), torch.eye(D))
-    assert torch.equal(after[1], torch.eye(1, C).repeat(9, 1) + torch.eye(2, C)[1])
-    assert dense_ci_error(after[1], D, 0.1) == 0
-    assert torch.equal(after[0], before[0])
-    assert torch.equal(after[2], before[2])
-
-
-def test_losses_of_the_dense_block(identity_toy, monkeypatch):
-    """Nothing is trained, and minimality is what an importance of 1 on every input costs."""
-    vpd, config = identity_toy
-    dense_block.place_dense_block(vpd)
-    gates = vpd.importance
-    with torch.no_grad():
-        for name in ("linear1", "linear2"):
-            gates.w_out[vpd.layout.columns(name)] = 0
-            gates.b_out[vpd.layout.columns(name)] = -1
-    before = [parameter.clone() for parameter in vpd.parameters()]
-    monkeypatch.setattr(dense_block, "SETTLING", 2)
-    monkeypatch.setattr(dense_block, "MEASURED", 3)
-    monkeypatch.setattr(dense_block, "STARTS", 2)
-    found = dense_block.losses(vpd, TOYS["tms-5-2-id"], config)
-    minimal = config.minimality
-    per_subcomponent = 1 + minimal.frequency * math.log2(1 + 16)
-    expected = minimal.coefficient * D * per_subcomponent
-    assert found["minimality"] == pytest.approx(expected, abs=2e-6)
-    total, worst = found.pop("total"), found.pop("adversarial, worst start")
-    assert worst >= found["adversarial"]
-    assert total == pytest.approx(sum(found.values()), abs=5e-6)
-    for parameter, value in zip(vpd.parameters(), before, strict=True):
-        torch.testing.assert_close(parameter, value, rtol=0, atol=1e-25)
 
 
 # ---------------------------------------------------------------------- experiments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from vpd_lens.decomposition import CausalImportanceConfig
 from vpd_lens.decomposition.attach import attach, removed_if_untrained
 from vpd_lens.decomposition.divergence import CustomDivergence, DivergenceKind
 from vpd_lens.decomposition.subcomponents import CountSpec
-from vpd_lens.errors import AttachError, ConfigError
+from vpd_lens.errors import AttachError, ConfigError, did_you_mean
 from vpd_lens.sites.discovery import SiteSelection
 from vpd_lens.training import VPDConfig, train
 
@@ -58,7 +59,8 @@ def decompose(
     Raises:
         AttachError: If no site matches, the model is decomposed already, or a site fails the
             self-check; the message lists the sites and the cause.
-        ConfigError: If a number of subcomponents is below 1, or `data` is a configuration.
+        ConfigError: If a number of subcomponents is below 1, `data` is a configuration, or there
+            is no such argument.
 
     Example:
         >>> from transformer_lens.config import TransformerBridgeConfig
@@ -72,6 +74,7 @@ def decompose(
     """
     if isinstance(data, VPDConfig):
         raise ConfigError("data is a VPDConfig; pass config=..., and data=... to train on.")
+    _require_known(training)
     base = config or (VPDConfig() if data is None else VPDConfig.small())
     given = {"sites": sites, "n_subcomponents": n_subcomponents, "seed": seed}
     recordable = {
@@ -103,6 +106,14 @@ def decompose(
         with removed_if_untrained(model):
             train(model, data, base, **training)
     return model
+
+
+def _require_known(training: dict[str, Any]) -> None:
+    own, known = (set(inspect.signature(f).parameters) for f in (decompose, train))
+    for name in training:
+        if name not in known:
+            hint = did_you_mean(name, (own | known) - {"training"})
+            raise ConfigError(f"decompose has no argument {name!r}{hint}")
 
 
 def _are_names(sites: Any) -> bool:

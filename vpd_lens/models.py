@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vpd_lens.config import ModelClass, Processing
 from vpd_lens.errors import ArtefactError, ConfigError
@@ -27,6 +28,7 @@ def load_model(
     model_class: ModelClass = "auto",
     device: str = "cpu",
     processing: Processing = "default",
+    weights: bool = True,
 ) -> nn.Module:
     """Load a base model, in evaluation mode.
 
@@ -45,6 +47,8 @@ def load_model(
             `"full"`: layer norms folded, weights centred; `"default"`: what TransformerLens does
             for that class (bridge: none, HookedTransformer: full). A directory written by
             `save_model` holds weights as they were and takes only `"default"`.
+        weights: False: a Hugging Face model as a bridge comes with fake tensors, for which its
+            configuration is enough (to plan a run).
 
     Returns:
         The model, with its tokenizer if there is one.
@@ -68,14 +72,18 @@ def load_model(
                 "Face model) is in this directory. Check the path."
             )
         source = path
-    return _load_pretrained(str(source), model_class, device, processing)
+    return _load_pretrained(str(source), model_class, device, processing, weights)
 
 
 # -------------------------------------------------------------- pretrained models
 
 
-def _load_pretrained(source: str, model_class: str, device: str, processing: str) -> nn.Module:
+def _load_pretrained(
+    source: str, model_class: str, device: str, processing: str, weights: bool
+) -> nn.Module:
     load = _pretrained_hooked if model_class == "hooked_transformer" else _pretrained_bridge
+    if not weights and load is _pretrained_bridge:
+        load = _bridge_without_weights
     try:
         return load(source, device, processing).eval()
     except ArtefactError:
@@ -95,6 +103,14 @@ def _pretrained_bridge(source: str, device: str, processing: str) -> nn.Module:
     if processing == "full":
         bridge.enable_compatibility_mode(disable_warnings=True)
     return bridge
+
+
+def _bridge_without_weights(source: str, device: str, processing: str) -> nn.Module:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    # Tensors with shapes and no values: fused matrices are split at boot, which "meta" refuses.
+    with FakeTensorMode():
+        return TransformerBridge.boot_transformers(source, load_weights=False)
 
 
 def _pretrained_hooked(source: str, device: str, processing: str) -> nn.Module:

@@ -104,8 +104,9 @@ def _merged(config: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
     data = dict(config)
     for name, value in changes.items():
         section = data.get(name)
-        nested = isinstance(section, Config) and isinstance(value, Mapping)
-        data[name] = _merged(section, value) if nested else value
+        if isinstance(section, Config) and isinstance(value, Mapping):
+            value = _merged(section, value)
+        data[name] = value
     return data
 
 

@@ -113,14 +113,18 @@ def read_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
     Raises:
         ConfigError: If the file cannot be read, or a field is unknown, missing or unusable.
     """
-    data = read_yaml(path)
+    return run_of(read_yaml(path), overrides, str(path))
+
+
+def run_of(data: dict[str, Any], overrides: Sequence[str], where: str) -> RunFile:
+    """Like `read_run_file`, from a mapping already read; `where` names it in messages."""
     for override in overrides:
         apply_override(data, override)
     data["training"] = data.get("training") or {}
     try:
         return RunFile(**data)
     except InvalidConfig as error:
-        raise InvalidConfig(str(path), error.troubles) from None
+        raise InvalidConfig(where, error.troubles) from None
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:

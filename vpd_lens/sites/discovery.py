@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpd_lens.errors import AttachError
+from vpd_lens.errors import AttachError, did_you_mean
 from vpd_lens.sites.bridge import bridge_sites, is_mixture
 from vpd_lens.sites.hooked_transformer import hooked_transformer_sites
 from vpd_lens.sites.module import module_sites
@@ -74,8 +74,29 @@ def _by_name(available: list[Site], names: list[str]) -> list[Site]:
     known = {site.name for site in available}
     missing = [name for name in names if name not in known]
     if missing:
-        raise AttachError(f"No site named {missing}. Available: {_listing(available)}.")
+        hints = "".join(_meant(name, known) for name in missing)
+        raise AttachError(f"No site named {missing}{hints}. Available: {_listing(available)}.")
     return [site for site in available if site.name in names]
+
+
+# What TransformerLens calls the tensor of a site.
+_TENSORS = {
+    "W_Q": "attn.q",
+    "W_K": "attn.k",
+    "W_V": "attn.v",
+    "W_O": "attn.o",
+    "W_in": "mlp.in",
+    "W_gate": "mlp.gate",
+    "W_out": "mlp.out",
+    "W_U": "unembed",
+}
+
+
+def _meant(name: str, known: set[str]) -> str:
+    tensor = name.rsplit(".", 1)[-1]
+    if tensor in _TENSORS:
+        return f"; {tensor} is {_TENSORS[tensor]} here"
+    return did_you_mean(name, known)
 
 
 def _listing(sites: list[Site], limit: int = 14) -> str:

@@ -142,6 +142,8 @@ def table(records: list[ToyRecord]) -> Table:
         title=f"{first.toy}, {first.method}: {METHODS[first.method]}",
         title_justify="left",
         box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     figures = ("alive", "MMCS", "mat.", "L2", "err .1", "err .2")
     for heading in ("seed", "feat.", "site", *figures, "s"):

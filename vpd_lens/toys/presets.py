@@ -65,7 +65,7 @@ _MINIMALITY = {
 # Those of tms-5-2 were tuned, the others are scaled from them. An identity layer has to be on for
 # activations of either sign, and so has a residual MLP whose features have both: their gates are
 # not affine. All m subcomponents of an identity layer are on for every input, where the frequency
-# term is dearest: at 2e-3 tms-5-2-id had three that were on for some (benchmarks/dense_block.py).
+# term is dearest: at 2e-3 tms-5-2-id had three that were on for some.
 # A coefficient at which tms-40-10-id has its ten made the first matrix worse.
 # Subcomponents per site, hidden units of a gate, steps, and the importance coefficient of each
 # method: the divergence is a mean over features, so it falls with their number.

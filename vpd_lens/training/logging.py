@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +18,18 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+
+class _Bar(Progress):
+    """A progress bar with the losses on a line of their own, so that 80 columns hold both."""
+
+    losses = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.losses:
+            yield Text(self.losses)
 
 from vpd_lens.storage import disk_errors, write_text
 
@@ -47,17 +60,16 @@ class MetricsLog:
         self.start = start
         self.console = Console(quiet=not progress)
         self.run: Any = None
-        self._bar = Progress(
+        self._bar = _Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
             console=self.console,
             disable=not progress or not self.console.is_terminal,
         )
-        self._task = self._bar.add_task("VPD", total=steps, completed=start, losses="")
+        self._task = self._bar.add_task("VPD", total=steps, completed=start)
         if wandb is not None:
             import wandb as wandb_module
 
@@ -87,7 +99,7 @@ class MetricsLog:
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Record one line of metrics, keyed by the finished steps."""
@@ -99,7 +111,7 @@ class MetricsLog:
             for name in ("stochastic", "adversarial", "l0", "faithfulness")
             if name in metrics
         )
-        self._bar.update(self._task, losses=text)
+        self._bar.losses = text
         if not self.console.is_terminal:
             seconds = metrics["seconds_per_step"]
             left = (self.steps - step) * seconds
@@ -107,6 +119,7 @@ class MetricsLog:
                 f"step {step}/{self.steps}  {text}  {seconds * 1e3:.0f} ms/step  "
                 f"{left / 60:.1f} min left",
                 highlight=False,
+                soft_wrap=True,
             )
         if self.run is not None:
             self.run.log(metrics, step=step)

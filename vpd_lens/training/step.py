@@ -51,6 +51,7 @@ class Stepper:
         processes: Those that train together, each on its rows of the batch.
 
     Attributes:
+        autocast: Whether products run in bf16.
         mask_dtype: Of sources and masks.
         coefficients: Weight of every loss in the total.
         parameters: Those of U and V, `"subcomponents"`, and of the `"importance"` function.
@@ -75,6 +76,7 @@ class Stepper:
                 "the model is in float16, where the gradient of a mean over many positions rounds "
                 "to 0. Load it in bfloat16 or float32 to train."
             )
+        self.autocast = config.autocast and self.device.type == "cuda"
         self.mask_dtype = getattr(torch, config.mask_dtype)
         self.coefficients = {
             "stochastic": config.stochastic.coefficient,
@@ -285,9 +287,9 @@ class Stepper:
             self.adversary.set_lr(self._adversary_lr)
 
     def _autocast(self, on: bool = True) -> AbstractContextManager[Any]:
-        if self.device.type != "cuda" or not self.config.autocast:
+        if not self.autocast:
             return nullcontext()
-        return torch.autocast("cuda", dtype=torch.bfloat16, enabled=on)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
 
 
 def _masked_forward(vpd: Decomposition, config: VPDConfig) -> MaskedForward:

@@ -24,10 +24,9 @@ from vpd_lens.decomposition.subcomponents import align
 from vpd_lens.errors import ArtefactError, ConfigError, TrainingInterrupted
 from vpd_lens.storage import disk_errors, existing_folder
 from vpd_lens.training.accumulate import StepImportance
+from vpd_lens.training.budget import budget, explained_out_of_memory, warn_if_short
 from vpd_lens.training.checkpoint import Checkpoint, save_checkpoint
 from vpd_lens.training.compaction import compact_when_due, sizes
-from vpd_lens.training.cost.guard import explained_out_of_memory, require_memory
-from vpd_lens.training.cost.workload import Workload
 from vpd_lens.training.diagnostics import Diagnostics
 from vpd_lens.training.distributed import join
 from vpd_lens.training.interruption import stop_requests
@@ -110,7 +109,7 @@ def train(
             written.
         DataError: If the data cannot be read or does not fit the model.
         NonFiniteLossError: If a loss becomes NaN or infinite; the last checkpoint is kept.
-        OutOfMemoryError: If the run clearly needs more memory than there is, or runs out of it.
+        OutOfMemoryError: If the run runs out of memory; `MemoryWarning` comes before that.
         ProcessError: If another process died, or has other arguments.
         TrainingInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
@@ -136,8 +135,9 @@ def train(
             prepend_bos=prepend_bos,
             rows=rows,
         )
-        work = Workload.of(vpd, config, batches.seq_len, processes.world)
-        estimate = require_memory(work, vpd.device)
+        needed = budget(vpd, config, config.batch_size // processes.world, batches.seq_len or 1)
+        there = float(sum(p.nbytes for p in [*model.parameters(), *vpd.parameters()]))
+        warn_if_short(needed, there, vpd.device)
         found = processes.from_first(_found(folder))
         _require_startable(folder, found, resume)
         if processes.world > 1:
@@ -149,13 +149,12 @@ def train(
             processes.first_(list(vpd.parameters()))
         with (
             sharded_importance(vpd, processes, config.shard_importance),
-            explained_out_of_memory(work, vpd.device),
+            explained_out_of_memory(needed, vpd.device),
         ):
             run = _Run(Stepper(vpd, config, processes), batches, folder)
             if found == "checkpoint":
                 run.resume()
             with run.open_log(progress, wandb) as log:
-                log.say(estimate)
                 if found == "started":
                     log.say(f"{folder} holds a run without a checkpoint; it starts over.")
                 if not run.start:

@@ -7,25 +7,28 @@ from typing import Annotated, Any
 
 import typer
 
-from vpd_lens.commands.options import (
+from vpd_lens.cli.options import (
+    QUICKSTART,
     Debug,
     Device,
+    Model,
+    ModelClassName,
+    ProcessingName,
     Quiet,
-    decomposition_folder,
+    load_decomposed,
     readable_errors,
     say,
+    show,
 )
 from vpd_lens.errors import InputError
 
 
 def graph_command(
     prompt: Annotated[str, typer.Argument(help="The prompt.")],
-    decomposition: Annotated[Path, typer.Option(help="A saved decomposition, or a run.")] = Path(
-        "runs/quickstart/vpd"
+    decomposition: Annotated[Path, typer.Option(help="A saved decomposition, or a run.")] = (
+        QUICKSTART / "vpd"
     ),
-    model: Annotated[
-        str, typer.Option(metavar="SOURCE", help="Its base model.")
-    ] = "runs/quickstart/target",
+    model: Model = str(QUICKSTART / "target"),
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,8 +52,8 @@ def graph_command(
     harvest: Annotated[
         Path | None, typer.Option(help="What `vpd-lens harvest` wrote; examples for the page.")
     ] = None,
-    model_class: Annotated[str, typer.Option(help="auto, hooked_transformer or bridge.")] = "auto",
-    processing: Annotated[str, typer.Option(help="default, none or full.")] = "default",
+    model_class: ModelClassName = "auto",
+    processing: ProcessingName = "default",
     device: Device = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -60,23 +63,18 @@ def graph_command(
     In PROMPT and TOKEN, \n and \t stand for a newline and a tab.
     """
     with readable_errors(debug):
-        from rich import print as rich_print
-
-        import vpd_lens
-        from vpd_lens.analysis.circuits import Token, TopTokens
-        from vpd_lens.analysis.harvest import Harvest
-        from vpd_lens.decomposition.saving import load
-        from vpd_lens.models import load_model
-
-        folder = decomposition_folder(decomposition)
-        loaded = load(folder, load_model(model, model_class, device or "auto", processing))  # type: ignore[arg-type]
-        examples = None if harvest is None else Harvest.load(harvest, loaded.vpd)
         if keep == 0:
             raise InputError("--keep 0 keeps nothing; give a share above 0.")
+        loaded = load_decomposed(decomposition, model, model_class, device, processing)
+
+        from vpd_lens.analysis.circuits import Token, TopTokens, attribute
+        from vpd_lens.analysis.harvest import Harvest
+
+        examples = None if harvest is None else Harvest.load(harvest, loaded.vpd)
         targets: Any = [Token(_unescaped(text), position) for text in target or []]
         if not targets and prune is None:
             targets = [TopTokens(position=position)]
-        graph = vpd_lens.attribute(
+        graph = attribute(
             loaded,
             _unescaped(prompt),
             targets or None,
@@ -86,10 +84,9 @@ def graph_command(
         )
         if keep is not None:
             graph = graph.pruned(keep)
-        if not quiet:
-            if graph.circuit is not None:
-                rich_print(graph.circuit.table())
-            rich_print(graph.summary())
+        if graph.circuit is not None:
+            show(graph.circuit.table(), quiet)
+        show(graph.summary(), quiet)
         if save is not None:
             say(f"Graph: {graph.save(save)}", quiet)
         if html is not None:

@@ -7,26 +7,30 @@ from typing import Annotated
 
 import typer
 
-from vpd_lens.commands.options import (
+from vpd_lens.cli.options import (
+    BatchSize,
     Debug,
+    Decomposed,
     Device,
+    Model,
+    ModelClassName,
+    ProcessingName,
     Quiet,
-    decomposition_folder,
+    SeqLen,
+    load_decomposed,
     readable_errors,
     say,
 )
 
 
 def harvest_command(
-    decomposition: Annotated[Path, typer.Argument(help="A saved decomposition, or a run.")],
-    model: Annotated[str, typer.Option(metavar="SOURCE", help="Its base model.")],
+    decomposition: Decomposed,
+    model: Model,
     data: Annotated[str, typer.Option(help="Text or tokens: path, or hf:NAME.")],
     output: Annotated[Path, typer.Option(help="Directory of the results.")],
     n_batches: Annotated[int, typer.Option(min=1, help="Batches in all.")] = 500,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 16,
-    seq_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per sequence; default: the model's context.")
-    ] = None,
+    batch_size: BatchSize = 16,
+    seq_len: SeqLen = None,
     sites: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Names of the sites; default: all.")
     ] = None,
@@ -37,8 +41,8 @@ def harvest_command(
     n_random: Annotated[int, typer.Option(min=1, help="Random examples of each.")] = 20,
     context: Annotated[int, typer.Option(min=0, help="Tokens on either side.")] = 20,
     memory_limit: Annotated[float, typer.Option(help="Largest size of the tables, in GiB.")] = 4.0,
-    model_class: Annotated[str, typer.Option(help="auto, hooked_transformer or bridge.")] = "auto",
-    processing: Annotated[str, typer.Option(help="default, none or full.")] = "default",
+    model_class: ModelClassName = "auto",
+    processing: ProcessingName = "default",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random examples.")] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from what is in the output directory.")
@@ -54,13 +58,11 @@ def harvest_command(
     command with --resume.
     """
     with readable_errors(debug):
+        loaded = load_decomposed(decomposition, model, model_class, device, processing)
+
         from vpd_lens.analysis.harvest import harvest
-        from vpd_lens.decomposition.saving import load
-        from vpd_lens.models import load_model
         from vpd_lens.viz.harvest_page import write
 
-        folder = decomposition_folder(decomposition)
-        loaded = load(folder, load_model(model, model_class, device or "auto", processing))  # type: ignore[arg-type]
         result = harvest(
             loaded,
             data,

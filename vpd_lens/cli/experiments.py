@@ -7,19 +7,21 @@ from typing import Annotated
 
 import typer
 
-from vpd_lens.commands.options import (
+from vpd_lens.cli.options import (
     Debug,
     Device,
     Overrides,
     Quiet,
+    RunFilePath,
     quoted,
     readable_errors,
     say,
+    show,
 )
 
 
 def sweep_command(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run file.")],
+    run_file: RunFilePath,
     grid: Annotated[
         list[str],
         typer.Option(
@@ -43,11 +45,13 @@ def sweep_command(
     after an interruption.
     """
     with readable_errors(debug):
-        from rich import print as rich_print
+        from vpd_lens.config import read_run_file
+
+        changes = [*(overrides or []), *([f"training.device={quoted(device)}"] if device else [])]
+        read_run_file(run_file, changes)  # what is wrong with it, before torch is imported
 
         from vpd_lens.experiments import sweep
 
-        changes = [*(overrides or []), *([f"training.device={quoted(device)}"] if device else [])]
         result = sweep(
             run_file,
             grid,
@@ -56,8 +60,7 @@ def sweep_command(
             progress=not quiet,
             say=lambda text: say(text, quiet),
         )
-        if not quiet:
-            rich_print(result.section.table())
+        show(result.section.table(), quiet)
         say(f"Report: {result.folder / 'report.html'}", quiet)
 
 
@@ -87,8 +90,6 @@ def reproduce_command(
     go on after an interruption.
     """
     with readable_errors(debug):
-        from rich import print as rich_print
-
         from vpd_lens.experiments import reproduce
         from vpd_lens.experiments.claims import CLAIMS
 
@@ -101,7 +102,7 @@ def reproduce_command(
             device or "auto",
             progress=not quiet,
             say=lambda text: say(text, quiet),
-            show=None if quiet else lambda section: rich_print(section.table()),
+            show=lambda section: show(section.table(), quiet),
         )
         say(f"Report: {output / 'report.html'}", quiet)
 
@@ -122,8 +123,6 @@ def toy_command(
     output directory, which receives seed-N.json, seed-N/ and page.html.
     """
     with readable_errors(debug):
-        from rich import print as rich_print
-
         from vpd_lens.files import write_text_atomically
         from vpd_lens.toys import run_seeds, table
         from vpd_lens.toys.page import render
@@ -134,6 +133,5 @@ def toy_command(
             records.append(record)
             write_text_atomically(folder / "page.html", render(records))
             say(f"seed {record.seed}: {record.seconds:.0f} s", quiet)
-        if not quiet:
-            rich_print(table(records))
+        show(table(records), quiet)
         say(f"Page: {folder / 'page.html'}", quiet)

@@ -1,0 +1,134 @@
+"""Options that commands share, how errors are shown, and what a command loads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vpd_lens.errors import ArtefactError, TrainingInterrupted, VPDError
+
+RunFilePath = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run file.")]
+Decomposed = Annotated[
+    Path, typer.Argument(metavar="DECOMPOSITION", help="A saved decomposition, or a run.")
+]
+Model = Annotated[
+    str, typer.Option(metavar="SOURCE", help="Its base model: a directory, or a name.")
+]
+ModelClassName = Annotated[str, typer.Option(help="auto, hooked_transformer or bridge.")]
+ProcessingName = Annotated[str, typer.Option(help="default, none or full.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per batch.")]
+SeqLen = Annotated[
+    int | None, typer.Option(min=1, help="Tokens per sequence; default: the model's context.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N; default: CUDA if there is.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Replace one value of the run file; may be repeated. PATH is a dotted path in the "
+        "file (model.source=..., data=..., training.steps=100); one that starts with none of "
+        "its keys is a field of `training` (optimiser.lr=1e-3). VALUE is YAML.",
+    ),
+]
+
+BAD_INPUT, INTERRUPTED = 2, 130
+QUICKSTART = Path("runs/quickstart")
+
+
+@contextmanager
+def readable_errors(debug: bool) -> Iterator[None]:
+    """Errors of the library become a message on stderr and an exit code."""
+    try:
+        yield
+    except VPDError as error:
+        if debug:
+            raise
+        if isinstance(error, TrainingInterrupted):
+            text, code = str(error), INTERRUPTED
+        else:  # what Python calls resume=True
+            text, code = str(error).replace("resume=True", "--resume"), BAD_INPUT
+        typer.echo(_name() + text, err=True)
+        raise typer.Exit(code) from None
+
+
+def _name() -> str:
+    """The program, and which process of a job this is."""
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return f"vpd-lens, process {os.environ.get('RANK')}: " if many else "vpd-lens: "
+
+
+def quoted(value: object) -> str:
+    """`value` as a YAML string, whatever characters are in it."""
+    return json.dumps(str(value))
+
+
+def say(text: str, quiet: bool) -> None:
+    """Print a line, unless told to be quiet."""
+    if not quiet:
+        typer.echo(text)
+
+
+def show(table: Any, quiet: bool) -> None:
+    """Print tables of rich, unless told to be quiet."""
+    if not quiet:
+        from rich import print as rich_print
+
+        rich_print(table)
+
+
+def require_folder(path: Path, option: str = "") -> None:
+    """Say that a directory is missing, and that nobody named it if so, before torch is imported.
+
+    Raises:
+        ArtefactError: If there is no such directory.
+    """
+    if path.is_dir() or path.with_name(f".{path.name}.old").is_dir():
+        return
+    if path.is_relative_to(QUICKSTART):
+        raise ArtefactError(
+            f"{path}, the default of {option}, does not exist. Run `make quickstart`, or pass "
+            "--decomposition and --model."
+        )
+    raise ArtefactError(f"{path}: there is no such directory. Check the path.")
+
+
+def load_decomposed(
+    decomposition: Path, model: str, model_class: str, device: str | None, processing: str
+) -> Any:
+    """A base model with a saved decomposition; what is missing is said before torch is imported.
+
+    Raises:
+        ArtefactError: If either is missing or damaged, or they do not belong together.
+        ConfigError: If an option has no such value.
+    """
+    require_folder(decomposition, "--decomposition")
+    if Path(model).is_relative_to(QUICKSTART):
+        require_folder(Path(model), "--model")
+
+    from vpd_lens.decomposition.saving import load
+    from vpd_lens.models import load_model
+
+    base = load_model(model, model_class, device or "auto", processing)  # type: ignore[arg-type]
+    return load(decomposition, base)
+
+
+def write_report(
+    report: Any, json: Path | None, html: Path | None, title: str, *beside: Any
+) -> None:
+    """Write an evaluation's figures and page, making their directories."""
+    for path in (json, html):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if json is not None:
+        report.to_json(json)
+    if html is not None:
+        report.to_html(html, f"VPD evaluation of {title}", *beside)

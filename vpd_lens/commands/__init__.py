@@ -1,1 +1,0 @@
-"""Parts of the command line; `vpd_lens.cli` puts them together."""

@@ -1,1 +1,0 @@
-"""What a training step costs: matrix products, memory traffic, memory, and the time they take."""

@@ -1,0 +1,173 @@
+"""What one training step costs, exactly: the real step, on tensors that have no values.
+
+1. The model without weights and its decomposition are built on the meta device.
+2. All their tensors become fake ones: shape, dtype and device, but no memory.
+3. `Stepper.step` runs twice, so that optimisers and sources exist, while a meter counts every
+   operation's FLOP and every tensor's bytes.
+
+Time is not predicted from this. `measured_step` times real steps, which the FLOP then scale.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+
+from vpd_lens.config import VPDConfig
+from vpd_lens.decomposition import Decomposition
+from vpd_lens.decomposition.attach import attach
+from vpd_lens.training.step import Stepper
+
+_aten = torch.ops.aten
+_FLOPS = {
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step takes.
+
+    Attributes:
+        flop: FLOP of matrix products by phase of the step.
+        lasting: Bytes that stay from step to step: weights, V and U, importance function,
+            moments, sources.
+        peak: Largest sum of the bytes of all tensors, at any moment of the step.
+        peak_phase: The phase of that moment.
+    """
+
+    flop: dict[str, int]
+    lasting: int
+    peak: int
+    peak_phase: str
+
+    @property
+    def total_flop(self) -> int:
+        """FLOP of all phases."""
+        return sum(self.flop.values())
+
+
+def plan_step(
+    model: nn.Module, config: VPDConfig, batch: int, pos: int, autocast: bool = True
+) -> StepCost:
+    """Count one training step of a model that need not have weights.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge, best on the meta device; it is used up.
+        config: The run.
+        batch: Sequences per step of one process.
+        pos: Tokens per sequence.
+        autocast: Whether products run in bf16 if the configuration says so, as on a GPU.
+    """
+    config = config.replaced({"compile": False, "device": "cpu", "shard_importance": False})
+    with torch.device("meta"):
+        sites = config.sites if isinstance(config.sites, str) else list(config.sites)
+        _replace_tensors([model], "meta")
+        attach(model, sites, config.n_subcomponents, config.importance, check=False)
+    vpd: Decomposition = model.__dict__["vpd"]
+    with FakeTensorMode(), _Meter() as meter:
+        _replace_tensors([model, vpd], "cpu")
+        stepper = Stepper(vpd, config)
+        stepper.autocast = autocast and config.autocast
+        tokens = torch.zeros(batch, pos, dtype=torch.long)
+        for step in range(2):
+            meter.restart()
+            stepper.step(tokens, step)
+        return StepCost(dict(meter.flop), meter.now, meter.peak, meter.peak_phase)
+
+
+def measured_step(
+    vpd: Decomposition, config: VPDConfig, batch: int, pos: int, steps: int = 3
+) -> float:
+    """Seconds of a real training step: the fastest of some, after one to warm up.
+
+    Args:
+        vpd: An attached decomposition; it is trained by these steps.
+        config: The run.
+        batch: Sequences per step.
+        pos: Tokens per sequence.
+        steps: How many to time.
+    """
+    stepper = Stepper(vpd, config)
+    vocabulary = int(vpd.model.cfg.d_vocab)  # type: ignore[union-attr, arg-type]
+    tokens = torch.randint(vocabulary, (batch, pos), generator=torch.Generator().manual_seed(0))
+    seconds = []
+    for step in range(steps + 1):
+        begun = time.perf_counter()
+        losses, _ = stepper.step(tokens, step)
+        float(losses["total"])  # waits for the device
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds[1:])
+
+
+def _replace_tensors(modules: list[nn.Module], device: str) -> None:
+    """Put empty tensors in place of all parameters and buffers, shared ones in place of shared."""
+    made: dict[Tensor, Tensor] = {}
+
+    def like(old: Tensor) -> Tensor:
+        new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
+        return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+    for module in (part for whole in modules for part in whole.modules()):
+        both: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for tensors in both:
+            for name, old in tensors.items():
+                if old is not None:
+                    made[old] = tensors[name] = made[old] if old in made else like(old)
+
+
+class _Meter(TorchDispatchMode):
+    """Counts FLOP by phase, and the bytes of all tensors that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.alive: set[int] = set()
+        self.phases = ["other"]
+        self.restart()
+
+    def restart(self) -> None:
+        self.flop: Counter[str] = Counter()
+        self.peak, self.peak_phase = self.now, self.phases[-1]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _aten._local_scalar_dense.default:
+            return 1.0  # a loss on the CPU is asked whether it is finite
+        out = func(*args, **kwargs)
+        if func is torch.ops.profiler._record_function_enter_new.default:
+            phase = str(args[0]).removeprefix("vpd::")
+            self.phases.append(phase if phase != args[0] else self.phases[-1])
+        elif func is torch.ops.profiler._record_function_exit._RecordFunction:
+            self.phases.pop()
+        if func._overloadpacket in _FLOPS:
+            count = _FLOPS[func._overloadpacket]
+            self.flop[self.phases[-1]] += count(*args, **kwargs, out_val=out)
+        tree_map_only(Tensor, self._track, out)
+        return out
+
+    def _track(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive.add(key)
+            self.now += size
+            weakref.finalize(storage, self._free, key, size)
+            if self.now > self.peak:
+                self.peak, self.peak_phase = self.now, self.phases[-1]
+
+    def _free(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
