@@ -100,7 +100,7 @@ def test_objectives_against_torch(model: nn.Module) -> None:
 
 def test_the_adversary_moves_what_it_may_and_finds_the_corner() -> None:
     """A linear loss has its maximum at 1 where the gradient is positive, and at 0 elsewhere."""
-    from vpd_lens.analysis.circuits.report import attack
+    from vpd_lens.decomposition.adversary import ascend
     from vpd_lens.decomposition.masks import Sources
 
     generator = torch.Generator().manual_seed(3)
@@ -113,11 +113,11 @@ def test_the_adversary_moves_what_it_may_and_finds_the_corner() -> None:
         m = masks.computed()
         return (slope * m.components).sum() + m.delta.sum()
 
-    moved = attack(loss_of, g, may, start, steps=2, step_size=1.0)
+    moved, _ = ascend(loss_of, g, start, 2, 1.0, moves=may)
     assert torch.equal(moved.components[may], (slope[may] > 0).float())
     assert torch.equal(moved.components[~may], start.components[~may])
     assert torch.equal(moved.delta, start.delta)
-    everything = attack(loss_of, g, None, start, steps=2, step_size=1.0)
+    everything, _ = ascend(loss_of, g, start, 2, 1.0)
     assert torch.equal(everything.components, (slope > 0).float())
     assert bool((everything.delta == 1).all())
 
@@ -164,11 +164,11 @@ def test_the_adversary_of_a_difference_is_not_blind_where_the_behaviour_holds(
 
     module, raised = sys.modules["vpd_lens.analysis.circuits.prune"], []
 
-    def attack(loss_of: Any, g: Tensor, alive: Tensor, start: Any, *_: Any) -> Any:
-        raised.append(float(loss_of(start.over(g))))
-        return start
+    def ascend(loss_of: Any, g: Tensor, start: Any, *_: Any, **__: Any) -> Any:
+        raised.append(float(loss_of(start.over(g)).detach()))
+        return start, {}
 
-    monkeypatch.setattr(module, "attack", attack)
+    monkeypatch.setattr(module, "ascend", ascend)
     for tokens in ((4, 9), (9, 4)):
         found(model, LONG, LogitDifference(*tokens), objective="logit_difference", steps=1)
     assert raised[0] == pytest.approx(-raised[1])

@@ -46,3 +46,35 @@ def test_with_everything_frozen_the_edges_into_a_node_are_its_activation(
         assert int(graph.nodes.of_kind("subcomponent").sum()) == 6 * model.vpd.layout.total
         assert abs(1 - graph.completeness()) < 1e-4
     assert torch.equal(model(tokens(1)), before)
+
+
+@pytest.mark.filterwarnings("ignore:this decomposition is untrained")
+def test_dropout_and_a_users_hooks_change_nothing(decomposed: Callable[[str], nn.Module]) -> None:
+    """Nor does what is found depend on the mode that the model happens to be in."""
+    import vpd_lens
+
+    model, prompt = decomposed("bridge-gpt2-default"), tokens(1)[0]
+    settings = {"steps": 1, "attack_steps": (1,), "attack_restarts": 1, "draws": 1}
+
+    def found() -> tuple[object, ...]:
+        graph = traced(model, frozen=True)
+        circuit = vpd_lens.prune(model, prompt, 3, vpd_lens.PruneConfig(**settings), progress=False)
+        edit = vpd_lens.Ablate("blocks.0.mlp.in:1")
+        return (
+            graph.edges.weight,
+            circuit.importance,
+            vpd_lens.intervene(model, prompt, edit).edited,
+        )
+
+    expected = found()
+    model.train()
+    model.original_model.train()
+    try:
+        with model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", lambda x, hook: 2 * x)]):
+            got = found()
+        assert model.training
+    finally:
+        model.eval()
+        model.original_model.eval()
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)

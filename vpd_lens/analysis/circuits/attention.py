@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vpd_lens.analysis.circuits.cut_forward import Cut, CutForward
 from vpd_lens.analysis.circuits.graph import AttributionGraph
-from vpd_lens.analysis.circuits.targets import decomposition_of, prompt_tokens
+from vpd_lens.analysis.circuits.targets import explained_decomposition, prompt_tokens
 from vpd_lens.errors import InputError, VPDError
 
 
@@ -58,7 +58,7 @@ class AttentionScores:
     """
 
     def __init__(self, model: nn.Module, prompt: str | Sequence[int] | Tensor) -> None:
-        self.vpd = decomposition_of(model)
+        self.vpd = explained_decomposition(model)
         tokens = prompt_tokens(model, prompt)
         self.scores: dict[int, Tensor] = {}
         self.patterns: dict[int, Tensor] = {}
@@ -149,7 +149,7 @@ def attention_pairs(
         InputError: If no v and o matrices are decomposed.
         VPDError: If the model does not show its attention scores.
     """
-    vpd = decomposition_of(model)
+    vpd = explained_decomposition(model)
     importance = graph.importance(vpd) > 0
     if not any(name.endswith(".attn.o") for name in vpd.layout.names):
         raise InputError("attention_pairs needs decomposed v and o matrices to find attention.")

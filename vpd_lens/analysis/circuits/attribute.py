@@ -31,7 +31,7 @@ from vpd_lens.analysis.circuits.targets import (
     LogitDifference,
     Target,
     Token,
-    decomposition_of,
+    explained_decomposition,
     plain_target,
     prompt_tokens,
     resolve_targets,
@@ -110,7 +110,7 @@ def attribute(
     Example:
         >>> graph = vpd_lens.attribute(model, "for i in", target=" range")  # doctest: +SKIP
     """
-    vpd = decomposition_of(model)
+    vpd = explained_decomposition(model)
     tokens = prompt_tokens(model, prompt, prepend_bos)
     if delta not in get_args(DeltaPath):
         raise InputError(f"delta={delta!r}; expected 'node' or 'through'.")

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vpd_lens.analysis.circuits.targets import decomposition_of, prompt_tokens
+from vpd_lens.analysis.circuits.targets import explained_decomposition, prompt_tokens
 from vpd_lens.decomposition import Decomposition
+from vpd_lens.decomposition.call import cached_positions
 from vpd_lens.errors import InputError
 
 Positions = int | slice | Sequence[int] | None
@@ -102,11 +103,7 @@ class _Clock:
 
     def see_cache(self, _module: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
         """The length of a key-value cache that a call was given."""
-        own, other = kwargs.get("past_kv_cache"), kwargs.get("past_key_values")
-        if own is not None:
-            self.cached = int(own[0].past_keys.shape[1])
-        elif other is not None and hasattr(other, "get_seq_length"):
-            self.cached = int(other.get_seq_length())
+        self.cached = cached_positions(kwargs) or self.cached
 
     def tick(self, residual: Tensor, hook: Any) -> None:
         n = residual.shape[1]
@@ -142,7 +139,7 @@ def edited(
         >>> with edited(model, Ablate("blocks.0.mlp.in:31", slice(5, None))):  # doctest: +SKIP
         ...     model.generate("def read(self", max_new_tokens=8)
     """
-    vpd = decomposition_of(model)
+    vpd = explained_decomposition(model)
     resolved = [part for edit in _several(edits) for part in _resolve(vpd, edit, prepend_bos)]
     clock = _Clock(vpd)
     hooks: list[tuple[str, Any]] = []

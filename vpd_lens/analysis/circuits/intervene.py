@@ -13,9 +13,14 @@ from torch import Tensor, nn
 
 from vpd_lens.analysis.circuits.edits import Edit, edited, require_in_prompt
 from vpd_lens.analysis.circuits.graph import AttributionGraph
-from vpd_lens.analysis.circuits.report import attack
-from vpd_lens.analysis.circuits.targets import decomposition_of, prompt_tokens, token_id, token_text
+from vpd_lens.analysis.circuits.targets import (
+    explained_decomposition,
+    prompt_tokens,
+    token_id,
+    token_text,
+)
 from vpd_lens.decomposition import Decomposition, Masks
+from vpd_lens.decomposition.adversary import ascend
 from vpd_lens.decomposition.masks import AnyMasks, uniform_sources
 from vpd_lens.errors import InputError
 
@@ -137,7 +142,7 @@ def intervene(
         >>> result = intervene(model, graph, Ablate("blocks.1.attn.o:12@7"))  # doctest: +SKIP
         >>> result.table()  # doctest: +SKIP
     """
-    vpd = decomposition_of(model)
+    vpd = explained_decomposition(model)
     if regime not in get_args(Regime):
         raise InputError(f"regime={regime!r}; expected one of {', '.join(get_args(Regime))}.")
     end = None
@@ -218,7 +223,7 @@ def _masks(
             return _kl(vpd.run(masks, tokens)[0], clean[0])[position]
 
         with torch.enable_grad(), vpd.frozen_subcomponents():
-            sources = attack(divergence, g, own > 0, sources, steps, step_size)
+            sources, _ = ascend(divergence, g, sources, steps, step_size, moves=own > 0)
     return sources.over(g)
 
 

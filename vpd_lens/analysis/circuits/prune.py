@@ -31,10 +31,11 @@ from vpd_lens.analysis.circuits.behaviour import (
     behaviour_of,
 )
 from vpd_lens.analysis.circuits.cut_forward import narrowed_unembedding
-from vpd_lens.analysis.circuits.report import CircuitReport, CircuitTest, attack
-from vpd_lens.analysis.circuits.targets import decomposition_of
+from vpd_lens.analysis.circuits.report import CircuitReport, CircuitTest
+from vpd_lens.analysis.circuits.targets import explained_decomposition
 from vpd_lens.config import OptimiserConfig
 from vpd_lens.decomposition import Decomposition
+from vpd_lens.decomposition.adversary import ascend
 from vpd_lens.decomposition.masks import AnyMasks, Masks, uniform_sources
 from vpd_lens.decomposition.sigmoids import lower_leaky, upper_leaky
 from vpd_lens.errors import InputError
@@ -111,7 +112,7 @@ def prune(
         >>> vpd_lens.attribute(model, "def f(self", ",", prune=circuit)  # doctest: +SKIP
     """
     config = config or PruneConfig.of_target(target)
-    vpd = decomposition_of(model)
+    vpd = explained_decomposition(model)
     behaviour = behaviour_of(model, prompts, target, config.objective, prepend_bos)
     with ExitStack() as stack:
         stack.enter_context(vpd.undisturbed())
@@ -216,14 +217,11 @@ class _Search:
         stochastic = self._loss(uniform_sources(g, layout, self.generator).over(g))
         if self.config.method == "stochastic":
             return stochastic
-        sources = attack(
-            self._distance,
-            g.detach(),
-            self.alive,
-            uniform_sources(g, layout, self.generator),
-            self.config.adversary_steps,
-            self.config.adversary_step_size,
-        )
+        # Not shared over positions, unlike in training: a circuit is of one prompt, so its
+        # adversary may know the prompt.
+        start = uniform_sources(g, layout, self.generator)
+        steps = self.config.adversary_steps, self.config.adversary_step_size
+        sources, _ = ascend(self._distance, g, start, *steps, moves=self.alive)
         return 0.5 * stochastic + 0.5 * self._loss(sources.over(g))
 
     def _loss(self, masks: AnyMasks) -> Float[Tensor, ""]:

@@ -12,7 +12,8 @@ from rich.table import Table
 from torch import Tensor
 
 from vpd_lens.analysis.circuits.behaviour import Behaviour, PruneConfig
-from vpd_lens.decomposition.masks import AnyMasks, Layout, Masks, Sources, uniform_sources
+from vpd_lens.decomposition.adversary import ascend
+from vpd_lens.decomposition.masks import AnyMasks, Layout, Masks, uniform_sources
 
 LogitsUnder = Callable[[AnyMasks], Float[Tensor, "prompt vocab"]]
 
@@ -148,7 +149,7 @@ class CircuitTest:
                 size = max(config.attack_step_size, 2 / steps)
                 for start in starts:
                     with torch.enable_grad():
-                        sources = attack(self._surprise, g, attacked, start, steps, size)
+                        sources, _ = ascend(self._surprise, g, start, steps, size, attacked)
                     worst = torch.minimum(worst, p(sources.over(g)))
                 found[f"adversarial-{steps}{name}"] = worst
         found["ablated"] = p(Masks(1 - g, none + 1))
@@ -159,42 +160,3 @@ class CircuitTest:
 
     def _surprise(self, masks: AnyMasks) -> Float[Tensor, ""]:
         return -self._probability(masks).clamp(min=1e-30).log().sum()
-
-
-def attack(
-    loss_of: Callable[[AnyMasks], Tensor],
-    importance: Float[Tensor, "prompt pos C_total"],
-    attacked: Bool[Tensor, "prompt pos C_total"] | None,
-    start: Sources,
-    steps: int,
-    step_size: float,
-) -> Sources:
-    """Sources that raise a loss, by sign ascent: `r <- clamp(r + step sign(grad), 0, 1)`.
-
-    Not shared over prompts and positions, unlike the adversary of training and evaluation: a
-    circuit is of one prompt, so an adversary may know the prompt.
-
-    Args:
-        loss_of: The loss under masks.
-        importance: Importances, constant.
-        attacked: Which sources the adversary moves; the others, and the deltas', stay as they
-            start. `None`: all, and the deltas.
-        start: Where the sources start.
-        steps: Sign steps.
-        step_size: Their size.
-    """
-    sources = start
-    for _ in range(steps):
-        components = sources.components.detach().requires_grad_()
-        delta = sources.delta.detach().requires_grad_(attacked is None)
-        leaves = [components] + ([delta] if attacked is None else [])
-        loss = loss_of(Sources(components, delta).over(importance))
-        gradients = torch.autograd.grad(loss, leaves)
-        moved = components.detach() + step_size * gradients[0].sign()
-        if attacked is None:
-            moved_delta = (delta.detach() + step_size * gradients[1].sign()).clamp_(0, 1)
-        else:
-            moved = torch.where(attacked, moved, components.detach())
-            moved_delta = delta.detach()
-        sources = Sources(moved.clamp_(0, 1), moved_delta)
-    return sources

@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vpd_lens.decomposition import Decomposition
-from vpd_lens.errors import AttachError, InputError
+from vpd_lens.decomposition.attach import decomposition_of
+from vpd_lens.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -237,15 +238,13 @@ class _Resolver:
         return token_text(self.model, token)
 
 
-def decomposition_of(model: nn.Module) -> Decomposition:
+def explained_decomposition(model: nn.Module) -> Decomposition:
     """The decomposition that a model carries, with a warning if it is untrained.
 
     Raises:
-        AttachError: If there is none.
+        AttachError: If it carries none.
     """
-    vpd = model.__dict__.get("vpd")
-    if vpd is None:
-        raise AttachError("This model carries no decomposition. Call vpd_lens.decompose first.")
+    vpd = decomposition_of(model)
     if not vpd.trained_steps:
         warnings.warn(
             "this decomposition is untrained: its subcomponents and importances mean nothing yet.",

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vpd_lens.analysis.circuits.cut_forward import CutForward
-from vpd_lens.analysis.circuits.targets import decomposition_of
+from vpd_lens.analysis.circuits.targets import explained_decomposition
 from vpd_lens.analysis.dataset_attribution.batch import Directions, Observed, observe
 from vpd_lens.analysis.dataset_attribution.nodes import OUTPUT
 from vpd_lens.analysis.dataset_attribution.result import DatasetAttributions, Settings
@@ -109,7 +109,7 @@ def dataset_attributions(
         >>> found = dataset_attributions(model, "stories.npy")  # doctest: +SKIP
         >>> found.sources("blocks.1.mlp.in:31", top=10)  # doctest: +SKIP
     """
-    vpd = decomposition_of(model)
+    vpd = explained_decomposition(model)
     check_output(n_batches, output, resume)
     if not 0 <= alive_threshold < 1:
         raise InputError(f"alive_threshold is {alive_threshold:g}; expected a number in [0, 1).")
