@@ -416,7 +416,7 @@ def test_bad_input_is_refused(arguments: dict[str, Any], message: str) -> None:
 def test_an_undecomposed_model_is_refused() -> None:
     import vpd_lens
 
-    with pytest.raises(vpd_lens.errors.AttachError, match="decompose first"):
+    with pytest.raises(vpd_lens.errors.AttachError, match="no decomposition"):
         vpd_lens.attribute(tiny_bridge(), PROMPT)
 
 
