@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import vpd_lens
 from vpd_lens.decomposition import Divergence
-from vpd_lens.decomposition.sigmoids import lower_leaky
+from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.evaluation.metrics import (
     Sparsity,
     delta_sizes,

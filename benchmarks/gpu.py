@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 import vpd_lens
 from vpd_lens.decomposition import CausalImportanceConfig, Decomposition, Divergence
+from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.masks import Sources
-from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.training import VPDConfig
 from vpd_lens.training import step as stepping
 from vpd_lens.training.plan import plan_step

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vpd_lens.decomposition.causal_importance import TransformerImportance
+from vpd_lens.decomposition.importance import TransformerImportance
 from vpd_lens.decomposition.masks import uniform_k_subset
 
 LEAK = 0.01

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_bridge
 
 from vpd_lens import load, storage
-from vpd_lens.decomposition import CausalImportanceConfig, Divergence, Masks, compiled
+from vpd_lens.decomposition import CausalImportanceConfig, Divergence, Masks
 from vpd_lens.decomposition.adversary import ascend, shared_sources
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.folding import Columns, fold, unfold
@@ -17,12 +17,12 @@ from vpd_lens.description import DecompositionRecord
 from vpd_lens.errors import ArtefactError, ConfigError, InputError, TrainingInterrupted
 from vpd_lens.evaluation.metrics import delta_sizes
 from vpd_lens.native import native_transformer
-from vpd_lens.training import VPDConfig, losses, train
-from vpd_lens.training.accumulate import StepImportance
+from vpd_lens.training import VPDConfig, forwards, losses, train
 from vpd_lens.training.checkpoint import CheckpointRecord
 from vpd_lens.training.compaction import compact, compact_when_due, survivors
 from vpd_lens.training.losses import faithfulness
 from vpd_lens.training.step import Stepper, warm_up_faithfulness
+from vpd_lens.training.window import StepImportance
 
 IMPORTANCES = [
     CausalImportanceConfig(d_model=16, n_blocks=1, n_heads=2, d_ffn=32),
@@ -509,7 +509,7 @@ def test_compiled_steps_after_a_compaction_are_the_steps(tokens):
 
 
 def test_compiled_graphs_of_before_a_compaction_are_forgotten(tokens, monkeypatch):
-    monkeypatch.setattr(compiled, "make_fx", lambda function: lambda *_: function)
+    monkeypatch.setattr(forwards, "make_fx", lambda function: lambda *_: function)
     monkeypatch.setattr(torch, "compile", lambda graph, dynamic: graph)
     trained = stepper(compile=True)
     for step, total in enumerate((84, 12)):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import tiny_bridge
 
-from vpd_lens.decomposition import CausalImportanceConfig, compiled
+from vpd_lens.decomposition import CausalImportanceConfig
 from vpd_lens.decomposition.attach import attach
-from vpd_lens.training import VPDConfig
+from vpd_lens.training import VPDConfig, forwards
 from vpd_lens.training.step import Stepper
 
 IMPORTANCE = CausalImportanceConfig(d_model=16, n_blocks=1, n_heads=2, d_ffn=32)
@@ -62,7 +62,7 @@ def test_where_nothing_can_be_compiled_the_model_runs(monkeypatch, tokens):
     def refuse(_function):
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr(compiled, "make_fx", refuse)
+    monkeypatch.setattr(forwards, "make_fx", refuse)
     plain, fallen = stepper(tiny_bridge()), stepper(tiny_bridge(), compile=True)
     expected, _ = plain.step(tokens[:4], 0)
     with pytest.warns(RuntimeWarning, match="no compiler here"):
@@ -76,7 +76,7 @@ def test_a_graph_that_differs_from_the_model_is_not_used(monkeypatch, tokens):
     def stuck(function):
         return lambda *arguments: lambda *_: function(*arguments)
 
-    monkeypatch.setattr(compiled, "make_fx", stuck)
+    monkeypatch.setattr(forwards, "make_fx", stuck)
     monkeypatch.setattr(torch, "compile", lambda graph, dynamic: graph)
     with pytest.warns(RuntimeWarning, match="differ from the model's"):
         stepper(tiny_bridge(), compile=True).step(tokens[:4], 0)
@@ -97,10 +97,10 @@ def test_gradients_are_compared_on_the_scale_of_the_largest(monkeypatch):
     """Where `V U = W` the deltas' gradients are all rounding, and a graph rounds differently."""
     sources = (torch.rand(2, 3, requires_grad=True), torch.rand(2, 1, requires_grad=True))
     arguments = (torch.rand(2, 3), *sources, None, torch.ones(2, 3))
-    forwards = compiled.CompiledForwards(stepper(tiny_bridge()).vpd)
-    monkeypatch.setattr(forwards, "_plain", with_slopes(1.0, 1e-8))
-    forwards._check(with_slopes(1.0, -1e-8), arguments)
+    graphs = forwards.CompiledForwards(stepper(tiny_bridge()).vpd)
+    monkeypatch.setattr(graphs, "_plain", with_slopes(1.0, 1e-8))
+    graphs._check(with_slopes(1.0, -1e-8), arguments)
     with pytest.raises(ValueError, match="differ from the model's"):
-        forwards._check(with_slopes(1.01, 1e-8), arguments)
+        graphs._check(with_slopes(1.01, 1e-8), arguments)
     with pytest.raises(ValueError, match="differ from the model's"):
-        forwards._check(with_slopes(1.0, 0.01), arguments)
+        graphs._check(with_slopes(1.0, 0.01), arguments)

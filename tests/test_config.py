@@ -174,7 +174,7 @@ def test_the_bar_and_the_losses_fit_80_columns(tmp_path, monkeypatch):
 
 
 def test_lines_in_a_pipe_are_not_broken(tmp_path, capsys):
-    from vpd_lens.training.logging import MetricsLog
+    from vpd_lens.training.log import MetricsLog
 
     metrics = {"stochastic": 2.22, "adversarial": 5.83, "l0": 48.6, "faithfulness": 0.0149}
     with MetricsLog(tmp_path, 400_000) as log:

@@ -54,7 +54,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 # Runs of a few steps look like failed ones, and say so.
-@pytest.mark.filterwarnings("ignore::vpd_lens.training.diagnostics.TrainingWarning")
+@pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_every_python_block_runs(page: Path, scratch: Path) -> None:
     namespace = {"__name__": "docs"}

@@ -111,7 +111,7 @@ TINY = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::vpd_lens.training.diagnostics.TrainingWarning")
+@pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
 def test_modular_addition_in_small(tmp_path, monkeypatch, capsys):
     """The script's own main, with a few steps of everything."""
     example = script("modular_addition")
@@ -134,7 +134,7 @@ def test_modular_addition_in_small(tmp_path, monkeypatch, capsys):
     assert "key frequencies" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore::vpd_lens.training.diagnostics.TrainingWarning")
+@pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
 def test_induction_in_small(tmp_path, monkeypatch):
     example = script("induction")
     monkeypatch.setattr(
@@ -163,7 +163,7 @@ def test_the_stored_control_is_what_the_readme_says():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::vpd_lens.training.diagnostics.TrainingWarning")
+@pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
 def test_gpu_run_on_a_cpu(tmp_path, monkeypatch):
     """The script for a GPU, with its small model: it has to be right before there is one."""
     arguments = ["--output", str(tmp_path), "--tiny", "--device", "cpu", "--target-steps", "20"]

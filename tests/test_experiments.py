@@ -31,7 +31,7 @@ from vpd_lens.models import save_model
 from vpd_lens.training import VPDConfig
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::vpd_lens.training.diagnostics.TrainingWarning"  # runs of a few steps look failed
+    "ignore::vpd_lens.training.log.TrainingWarning"  # runs of a few steps look failed
 )
 TRAINING = {
     "preset": "small",

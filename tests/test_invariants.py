@@ -94,7 +94,6 @@ def test_a_moved_model_takes_its_decomposition_along(
     except Exception as error:
         text = "".join(traceback.format_exception(error))
         assert any(reason in text for reason in WITHOUT_VALUES), text
-        assert "not on the expected device" not in str(error)
     assert model.vpd.v("blocks.0.mlp.in").device.type == "meta"
     assert all(p.device.type == "meta" for p in model.vpd.parameters())
 
@@ -123,7 +122,8 @@ class FailOnSync(TorchDispatchMode):
         indexed = name in ("aten::index", "aten::index_put") and any(
             t is not None and t.dtype == torch.bool for t in args[1]
         )
-        assert name not in SYNCS and not indexed, f"{name} inside the step"
+        assert name not in SYNCS, f"{name} inside the step"
+        assert not indexed, f"{name} by a mask inside the step"
         return func(*args, **(kwargs or {}))
 
 

@@ -12,16 +12,21 @@ from torch import nn
 from vpd_lens.decomposition import CausalImportanceConfig, Divergence, Layout
 from vpd_lens.decomposition.adversary import ascend, shared_sources
 from vpd_lens.decomposition.attach import attach
-from vpd_lens.decomposition.causal_importance import PerSubcomponentMLP, SharedMLP, build_importance
-from vpd_lens.decomposition.masked_site import masked_site
+from vpd_lens.decomposition.importance import (
+    PerSubcomponentMLP,
+    SharedMLP,
+    build_importance,
+    lower_leaky,
+    upper_leaky,
+)
 from vpd_lens.decomposition.masks import (
     SiteMasks,
     Sources,
     interpolate,
+    masked_site,
     uniform_k_subset,
     uniform_sources,
 )
-from vpd_lens.decomposition.sigmoids import lower_leaky, upper_leaky
 from vpd_lens.decomposition.subcomponents import Subcomponents
 from vpd_lens.sites.module import module_sites
 from vpd_lens.training import AdversaryConfig, MinimalityConfig, OptimiserConfig

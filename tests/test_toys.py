@@ -301,7 +301,7 @@ def short(monkeypatch):
     monkeypatch.setattr(experiment, "preset", lambda *which: preset(*which).replaced(cut))
 
 
-@pytest.mark.filterwarnings("ignore::vpd_lens.training.diagnostics.TrainingWarning")
+@pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
 def test_the_command_writes_and_reuses_records(tmp_path, short):
     arguments = ["toy", "tms-5-2", "--seeds", "2", "--output", str(tmp_path)]
     first = CliRunner().invoke(app, arguments)

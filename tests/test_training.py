@@ -16,13 +16,13 @@ from vpd_lens import load, remove, storage
 from vpd_lens.decomposing import decompose
 from vpd_lens.decomposition import CausalImportanceConfig, Divergence
 from vpd_lens.decomposition.attach import attach
+from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.masks import uniform_sources
-from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.decomposition.subcomponents import align
 from vpd_lens.errors import ArtefactError, ConfigError, NonFiniteLossError
 from vpd_lens.training import OptimiserConfig, VPDConfig, train
 from vpd_lens.training.checkpoint import CheckpointRecord
-from vpd_lens.training.diagnostics import Diagnostics, TrainingWarning
+from vpd_lens.training.log import Diagnostics, TrainingWarning
 from vpd_lens.training.losses import faithfulness, importance_power_sum, minimality
 from vpd_lens.training.optimiser import optimisers
 from vpd_lens.training.step import Stepper, warm_up_faithfulness

@@ -21,8 +21,14 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from vpd_lens.decomposition.masked_site import edited_site, masked_site
-from vpd_lens.decomposition.masks import AnyMasks, Layout, SiteMasks, SourceMasks
+from vpd_lens.decomposition.masks import (
+    AnyMasks,
+    Layout,
+    SiteMasks,
+    SourceMasks,
+    edited_site,
+    masked_site,
+)
 from vpd_lens.decomposition.modes import MaskContext
 from vpd_lens.decomposition.subcomponents import Subcomponents
 from vpd_lens.errors import InputError, VPDError

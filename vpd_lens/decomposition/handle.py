@@ -20,14 +20,13 @@ from torch.utils._pytree import tree_map_only
 from vpd_lens.config import CausalImportanceConfig
 from vpd_lens.decomposition.adversary import ascend, shared_sources
 from vpd_lens.decomposition.call import cached_positions, real_positions, whole_call
-from vpd_lens.decomposition.causal_importance import build_importance
 from vpd_lens.decomposition.divergence import CustomDivergence, Divergence, DivergenceKind
 from vpd_lens.decomposition.forward import FLAGS_HINT, Forwards, Pass
 from vpd_lens.decomposition.generation import Generation
 from vpd_lens.decomposition.head_results import compute_head_results
+from vpd_lens.decomposition.importance import build_importance, lower_leaky
 from vpd_lens.decomposition.masks import AnyMasks, Layout, Masks, Sources
 from vpd_lens.decomposition.modes import MODES, MaskContext, masks_from_tensors
-from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.decomposition.subcomponents import Subcomponents
 from vpd_lens.errors import InputError, VPDError
 from vpd_lens.sites import Site
@@ -425,7 +424,7 @@ class Decomposition(nn.Module):
         output, cache = self.attachment.original["run_with_cache"](*args, **kwargs)
         contexts = self.forwards.state.contexts
         if contexts and contexts[-1].mode != "target" and hasattr(cache, "compute_head_results"):
-            cache.compute_head_results = partial(compute_head_results, self, cache)
+            cache.compute_head_results = partial(compute_head_results, self.forwards, cache)
         return output, cache
 
     @property

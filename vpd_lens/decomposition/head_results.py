@@ -7,46 +7,46 @@ holds of the site, so that heads add up to the attention's output under masks, t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from vpd_lens.decomposition.forward import Forwards
 from vpd_lens.errors import InputError
-
-if TYPE_CHECKING:
-    from vpd_lens.decomposition.handle import Decomposition
 
 
 @torch.no_grad()
-def compute_head_results(vpd: Decomposition, cache: Any) -> None:
+def compute_head_results(forwards: Forwards, cache: Any) -> None:
     """Put `blocks.*.attn.hook_result`, `[*batch, head, d_model]`, into a masked run's cache.
 
     Args:
-        vpd: The decomposition whose masks were active.
+        forwards: Those under whose masks the run was.
         cache: An `ActivationCache`, changed in place.
 
     Raises:
         InputError: If it lacks a layer's `hook_z` or the masks of its site `attn.o`.
     """
-    for layer in range(vpd.model.cfg.n_layers):
+    for layer in range(forwards.model.cfg.n_layers):
         name = f"blocks.{layer}.attn"
         z = cache["z", layer, "attn"]
         # Under this name a bridge may show the sum of all heads, which has no head axis.
         known = cache.cache_dict.get(f"{name}.hook_result")
         if known is not None and known.ndim == z.ndim:
             continue
-        if f"{name}.o" not in vpd.layout.names:
-            result = einsum(z, vpd.model.blocks[layer].attn.W_O, "... h d, h d out -> ... h out")
+        if f"{name}.o" not in forwards.layout.names:
+            result = einsum(
+                z, forwards.model.blocks[layer].attn.W_O, "... h d, h d out -> ... h out"
+            )
         else:
-            result = _masked_heads(vpd, cache, f"{name}.o", z)
+            result = _masked_heads(forwards, cache, f"{name}.o", z)
         cache.cache_dict[f"{name}.hook_result"] = result
 
 
 def _masked_heads(
-    vpd: Decomposition, cache: Any, name: str, z: Float[Tensor, "*batch head d_head"]
+    forwards: Forwards, cache: Any, name: str, z: Float[Tensor, "*batch head d_head"]
 ) -> Float[Tensor, "*batch head d_model"]:
     """`m_delta z_h W_h + ((m - m_delta) * (z_h V_h)) U`, whose sum over heads is the output."""
     points = [f"{name}.vpd.{point}" for point in ("hook_mask", "hook_delta_mask")]
@@ -54,8 +54,10 @@ def _masked_heads(
         raise InputError(f"the heads of a masked run need {missing} in the cache; cache them too.")
     mask, delta = (cache.cache_dict[point].unsqueeze(-2) for point in points)
     heads = z.shape[-2]
-    weight = rearrange(vpd.site(name).weight, "(h d) out -> h d out", h=heads)
-    v = rearrange(vpd.v(name), "(h d) c -> h d c", h=heads).to(z.dtype)
+    index = forwards.layout.names.index(name)
+    v, u = forwards.subcomponents.v[index], forwards.subcomponents.u[index].to(z.dtype)
+    weight = rearrange(forwards.sites[index].weight, "(h d) out -> h d out", h=heads)
+    v = rearrange(v, "(h d) c -> h d c", h=heads).to(z.dtype)
     acts = einsum(z, v, "... h d, h d c -> ... h c")
     kept = einsum(z, weight, "... h d, h d out -> ... h out")
-    return delta * kept + ((mask - delta) * acts) @ vpd.u(name).to(z.dtype)
+    return delta * kept + ((mask - delta) * acts) @ u

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from vpd_lens.data import Batch, one_pass
 from vpd_lens.decomposition import Decomposition, Divergence
 from vpd_lens.decomposition.attach import decomposition_of
+from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.modes import masks_of
-from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import InputError
 from vpd_lens.evaluation.metrics import (
     Means,

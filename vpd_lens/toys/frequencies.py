@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vpd_lens.decomposition import Decomposition
-from vpd_lens.decomposition.sigmoids import lower_leaky
+from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.toys.fourier import logit_waves, pair_spectrum, spectrum
 from vpd_lens.toys.modular_addition import ModularAddition
 

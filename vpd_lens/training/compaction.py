@@ -7,52 +7,14 @@ adversary and every optimiser, whose state for the others stays as it is.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vpd_lens.config import CompactionConfig
 from vpd_lens.decomposition.folding import Columns, fold, per_subcomponent
 from vpd_lens.decomposition.masks import Layout
-from vpd_lens.training.accumulate import StepImportance
 from vpd_lens.training.optimiser import keep_moments
-
-if TYPE_CHECKING:
-    from vpd_lens.training.step import Stepper
-
-
-class ImportanceWindow:
-    """Mean causal importance of every subcomponent since the last check, summed on the device.
-
-    Args:
-        config: Its length; 0 steps watch nothing.
-        c_total: Number of subcomponents.
-        device: Where the sum lives.
-
-    Attributes:
-        total: Sum over the window's steps of the mean over positions, `[C_total]`.
-    """
-
-    def __init__(self, config: CompactionConfig, c_total: int, device: torch.device) -> None:
-        self.config = config
-        self.total = torch.zeros(c_total, device=device)
-
-    def add(self, importance: StepImportance) -> None:
-        """Add the importances of one step."""
-        if self.config.window:
-            self.total += importance.mean(importance.whole())
-
-    def restart(self) -> Float[Tensor, " C_total"]:
-        """The mean over the window that ends here; the next one begins."""
-        mean = self.total / self.config.window
-        self.total.zero_()
-        return mean
-
-    def keep(self, columns: Tensor) -> None:
-        """Watch only some of the subcomponents from here on."""
-        self.total = self.total.index_select(0, columns)
+from vpd_lens.training.step import Stepper
+from vpd_lens.training.window import StepImportance
 
 
 def survivors(

@@ -21,22 +21,23 @@ from torch.profiler import record_function
 
 from vpd_lens.config import VPDConfig
 from vpd_lens.decomposition import Decomposition, Divergence
-from vpd_lens.decomposition.compiled import CompiledForwards
+from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.masks import SourceMasks, uniform_k_subset
-from vpd_lens.decomposition.recomputation import RecomputedForwards
-from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import ConfigError, NonFiniteLossError
-from vpd_lens.training.accumulate import Part, StepImportance, WholeMinimality, cut
 from vpd_lens.training.adversary import PersistentAdversary
-from vpd_lens.training.compaction import ImportanceWindow
 from vpd_lens.training.distributed import ALONE, Processes
+from vpd_lens.training.forwards import CompiledForwards, RecomputedForwards
 from vpd_lens.training.losses import (
+    Part,
+    WholeMinimality,
+    cut,
     faithfulness,
     layerwise_reconstruction,
     stochastic_reconstruction,
 )
 from vpd_lens.training.optimiser import adversary_lr, exponent, learning_rate, optimisers
 from vpd_lens.training.sharding import is_sharded, whole
+from vpd_lens.training.window import ImportanceWindow, StepImportance
 
 Losses = dict[str, Tensor]
 MaskedForward = Callable[..., Tensor]

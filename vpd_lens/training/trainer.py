@@ -23,16 +23,14 @@ from vpd_lens.decomposition.saving import base_model_record, save
 from vpd_lens.decomposition.subcomponents import align
 from vpd_lens.errors import ArtefactError, ConfigError, TrainingInterrupted
 from vpd_lens.storage import disk_errors, existing_folder
-from vpd_lens.training.accumulate import StepImportance
 from vpd_lens.training.budget import budget, explained_out_of_memory, warn_if_short
 from vpd_lens.training.checkpoint import Checkpoint, save_checkpoint
 from vpd_lens.training.compaction import compact_when_due, sizes
-from vpd_lens.training.diagnostics import Diagnostics
-from vpd_lens.training.distributed import join
-from vpd_lens.training.interruption import stop_requests
-from vpd_lens.training.logging import MetricsLog, SilentLog, last_metrics
+from vpd_lens.training.distributed import join, stop_requests
+from vpd_lens.training.log import Diagnostics, MetricsLog, SilentLog, last_metrics
 from vpd_lens.training.sharding import sharded_importance
 from vpd_lens.training.step import Losses, Stepper, require_finite, warm_up_faithfulness
+from vpd_lens.training.window import StepImportance
 
 # Between checkpoints where `checkpoint_every` asks for none: what is lost when a process dies. A
 # state that takes long to write is written less often.

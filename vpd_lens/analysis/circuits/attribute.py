@@ -38,8 +38,8 @@ from vpd_lens.analysis.circuits.targets import (
     token_text,
 )
 from vpd_lens.decomposition import Decomposition
+from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.saving import fingerprint
-from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import InputError
 from vpd_lens.sites import find_sites
 

@@ -36,8 +36,8 @@ from vpd_lens.analysis.circuits.targets import explained_decomposition
 from vpd_lens.config import OptimiserConfig
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.adversary import ascend
+from vpd_lens.decomposition.importance import lower_leaky, upper_leaky
 from vpd_lens.decomposition.masks import AnyMasks, Masks, uniform_sources
-from vpd_lens.decomposition.sigmoids import lower_leaky, upper_leaky
 from vpd_lens.errors import InputError
 from vpd_lens.training.optimiser import learning_rate
 

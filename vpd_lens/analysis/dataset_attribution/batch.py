@@ -12,7 +12,7 @@ from torch import Tensor
 from vpd_lens.analysis.circuits.cut_forward import EMBEDDING, Cut, CutForward
 from vpd_lens.data import Batch
 from vpd_lens.decomposition import Decomposition
-from vpd_lens.decomposition.sigmoids import lower_leaky
+from vpd_lens.decomposition.importance import lower_leaky
 
 # By site; sizes differ from one to the next, so their names are not checked against each other.
 Alive = Mapping[str, Int[Tensor, " _n_alive"]]

@@ -15,8 +15,8 @@ from vpd_lens.analysis.harvest.statistics import token_strings
 from vpd_lens.data import Batch, one_pass
 from vpd_lens.decomposition import Decomposition, Layout
 from vpd_lens.decomposition.attach import decomposition_of
+from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.saving import fingerprint
-from vpd_lens.decomposition.sigmoids import lower_leaky
 from vpd_lens.errors import InputError
 from vpd_lens.progress import Progress
 
