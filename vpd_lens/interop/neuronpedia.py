@@ -54,15 +54,14 @@ def to_neuronpedia(
         InputError: If an argument cannot be used, the graph has values that are not finite, or
             all its nodes are in the first block.
     """
+    version = importlib.metadata.version("vpd-lens")
     metadata: dict[str, Any] = {
         "slug": checked_slug(slug),
         "scan": checked_slug(model_id, "model_id"),
         "prompt_tokens": list(graph.strings),
         "prompt": "".join(graph.strings),
         "schema_version": 1,
-        "info": {
-            "generator": {"name": "vpd-lens", "version": importlib.metadata.version("vpd-lens")}
-        },
+        "info": {"generator": {"name": "vpd-lens", "version": version}},
         "generation_settings": graph.settings,
     }
     if checked_threshold(node_threshold) is not None:
@@ -70,20 +69,16 @@ def to_neuronpedia(
     if feature_json_base_url is not None:
         metadata["feature_details"] = {"feature_json_base_url": feature_json_base_url}
     data = graph_json(graph, "block", pairs)
-    _require_second_block(data["nodes"])
-    text = json.dumps({"metadata": metadata, **data}, allow_nan=False)
-    _warn_of_size(text)
-    write_text(Path(path), text + "\n")
-    return Path(path)
-
-
-def _require_second_block(nodes: list[dict[str, Any]]) -> None:
-    layers = [n["layer"] for n in nodes if n["feature_type"] != "logit"]
+    layers = [node["layer"] for node in data["nodes"] if node["feature_type"] != "logit"]
     if not any(layer.isdigit() and int(layer) > 0 for layer in layers):
         raise InputError(
             "no node of this graph is in a block after the first, and Neuronpedia fails on such "
             "graphs ('No layer found'). Use to_circuit_tracer, prune less, or a deeper model."
         )
+    text = json.dumps({"metadata": metadata, **data}, allow_nan=False)
+    _warn_of_size(text)
+    write_text(Path(path), text + "\n")
+    return Path(path)
 
 
 def _warn_of_size(text: str) -> None:

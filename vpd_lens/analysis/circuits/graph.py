@@ -105,26 +105,18 @@ class AttributionGraph:
         return torch.sparse_coo_tensor(indices, weight, shape, check_invariants=True).coalesce()
 
     def incoming(self, node: str | int, top: int | None = None) -> list[tuple[str, float]]:
-        """Sources of a node and the weights of their edges, the strongest first.
-
-        Args:
-            node: Name or number.
-            top: At most so many.
+        """Sources of a node and the weights of their edges, the strongest first, `top` at most.
 
         Raises:
-            InputError: If there is no such node.
+            InputError: If there is no node of this name or number.
         """
         return self._neighbours(self.edges.target, self.edges.source, node, top)
 
     def outgoing(self, node: str | int, top: int | None = None) -> list[tuple[str, float]]:
-        """Targets of a node and the weights of their edges, the strongest first.
-
-        Args:
-            node: Name or number.
-            top: At most so many.
+        """Targets of a node and the weights of their edges, the strongest first, `top` at most.
 
         Raises:
-            InputError: If there is no such node.
+            InputError: If there is no node of this name or number.
         """
         return self._neighbours(self.edges.source, self.edges.target, node, top)
 
@@ -284,28 +276,20 @@ class AttributionGraph:
         """
         artefact = storage.read(path, GraphRecord)
         record, tensors = artefact.record, artefact.tensors("graph")
-        tables = {"nodes": Nodes.columns(), "edges": Edges.columns()}
-        length = {
-            table: list(tensors.get(f"{table}.{names[0]}", torch.empty(0)).shape)
-            for table, names in tables.items()
-        }
-        expected = {f"{table}.{name}": length[table] for table in tables for name in tables[table]}
-        width = list(tensors.get("outputs.0", torch.empty(0)).shape)
-        expected |= {f"outputs.{i}": width for i in range(len(record.outputs))}
+        # Columns of a table are of one length, and vectors of outputs of one width.
+        groups = [[f"nodes.{n}" for n in Nodes.columns()], [f"edges.{n}" for n in Edges.columns()]]
+        groups.append([f"outputs.{i}" for i in range(len(record.outputs))])
+        none = torch.empty(0)
+        expected = {name: tensors.get(g[0], none).shape for g in groups for name in g}
         storage.require_shapes(artefact.folder, tensors, expected)
-        nodes, edges = (
-            {name: tensors[f"{table}.{name}"] for name in names} for table, names in tables.items()
-        )
-        outputs = (
-            Output(vector=tensors[f"outputs.{i}"], **dict(output))
-            for i, output in enumerate(record.outputs)
-        )
+        nodes, edges, vectors = ([tensors[name] for name in names] for names in groups)
+        outputs = zip(record.outputs, vectors, strict=True)
         return cls(
             tokens=record.tokens,
             strings=record.strings,
-            nodes=Nodes(record.places, **nodes),
-            edges=Edges(**edges),
-            outputs=tuple(outputs),
+            nodes=Nodes(record.places, *nodes),
+            edges=Edges(*edges),
+            outputs=tuple(Output(vector=vector, **dict(output)) for output, vector in outputs),
             settings=record.settings,
             circuit=record.circuit,
         )
