@@ -26,8 +26,8 @@ from rich.table import Table
 
 import vpd_lens
 from vpd_lens.decomposition.saving import fingerprint
-from vpd_lens.files import write_text_atomically
 from vpd_lens.models import load_model
+from vpd_lens.storage import write_text
 
 # Behaviours that the quickstart's language model really has.
 BEHAVIOURS = {
@@ -87,7 +87,7 @@ def main() -> None:
                 "date": date.today().isoformat(),
             }
             path = output / f"{name}-{method}.json"
-            write_text_atomically(path, json.dumps(record, indent=2) + "\n")
+            write_text(path, json.dumps(record, indent=2) + "\n")
             if method == "adversarial":
                 graph = vpd_lens.attribute(model, prompts[0], target, prune=circuit)
                 graph.to_html(output / f"{name}.html")

@@ -21,17 +21,18 @@ import torch
 from rich.console import Console
 
 import vpd_lens
-from vpd_lens.experiments.quickstart_target import (
+from quickstart_target import (
     TargetSize,
     new_model,
+    save,
     split,
     standard_library_text,
     tokenise,
     train_target,
     train_tokenizer,
 )
-from vpd_lens.files import write_json
-from vpd_lens.models import load_model, save_model
+from vpd_lens.models import load_model
+from vpd_lens.storage import write_json
 from vpd_lens.training import VPDConfig
 
 LARGE = TargetSize(n_layers=6, d_model=512, n_heads=8, vocabulary=8192, context=256, batch_size=64)
@@ -43,17 +44,15 @@ def get_target(folder: Path, size: TargetSize, steps: int, device: str) -> tuple
     """The target, its training stream and held-out rows, and the seconds its training took."""
     text = standard_library_text(60_000_000 if size == LARGE else 1_000_000)
     seconds = 0.0
-    if not (folder / "model.json").exists():
-        tokenizer = train_tokenizer(
-            text[:8_000_000], folder.with_name("tokenizer"), size.vocabulary
-        )
-        model = new_model(tokenizer, 0, size).to(device)
+    if not (folder / "config.json").exists():
+        tokenizer = train_tokenizer(text[:8_000_000], size.vocabulary)
+        model = new_model(0, size).to(device)
         tokens, _ = split(tokenise(tokenizer, text), size.context)
         begun = time.perf_counter()
         loss = train_target(model, tokens, steps, 0, console, size.batch_size, lr=1e-3)
         seconds = time.perf_counter() - begun
+        save(model, tokenizer, folder)
         console.print(f"Target trained: cross-entropy {loss:.3f} nats per token.")
-        save_model(model, folder)
     model = load_model(folder, device=device)
     return model, *split(tokenise(model.tokenizer, text), size.context), seconds
 

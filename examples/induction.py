@@ -20,12 +20,13 @@ import torch
 from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 from torch import Tensor
 
 import vpd_lens
+from toy_runs.weights import save_weights
 from vpd_lens.analysis.usage import head_shares
-from vpd_lens.files import write_text_atomically
-from vpd_lens.models import load_model, save_model
+from vpd_lens.storage import write_text
 from vpd_lens.toys.induction import RepeatedTokens, head_scores
 from vpd_lens.training import VPDConfig
 
@@ -55,10 +56,11 @@ def main() -> None:
     arguments = parser.parse_args()
 
     task = RepeatedTokens()
-    folder = arguments.output / "target"
-    if not (folder / "model.json").exists():
-        save_model(task.train_target(arguments.seed, arguments.target_steps), folder)
-    model = load_model(folder)
+    path = arguments.output / "target.safetensors"
+    if not path.exists():
+        save_weights(task.train_target(arguments.seed, arguments.target_steps), path)
+    model = task.transformer().eval()
+    model.load_state_dict(load_file(path))
     tokens = task(torch.Generator().manual_seed(10**6), 256)
     console.print(scores_table({"target": measured(model, task, tokens)}))
 
@@ -79,7 +81,7 @@ def main() -> None:
                 row = f"{name}, head {head}: {len(index)} {label}"
                 found[row] = measured(model, task, tokens)
     console.print(scores_table(found))
-    write_text_atomically(arguments.output / "figures.json", json.dumps(found, indent=1))
+    write_text(arguments.output / "figures.json", json.dumps(found, indent=1))
 
 
 def by_head(

@@ -21,20 +21,21 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 
 import vpd_lens
-from vpd_lens.decomposition.saving import fingerprint
-from vpd_lens.decomposition.subcomponents import align
-from vpd_lens.experiments.record import versions
-from vpd_lens.files import json_in_rows, write_text_atomically
-from vpd_lens.models import load_model, save_model
-from vpd_lens.toys.fourier import logit_waves, wave_share
-from vpd_lens.toys.frequencies import (
+from recorded.record import json_in_rows, versions
+from toy_runs.frequencies import (
     SiteFrequencies,
     amplitudes_without,
     key_frequencies,
     site_frequencies,
 )
+from toy_runs.weights import save_weights
+from vpd_lens.decomposition.saving import fingerprint
+from vpd_lens.decomposition.subcomponents import align
+from vpd_lens.storage import write_text
+from vpd_lens.toys.fourier import logit_waves, wave_share
 from vpd_lens.toys.modular_addition import ModularAddition, last_position_kl
 from vpd_lens.training import VPDConfig
 
@@ -64,17 +65,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/modular-addition"))
     parser.add_argument("--modulus", type=int, default=59)
-    parser.add_argument("--target", type=Path, help="a saved target; default: train one")
+    parser.add_argument(
+        "--target",
+        type=Path,
+        help="safetensors file of a target, named as in HookedTransformer; default: train one",
+    )
     parser.add_argument("--target-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
     task = ModularAddition(arguments.modulus)
-    folder = arguments.target or arguments.output / "target"
-    if not (folder / "model.json").exists():
-        save_model(task.train_target(arguments.seed, arguments.target_steps), folder)
-    model = load_model(folder)
+    path = arguments.target or arguments.output / "target.safetensors"
+    if not path.exists():
+        save_weights(task.train_target(arguments.seed, arguments.target_steps), path)
+    model = load_target(task, path)
     logits = task.logits(model)
     waves, keys = logit_waves(logits), key_frequencies(logits)
     console.print(
@@ -101,16 +106,29 @@ def main() -> None:
     console.print(site_table(sites, keys))
     left = ablations(model, task, sites, waves, keys)
     left |= others(model, task, sites, waves, keys)
-    start = untrained(load_model(folder))
+    start = untrained(load_target(task, path))
     neurons = {name: site_frequencies(start, task, name, often=-1.0) for name in (IN, OUT)}
     console.print(site_table(neurons, keys, "Before any training: neurons by their frequency"))
     by_neuron = ablations(start, task, neurons, waves, keys)
     left |= {(f"neurons of {label}", k): found for (label, k), found in by_neuron.items()}
     console.print(ablation_table(left, keys))
     data = about(model, task, config, report) | frequencies(sites, left, waves, keys)
-    write_text_atomically(arguments.output / "figures.json", json_in_rows(data) + "\n")
+    write_text(arguments.output / "figures.json", json_in_rows(data) + "\n")
     save_plots(arguments.output, sites, left, keys)
     console.print(f"Figures: {arguments.output}")
+
+
+def load_target(task: ModularAddition, path: Path) -> torch.nn.Module:
+    """A transformer with the weights of a file, as wide as they are."""
+    weights = load_file(path)
+    shape = {}
+    if "blocks.0.mlp.W_in" in weights:
+        shape["d_model"], shape["d_mlp"] = weights["blocks.0.mlp.W_in"].shape
+    model = task.transformer(**shape)
+    different = model.load_state_dict(weights, strict=False)
+    if different.unexpected_keys:
+        raise SystemExit(f"{path}: not of this transformer: {different.unexpected_keys}")
+    return model.eval()
 
 
 def site_table(

@@ -2,8 +2,10 @@
 
 Everything happens offline: the text is the source of Python's own standard library.
 
-    python examples/quickstart.py            # 8 to 13 minutes on two CPU cores
+    python examples/quickstart.py            # 8 to 13 minutes on two idle CPU cores
     python examples/quickstart.py --help
+
+Run again after an interruption, it goes on from the last checkpoint.
 
 The steps are those of any project: a target model, `vpd_lens.decompose(model, data, config)`,
 `vpd_lens.evaluate`, and ordinary TransformerLens on the result.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -26,10 +29,12 @@ from rich.console import Console
 from torch import Tensor
 
 import vpd_lens
+from quickstart_target import get_target
+from vpd_lens.errors import VPDError
 from vpd_lens.evaluation import EvalReport
-from vpd_lens.experiments.quickstart_target import get_target
 from vpd_lens.training import VPDConfig
 
+N_NEW = 16  # tokens of a continuation
 STORED = Path(__file__).parent / "quickstart_without_adversary.json"
 console = Console()
 
@@ -85,7 +90,7 @@ def show(report: EvalReport, model: torch.nn.Module, held_out: Tensor, folder: P
     for mode in ("target", "rounded", "stochastic", "adversarial"):
         with model.vpd.masked(mode, seed=0):
             out = model.generate(
-                prompt, max_new_tokens=16, do_sample=False, stop_at_eos=False, verbose=False
+                prompt, max_new_tokens=N_NEW, do_sample=False, stop_at_eos=False, verbose=False
             )
         text = repr(model.to_string(out[0, prompt.shape[1] :]))
         console.print(f"  {mode:12s} {text}", highlight=False, markup=False)
@@ -104,4 +109,7 @@ def show(report: EvalReport, model: torch.nn.Module, held_out: Tensor, folder: P
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except VPDError as error:
+        sys.exit(f"quickstart: {error}")

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import vpd_lens
-from vpd_lens.experiments.run import Run, Target, load_decomposed, perform
-from vpd_lens.files import file_hash
+from recorded.run import Run, Target, load_decomposed, perform
+from vpd_lens.storage import file_hash
 from vpd_lens.training import MinimalityConfig, VPDConfig
 
 console = Console()
@@ -98,20 +98,25 @@ def main() -> None:
     model = load_decomposed(stories, arguments.output)
     console.print(model.vpd)
 
-    # Greedy text, masks active from the first token. Cached generation of HookedTransformer needs
-    # a tokenizer object, which this vocabulary has none of.
-    start = torch.tensor([[1]])
     for mode in ("target", "rounded", "stochastic"):
-        with model.vpd.masked(mode, seed=0):
-            tokens = model.generate(
-                start,
-                max_new_tokens=60,
-                do_sample=False,
-                stop_at_eos=False,
-                use_past_kv_cache=False,
-                verbose=False,
-            )
-        console.print(f"{mode:12s} {text(tokens[0], arguments.folder)!r}", markup=False)
+        console.print(f"{mode:12s} {story(model, mode, arguments.folder)!r}", markup=False)
+
+
+def story(model: torch.nn.Module, mode: str, folder: Path, n_tokens: int = 60) -> str:
+    """Greedy text, masks active from the first token.
+
+    Cached generation of HookedTransformer needs a tokenizer object, and this vocabulary has none.
+    """
+    with model.vpd.masked(mode, seed=0):
+        tokens = model.generate(
+            torch.tensor([[1]]),
+            max_new_tokens=n_tokens,
+            do_sample=False,
+            stop_at_eos=False,
+            use_past_kv_cache=False,
+            verbose=False,
+        )
+    return text(tokens[0], folder)
 
 
 if __name__ == "__main__":

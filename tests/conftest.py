@@ -1,5 +1,6 @@
 """Shared fixtures. transformer_lens is imported inside functions: the shape checks come first."""
 
+import json
 import os
 from pathlib import Path
 
@@ -53,6 +54,47 @@ def tiny_bridge(seed: int = 0, **changes):
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model.eval()
+
+
+def save_tiny(folder: Path, n_layers: int = 2) -> Path:
+    """A Hugging Face directory of a Llama that takes the same tokens as `tiny_bridge`."""
+    from compat.builders import make_tokenizer, randomise
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=29,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=n_layers,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+    )
+    randomise(LlamaForCausalLM(config)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)  # whose other words no test uses
+    return folder
+
+
+def save_0_1(model, folder: Path) -> Path:
+    """Write a TransformerLens model as version 0.1 did."""
+    from importlib.metadata import version
+
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: x.detach().contiguous().clone() for name, x in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+    record = {
+        "format_version": 1,
+        "class": "bridge" if hasattr(model, "original_model") else "hooked_transformer",
+        "transformer_lens_version": version("transformer-lens"),
+        "tokenizer": model.tokenizer is not None,
+        "cfg": vars(model.cfg),
+    }
+    text = json.dumps(record, default=lambda x: str(x).removeprefix("torch."))
+    (folder / "model.json").write_text(text)
+    return folder
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import shared_folder
 
+import quickstart_target
 import vpd_lens
-from vpd_lens.experiments import quickstart_target
-from vpd_lens.experiments.record import RunRecord
+from recorded import RunRecord
 from vpd_lens.training import VPDConfig
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -38,14 +38,14 @@ def test_stories260k_loads():
 
 
 def test_stories260k_from_the_command_line(tmp_path, monkeypatch, capsys):
-    """The script's own main with a few small steps, twice: the second run finds a record."""
+    """The script's own main with two small steps, twice: the second run finds a record."""
     pytest.importorskip("transformer_lens.HookedTransformer", reason="needs HookedTransformer")
     folder = shared_folder("stories260K")
     stories = script("stories260k")
     model = stories.load_stories(folder)
     tokens = stories.load_tokens(folder)[1][:2, :32]
-    small = {"seq_len": 32, "batch_size": 2, "log_every": 1, "faithfulness.warmup_steps": 40}
-    run = stories.run(folder, 4, 0)
+    small = {"seq_len": 32, "batch_size": 2, "log_every": 1, "faithfulness.warmup_steps": 10}
+    run = stories.run(folder, 2, 0)
     run = replace(
         run,
         target=replace(run.target, held_out=tokens),
@@ -53,9 +53,10 @@ def test_stories260k_from_the_command_line(tmp_path, monkeypatch, capsys):
         evaluation={"pgd_steps": [], "batch_size": 2},
     )
     monkeypatch.setattr(stories, "run", lambda *_: run)
+    monkeypatch.setattr(stories.story, "__defaults__", (20,))
     monkeypatch.setattr("sys.argv", ["stories260k.py", str(folder), "--output", str(tmp_path)])
     stories.main()
-    path = tmp_path / "records" / "small,steps=4,seed=0.json"
+    path = tmp_path / "records" / "small,steps=2,seed=0.json"
     record = RunRecord.read(path)
     assert len(record.report.delta) == 35 + 1  # and their total
     loss = model(tokens, return_type="loss").item()
@@ -63,6 +64,7 @@ def test_stories260k_from_the_command_line(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out.replace("\n", " ")
     assert "there was a little girl named Lily" in printed
     written = path.stat().st_mtime_ns
+    monkeypatch.setattr(stories, "story", lambda *_: "")
     stories.main()
     assert path.stat().st_mtime_ns == written
 
@@ -83,8 +85,9 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
             log_every=1,
         ),
     )
+    monkeypatch.setattr(quickstart, "N_NEW", 2)
     text = quickstart_target.standard_library_text
-    monkeypatch.setattr(quickstart_target, "standard_library_text", lambda _n: text(600_000))
+    monkeypatch.setattr(quickstart_target, "standard_library_text", lambda _n: text(300_000))
     evaluate = vpd_lens.evaluate
     monkeypatch.setattr(
         vpd_lens,
@@ -93,6 +96,8 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
     )
     arguments = ["quickstart.py", "--output", str(tmp_path), "--target-steps", "3", "--steps", "2"]
     monkeypatch.setattr("sys.argv", arguments)
+    (tmp_path / "vpd").mkdir()  # as left by a run that was killed before its first checkpoint
+    (tmp_path / "vpd" / "metrics.jsonl").write_text("")
     quickstart.main()
     assert (tmp_path / "vpd" / "report.html").stat().st_size > 10_000
     assert (tmp_path / "vpd" / "decomposition" / "record.json").exists()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import vpd_lens
+from toy_runs.frequencies import site_frequencies
 from vpd_lens.toys.fourier import logit_waves, pair_spectrum, spectrum, wave_share
-from vpd_lens.toys.frequencies import site_frequencies
 from vpd_lens.toys.modular_addition import ModularAddition, last_position_kl
 
 P = 11

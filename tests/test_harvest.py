@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_bridge
+from conftest import save_tiny, tiny_bridge
 from safetensors.torch import load_file
 from test_saving import V01
 
@@ -523,10 +523,9 @@ def test_a_site_where_nothing_fires(model, tokens, tmp_path):
 
 def test_command(model, tokens, tmp_path, capsys):
     from vpd_lens.cli.harvest import harvest_command
-    from vpd_lens.models import save_model
+    from vpd_lens.models import load_model
 
-    plain = tiny_bridge()
-    save_model(plain, tmp_path / "model")
+    plain = load_model(save_tiny(tmp_path / "model"))
     vpd_lens.decompose(plain, n_subcomponents=6).vpd.save(tmp_path / "vpd")
     np.save(tmp_path / "tokens.npy", tokens.numpy())
     harvest_command(

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import vpd_lens
+from toy_runs.frequencies import amplitudes_without, key_frequencies, site_frequencies
 from vpd_lens.analysis.usage import head_shares
 from vpd_lens.toys.fourier import logit_waves
-from vpd_lens.toys.frequencies import amplitudes_without, key_frequencies, site_frequencies
 from vpd_lens.toys.induction import RepeatedTokens, head_scores
 from vpd_lens.toys.modular_addition import ModularAddition, last_position_kl
 from vpd_lens.training import VPDConfig

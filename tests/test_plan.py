@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from compat.builders import native, save_architecture
-from conftest import tiny_bridge
+from conftest import save_0_1, tiny_bridge
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 from typer.testing import CliRunner
 
@@ -87,9 +87,7 @@ def test_a_hugging_face_model_is_planned_without_its_weights(tmp_path):
 
 
 def test_the_command_counts_and_measures(tmp_path):
-    from vpd_lens.models import save_model
-
-    save_model(native("ln"), tmp_path / "model")
+    save_0_1(native("ln"), tmp_path / "model")
     arguments = ["--preset", "small", "--set", "batch_size=4", "--set", "seq_len=8"]
     arguments += ["--set", "n_subcomponents=8", "--set", "importance={d_model: 16, n_blocks: 1}"]
     arguments += ["--model", str(tmp_path / "model"), "--device", "cpu", "--processes", "2"]

@@ -14,7 +14,7 @@ import processes_worker
 import pytest
 import torch
 import yaml
-from conftest import tiny_bridge
+from conftest import save_tiny, tiny_bridge
 from processes_worker import KINDS, RUN, TOKENS, Crash, crash, trained
 from safetensors.torch import load_file
 from test_training import config, state
@@ -22,7 +22,6 @@ from test_training import config, state
 from vpd_lens import load
 from vpd_lens.data import token_batches
 from vpd_lens.errors import ConfigError
-from vpd_lens.models import save_model
 from vpd_lens.storage import read
 from vpd_lens.training.checkpoint import CheckpointRecord
 from vpd_lens.training.distributed import ALONE, Processes
@@ -175,7 +174,7 @@ def test_without_checkpoint_every_the_clock_says_when(jobs):
 
 @pytest.mark.slow
 def test_the_command_line_on_two_processes(tmp_path):
-    save_model(tiny_bridge(), tmp_path / "model")
+    save_tiny(tmp_path / "model")
     np.save(tmp_path / "tokens.npy", TOKENS.numpy())
     training = config(steps=4, checkpoint_every=2, log_every=2).model_dump(mode="json")
     run = {

@@ -1,19 +1,21 @@
 """Toy models: data, targets, and ground-truth figures on cases worked out by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from vpd_lens.cli import app
+import toys
+from recorded.record import RunRecord, json_in_rows
+from toy_runs.measure import measure
+from toy_runs.page import render
+from toy_runs.presets import METHODS, method_of, preset
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.errors import ConfigError
-from vpd_lens.files import json_in_rows
-from vpd_lens.toys import METHODS, TOYS, measure, preset, run_seed
-from vpd_lens.toys.data import SparseFeatures, add_relu
-from vpd_lens.toys.experiment import ToyRecord
+from vpd_lens.toys import TMS, TOYS, ResidualMLP, SparseFeatures
 from vpd_lens.toys.ground_truth import (
     alive,
     cosine_to_features,
@@ -24,7 +26,7 @@ from vpd_lens.toys.ground_truth import (
     mmcs,
     represented_features,
 )
-from vpd_lens.toys.models import TMS, ResidualMLP
+from vpd_lens.toys.models import add_relu
 
 N, C, D = 5, 12, 2
 
@@ -74,6 +76,20 @@ def test_tms_is_its_tied_function(identity):
     w = model.linear1.weight.T
     torch.testing.assert_close(model(x), torch.relu(x @ w @ w.T + model.linear2.bias))
     torch.testing.assert_close(model(x), model.forward_tied(x))
+
+
+@pytest.mark.parametrize("name", ["tms-5-2-id", "resid-mlp-2"])
+def test_targets_touch_no_global_random_state(name, monkeypatch):
+    def refused(_):
+        raise AssertionError("a global generator was seeded")
+
+    monkeypatch.setattr(torch, "manual_seed", refused)
+    toy, state = replace(TOYS[name], steps=2), torch.get_rng_state()
+    one, other, again = (toy.train_target(seed).state_dict() for seed in (0, 1, 0))
+    assert torch.equal(torch.get_rng_state(), state)
+    for key in ("linear1.weight", "hidden.weight") if "tms" in name else ("embedding",):
+        assert torch.equal(one[key], again[key])
+        assert torch.equal(one[key], other[key]) == (key == "hidden.weight")
 
 
 def test_residual_mlp_adds_to_the_embedding():
@@ -232,9 +248,9 @@ def ground_truth_tms(dropped=None):
 
 
 def test_measure_finds_the_truth():
-    represented, sites = measure(TOYS["tms-5-2"], ground_truth_tms())
-    assert represented == [0, 1, 2, 3, 4]
-    for site in sites.values():
+    report = measure(TOYS["tms-5-2"], ground_truth_tms())
+    assert report.represented == [0, 1, 2, 3, 4]
+    for site in report.sites.values():
         assert (site.alive, site.expected, site.error_01, site.error_02) == (5, 5, 0, 0)
         assert site.mmcs == pytest.approx(1.0)
         assert site.matrix_mmcs == pytest.approx(1.0)
@@ -243,9 +259,9 @@ def test_measure_finds_the_truth():
 
 
 def test_measure_leaves_a_dropped_feature_out():
-    represented, sites = measure(TOYS["tms-5-2"], ground_truth_tms(dropped=2))
-    assert represented == [0, 1, 3, 4]
-    second = sites["linear2"]
+    report = measure(TOYS["tms-5-2"], ground_truth_tms(dropped=2))
+    assert report.represented == [0, 1, 3, 4]
+    second = report.sites["linear2"]
     assert (second.alive, second.expected, second.error_01) == (4, 4, 0)
     assert second.mmcs == pytest.approx(1.0)
 
@@ -263,14 +279,19 @@ def test_a_matrix_takes_one_line_per_row():
     assert len(text.splitlines()) == 11
 
 
-@pytest.mark.parametrize("path", sorted(RECORDS.glob("*/*.json")), ids=str)
-def test_stored_records_are_read_and_compact(path):
-    text = path.read_text(encoding="utf-8")
-    record = ToyRecord.model_validate_json(text)
-    assert (record.toy, record.method) == tuple(path.parent.name.rsplit("-", 1))
-    stored = json.loads(text)
-    assert record.model_dump(mode="json")["sites"] == stored["sites"]
-    assert json_in_rows(stored) + "\n" == text
+def test_stored_records_are_read_and_compact():
+    """Those of version 0.1, too, which had a form of their own."""
+    paths = sorted(RECORDS.glob("*/*.json"))
+    assert paths
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        record, stored = RunRecord.read(path), json.loads(text)
+        name = (record.target["toy"], method_of(record.config))
+        assert name == tuple(path.parent.name.rsplit("-", 1)), path
+        report = record.report.model_dump(mode="json")
+        assert report == {key: stored[key] for key in ("represented", "sites")}, path
+        assert json_in_rows(stored) + "\n" == text, path
+    assert render([record]).count("<svg") == len(stored["sites"])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -282,9 +303,9 @@ def test_every_preset_is_what_its_method_is(name, method):
     assert config.stochastic.coefficient > 0
 
 
-def test_unknown_names_are_refused(tmp_path):
+def test_unknown_names_are_refused():
     with pytest.raises(ConfigError, match="tms-5-2"):
-        run_seed("tms-6-2", "spd", 0, tmp_path)
+        toys.toy_run("tms-6-2", "spd", 0)
     with pytest.raises(ConfigError, match="spd"):
         preset("tms-5-2", "apd")
 
@@ -292,40 +313,34 @@ def test_unknown_names_are_refused(tmp_path):
 @pytest.fixture
 def short(monkeypatch):
     """Toys and runs cut to a few steps."""
-    from dataclasses import replace
-
-    from vpd_lens.toys import experiment
-
-    monkeypatch.setitem(experiment.TOYS, "tms-5-2", replace(TOYS["tms-5-2"], steps=20))
-    cut = {"steps": 4, "batch_size": 16, "faithfulness.warmup_steps": 2}
-    monkeypatch.setattr(experiment, "preset", lambda *which: preset(*which).replaced(cut))
+    monkeypatch.setitem(TOYS, "tms-5-2", replace(TOYS["tms-5-2"], steps=20))
+    cut = {"steps": 4, "batch_size": 16, "faithfulness.warmup_steps": 2, "log_every": 2}
+    monkeypatch.setattr(toys, "preset", lambda *which: preset(*which).replaced(cut))
 
 
 @pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
 def test_the_command_writes_and_reuses_records(tmp_path, short):
-    arguments = ["toy", "tms-5-2", "--seeds", "2", "--output", str(tmp_path)]
-    first = CliRunner().invoke(app, arguments)
+    arguments = ["tms-5-2", "--seeds", "1", "--output", str(tmp_path)]
+    first = CliRunner().invoke(toys.app, arguments)
     assert first.exit_code == 0, first.output
     assert "linear2" in first.output
-    before = (tmp_path / "seed-1.json").read_text()
-    assert len(before.splitlines()) < 160  # and not one per number
-    page = (tmp_path / "page.html").read_text()
-    assert page.count("<svg") == 4
+    path = tmp_path / "records" / "tms-5-2,vpd,seed=0.json"
+    before = path.read_text()
+    assert len(before.splitlines()) < 180  # and not one per number
+    page = (tmp_path / "tms-5-2,vpd.html").read_text()
+    assert page.count("<svg") == 2
     assert "http" not in page.replace("http://www.w3.org", "")
-    again = CliRunner().invoke(app, arguments)
+    again = CliRunner().invoke(toys.app, arguments)
     assert again.exit_code == 0
-    assert (tmp_path / "seed-1.json").read_text() == before
-    other = CliRunner().invoke(app, [*arguments, "--method", "spd"])
-    assert other.exit_code == 2
-    assert "another run" in other.output
+    assert path.read_text() == before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_tms_5_2_is_recovered(tmp_path, method):
-    record = run_seed("tms-5-2", method, 0, tmp_path)
-    assert len(record.represented) == 5
-    for site in record.sites.values():
+    report = perform(toys.toy_run("tms-5-2", method, 0), tmp_path, progress=False).report
+    assert len(report.represented) == 5
+    for site in report.sites.values():
         assert site.alive == 5
         assert site.error_02 == 0
         assert site.mmcs >= 0.999
@@ -335,15 +350,15 @@ def test_tms_5_2_is_recovered(tmp_path, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_dense_block_of_tms_5_2_id_is_found(tmp_path, method):
     """Two subcomponents for the identity, which every feature shares, and one per feature else."""
-    record = run_seed("tms-5-2-id", method, 0, tmp_path)
-    assert len(record.represented) == 5
-    assert {name: site.alive for name, site in record.sites.items()} == {
+    report = perform(toys.toy_run("tms-5-2-id", method, 0), tmp_path, progress=False).report
+    assert len(report.represented) == 5
+    assert {name: site.alive for name, site in report.sites.items()} == {
         "linear1": 5,
         "hidden": 2,
         "linear2": 5,
     }
-    for site in record.sites.values():
+    for site in report.sites.values():
         assert site.error_02 == 0
-    for feature in record.sites["hidden"].importance:
+    for feature in report.sites["hidden"].importance:
         assert min(feature[:2]) > 0.4
         assert max(feature[2:]) < 0.1

@@ -1,26 +1,20 @@
-"""`load_model` and `save_model`: base models by name or directory."""
+"""`load_model`: base models by name or directory."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vpd_lens.config import ModelClass, Processing
 from vpd_lens.errors import ArtefactError, ConfigError
-from vpd_lens.files import existing_directory
-from vpd_lens.model_folder import (
-    first_line,
-    hooked_transformer_class,
-    installed_version,
-    load_saved,
-    save_model,
-)
-
-__all__ = ["load_model", "save_model"]
+from vpd_lens.storage import existing_folder, read_json
 
 
 def load_model(
@@ -34,8 +28,8 @@ def load_model(
 
     | `source` | what happens |
     |---|---|
-    | a directory written by `save_model` | that model, bit for bit |
     | a Hugging Face model directory | a TransformerBridge around it |
+    | a directory with `model.json`, as version 0.1 wrote | the model that was saved, bit for bit |
     | anything else | a name for TransformerLens, which may download it |
 
     Args:
@@ -45,8 +39,8 @@ def load_model(
         device: Where to put it: `"cpu"`, `"cuda"`, `"cuda:N"`, or `"auto"` for CUDA if there is.
         processing: What is done to weights that come from Hugging Face. `"none"`: as they are;
             `"full"`: layer norms folded, weights centred; `"default"`: what TransformerLens does
-            for that class (bridge: none, HookedTransformer: full). A directory written by
-            `save_model` holds weights as they were and takes only `"default"`.
+            for that class (bridge: none, HookedTransformer: full). A directory of version 0.1
+            holds weights as they were and takes only `"default"`.
         weights: False: a Hugging Face model as a bridge comes with fake tensors, for which its
             configuration is enough (to plan a run).
 
@@ -63,19 +57,15 @@ def load_model(
     device = _usable_device(device)
     path = Path(source).expanduser()
     if _looks_like_a_path(str(source)) or path.is_dir():
-        path = existing_directory(path)
+        path = existing_folder(path)
         if (path / "model.json").exists():
-            return load_saved(path, model_class, device, processing)
+            return _load_0_1(path, model_class, device, processing)
         if not (path / "config.json").exists():
             raise ArtefactError(
-                f"{path}: neither model.json (written by save_model) nor config.json (a Hugging "
-                "Face model) is in this directory. Check the path."
+                f"{path}: no Hugging Face model (config.json) is in this directory. Check the path."
             )
         source = path
     return _load_pretrained(str(source), model_class, device, processing, weights)
-
-
-# -------------------------------------------------------------- pretrained models
 
 
 def _load_pretrained(
@@ -91,15 +81,23 @@ def _load_pretrained(
     except Exception as error:  # whatever transformers, the hub client or TransformerLens raise
         raise ConfigError(
             f"source={source!r}: no such directory here, or not a model that TransformerLens "
-            f"{installed_version()} can load ({type(error).__name__}: {first_line(error)}). Check "
-            "the spelling, the network and HF_HUB_OFFLINE."
+            f"{_installed_version()} can load ({type(error).__name__}: {_first_line(error)}). "
+            "Check the spelling, the network and HF_HUB_OFFLINE."
         ) from None
 
 
 def _pretrained_bridge(source: str, device: str, processing: str) -> nn.Module:
     from transformer_lens.model_bridge import TransformerBridge
+    from transformers.utils import logging
 
-    bridge = TransformerBridge.boot_transformers(source, device=device)
+    silenced = Path(source).is_dir() and logging.is_progress_bar_enabled()
+    if silenced:  # a bar for the weights on the disk, where downloads may keep theirs
+        logging.disable_progress_bar()
+    try:
+        bridge = TransformerBridge.boot_transformers(source, device=device)
+    finally:
+        if silenced:
+            logging.enable_progress_bar()
     if processing == "full":
         bridge.enable_compatibility_mode(disable_warnings=True)
     return bridge
@@ -114,13 +112,77 @@ def _bridge_without_weights(source: str, device: str, processing: str) -> nn.Mod
 
 
 def _pretrained_hooked(source: str, device: str, processing: str) -> nn.Module:
-    hooked, _ = hooked_transformer_class()
+    hooked, _ = _hooked_transformer_class()
     if processing == "none":
         return hooked.from_pretrained_no_processing(source, device=device)
     return hooked.from_pretrained(source, device=device)
 
 
-# ------------------------------------------------------------------------- checks
+def _hooked_transformer_class() -> tuple[Any, Any]:
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+    except ImportError:
+        raise ArtefactError(
+            f"A HookedTransformer is asked for, and TransformerLens {_installed_version()} no "
+            "longer has that class. Install transformer-lens<4, or use model_class='bridge' with "
+            "a Hugging Face model."
+        ) from None
+    return HookedTransformer, HookedTransformerConfig
+
+
+def _load_0_1(path: Path, model_class: str, device: str, processing: str) -> nn.Module:
+    """A HookedTransformer or a native bridge: `model.json`, `model.safetensors`, a tokenizer."""
+    record = read_json(path / "model.json")
+    if processing != "default":
+        raise ConfigError(
+            f"processing={processing!r}: {path} holds weights as they were when saved. Leave "
+            "processing out."
+        )
+    if model_class not in ("auto", record.get("class")):
+        raise ConfigError(f"model_class={model_class!r}, but {path} holds a {record.get('class')}.")
+    try:
+        weights = load_file(path / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ArtefactError(
+            f"{path / 'model.safetensors'}: not readable as safetensors ({error})."
+        ) from None
+    try:
+        with torch.random.fork_rng(devices=[]):  # building draws weights that are then replaced
+            model = _built(path, record, device)
+        model.load_state_dict(weights)
+    except ArtefactError:
+        raise
+    except Exception as error:  # whatever a damaged description makes of TransformerLens
+        raise ArtefactError(
+            f"{path}: TransformerLens {_installed_version()} cannot rebuild this model, saved with "
+            f"{record.get('transformer_lens_version')} ({type(error).__name__}: "
+            f"{_first_line(error)})."
+        ) from None
+    return model.eval()
+
+
+def _built(path: Path, record: dict[str, Any], device: str) -> nn.Module:
+    from transformers import AutoTokenizer
+
+    saved = record["cfg"]
+    tokenizer = AutoTokenizer.from_pretrained(str(path)) if record["tokenizer"] else None
+    # Without a seed, which would reset every global random generator.
+    blank = {"seed": None, "init_weights": False, "tokenizer_name": None}
+    cfg = {**saved, **blank, "device": device, "dtype": getattr(torch, saved["dtype"])}
+    if record["class"] == "hooked_transformer":
+        hooked, config_class = _hooked_transformer_class()
+        model = hooked(config_class(**cfg), tokenizer=tokenizer)
+    else:
+        from transformer_lens.config import TransformerBridgeConfig
+        from transformer_lens.model_bridge import TransformerBridge
+
+        config = TransformerBridgeConfig.from_dict(cfg)
+        model = TransformerBridge.boot_native(
+            config, tokenizer=tokenizer, device=device, dtype=cfg["dtype"]
+        )
+    for name in blank:
+        setattr(model.cfg, name, saved[name])
+    return model
 
 
 def _require_one_of(argument: str, value: str, choices: Any) -> None:
@@ -134,7 +196,7 @@ def _usable_device(device: str) -> str:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise ConfigError(f"device={device!r}: {first_line(error)}") from None
+        raise ConfigError(f"device={device!r}: {_first_line(error)}") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"device={device!r}, but this PyTorch sees no CUDA device. Use device='cpu', or "
@@ -146,3 +208,11 @@ def _usable_device(device: str) -> str:
 def _looks_like_a_path(source: str) -> bool:
     """Hub names are `name` or `owner/name`; anything else can only be a directory."""
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
+
+
+def _installed_version() -> str:
+    return importlib.metadata.version("transformer-lens")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 
-def native_transformer(tokenizer: Any = None, **shape: Any) -> nn.Module:
+def native_transformer(seed: int = 0, **shape: Any) -> nn.Module:
     """A HookedTransformer on TransformerLens 3.x, a TransformerBridge on 4.x.
 
+    No global random state is touched, unlike by a configuration with a seed.
+
     Args:
-        tokenizer: Its tokenizer, if it has one.
+        seed: Seed of the weights.
         **shape: Fields that `HookedTransformerConfig` and `TransformerBridgeConfig` share.
     """
     try:
@@ -20,8 +23,11 @@ def native_transformer(tokenizer: Any = None, **shape: Any) -> nn.Module:
         from transformer_lens.config import TransformerBridgeConfig
         from transformer_lens.model_bridge import TransformerBridge
 
-        model = TransformerBridge.boot_native(TransformerBridgeConfig(**shape))
-        model.tokenizer = tokenizer
-        return model
-    config = HookedTransformerConfig(**shape, device="cpu")
-    return HookedTransformer(config, tokenizer=tokenizer, default_padding_side="right")
+        return TransformerBridge.boot_native(TransformerBridgeConfig(**shape, seed=seed))
+    config = HookedTransformerConfig(**shape, device="cpu", init_weights=False)
+    model = HookedTransformer(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():  # as HookedTransformer.init_weights does
+        if "W_" in name:
+            nn.init.normal_(parameter, std=config.initializer_range, generator=generator)
+    return model

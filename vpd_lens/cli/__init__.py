@@ -11,7 +11,6 @@ import typer
 
 from vpd_lens import __version__
 from vpd_lens.cli.evaluate import eval_command, info_command
-from vpd_lens.cli.experiments import reproduce_command, sweep_command, toy_command
 from vpd_lens.cli.graph import graph_command
 from vpd_lens.cli.harvest import harvest_command
 from vpd_lens.cli.plan import plan_command
@@ -32,9 +31,6 @@ COMMANDS = {
     "info": info_command,
     "harvest": harvest_command,
     "graph": graph_command,
-    "sweep": sweep_command,
-    "reproduce": reproduce_command,
-    "toy": toy_command,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)

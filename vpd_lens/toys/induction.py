@@ -55,18 +55,15 @@ class RepeatedTokens:
         known = self.matches(tokens).any(-1)[:, :-1]
         return F.cross_entropy(logits[:, :-1][known], tokens[:, 1:][known])
 
-    def train_target(
-        self, seed: int = 0, steps: int = 2000, n_heads: int = 2, progress: bool = True
-    ) -> nn.Module:
-        """Train the transformer: width 64, no MLPs, no layer norm.
+    def transformer(self, seed: int = 0, n_heads: int = 2) -> nn.Module:
+        """Two layers of attention, width 64, no MLPs, no layer norm; its weights are random.
 
         Args:
-            seed: Seed of weights and data.
-            steps: AdamW steps on 64 rows each.
+            seed: Seed of the weights.
             n_heads: Heads per layer; they share the 64 dimensions.
-            progress: Show a progress bar.
         """
-        model = native_transformer(
+        return native_transformer(
+            seed,
             n_layers=2,
             d_model=64,
             n_ctx=self.length,
@@ -75,8 +72,20 @@ class RepeatedTokens:
             attn_only=True,
             d_vocab=self.d_vocab,
             normalization_type=None,
-            seed=seed,
         )
+
+    def train_target(
+        self, seed: int = 0, steps: int = 2000, n_heads: int = 2, progress: bool = True
+    ) -> nn.Module:
+        """Train the transformer.
+
+        Args:
+            seed: Seed of weights and data.
+            steps: AdamW steps on 64 rows each.
+            n_heads: As for `transformer`.
+            progress: Show a progress bar.
+        """
+        model = self.transformer(seed, n_heads)
         generator = torch.Generator().manual_seed(seed)
         optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)

@@ -63,13 +63,34 @@ class ModularAddition:
         found = self.logits(model).argmax(-1).flatten()
         return float((found == self.answers(self.all_rows())).float().mean())
 
+    def transformer(self, seed: int = 0, d_model: int = 64, d_mlp: int = 256) -> nn.Module:
+        """One layer, 4 heads, relu neurons, no layer norm; its weights are random.
+
+        Args:
+            seed: Seed of the weights.
+            d_model: Width; the heads share it.
+            d_mlp: Neurons.
+        """
+        return native_transformer(
+            seed,
+            n_layers=1,
+            d_model=d_model,
+            n_ctx=3,
+            d_head=d_model // 4,
+            n_heads=4,
+            d_mlp=d_mlp,
+            d_vocab=self.p + 1,
+            act_fn="relu",
+            normalization_type=None,
+        )
+
     def train_target(
         self, seed: int = 0, steps: int = 1500, train_share: float = 0.8, progress: bool = True
     ) -> nn.Module:
         """Train a transformer until it has understood addition, not just learnt it by heart.
 
-        One layer, 4 heads, width 64, 256 relu neurons, no layer norm. Full batches and strong
-        weight decay make it generalise within a few hundred steps; the rest cleans up.
+        Full batches and strong weight decay make it generalise within a few hundred steps; the
+        rest cleans up.
 
         Args:
             seed: Seed of weights and of the pairs that are held out.
@@ -77,18 +98,7 @@ class ModularAddition:
             train_share: Share of the pairs that it is trained on.
             progress: Show a progress bar.
         """
-        model = native_transformer(
-            n_layers=1,
-            d_model=64,
-            n_ctx=3,
-            d_head=16,
-            n_heads=4,
-            d_mlp=256,
-            d_vocab=self.p + 1,
-            act_fn="relu",
-            normalization_type=None,
-            seed=seed,
-        )
+        model = self.transformer(seed)
         rows = self.all_rows()
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         rows = rows[order[: int(train_share * len(rows))]]

@@ -1,7 +1,12 @@
-"""`reproduce`: the paper's claims in small, on the quickstart's language model.
+"""Test the paper's claims on a small language model, trained on the spot, offline.
 
-Beside the runs (see `vpd_lens.experiments.run`) the directory receives `claims/<name>.json`, the
-table of each claim, and `report.html`, all of them with their plots. Claims share runs.
+    python examples/reproduce.py                            # everything; hours on two CPU cores
+    python examples/reproduce.py --claims adversary,seeds
+    python examples/reproduce.py --quick                    # a minute or two, to see that it works
+
+Beside the runs (see `recorded.run`) the output directory receives `claims/<name>.json`, the table
+of each claim, and `report.html`, all of them with their plots. Claims share runs. Repeat the
+command to go on after an interruption.
 """
 
 from __future__ import annotations
@@ -9,16 +14,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
+from rich import print as rich_print
+
+from claims import CLAIMS
+from claims.laboratory import Laboratory
+from quickstart_target import N_CHARACTERS, get_target, new_model, save
+from recorded.page import write_page
+from recorded.run import Target
+from recorded.section import Section
+from vpd_lens.cli.options import Debug, Device, Quiet, readable_errors, say
 from vpd_lens.errors import ConfigError
-from vpd_lens.experiments.claims import CLAIMS
-from vpd_lens.experiments.laboratory import Laboratory
-from vpd_lens.experiments.page import write_page
-from vpd_lens.experiments.quickstart_target import N_CHARACTERS, get_target, new_model
-from vpd_lens.experiments.run import Target
-from vpd_lens.experiments.section import Section
-from vpd_lens.files import write_text_atomically
-from vpd_lens.models import load_model, save_model
+from vpd_lens.models import load_model
+from vpd_lens.storage import write_text
 from vpd_lens.training import VPDConfig
 
 STEPS, TARGET_STEPS, SEED = 2000, 2500, 0
@@ -58,7 +68,7 @@ def reproduce(
 
     Args:
         output: The directory of runs.
-        claims: Which, of `vpd_lens.experiments.claims.CLAIMS`.
+        claims: Which, of `claims.CLAIMS`.
         steps: VPD training steps of every run; by default 2000.
         quick: Check that everything works; the figures mean nothing.
         device: `"auto"`, `"cpu"`, `"cuda"` or `"cuda:N"`.
@@ -81,7 +91,7 @@ def reproduce(
     for name in claims:
         sections.append(CLAIMS[name](laboratory))
         text = json.dumps(sections[-1].as_json(), indent=2, ensure_ascii=False)
-        write_text_atomically(output / "claims" / f"{name}.json", text + "\n")
+        write_text(output / "claims" / f"{name}.json", text + "\n")
         write_page(
             output / "report.html",
             "VPD's claims in small",
@@ -122,11 +132,11 @@ def _laboratory(
     model, tokens, held_out = get_target(folder, target_steps, SEED, n_characters, progress)
     untrained = folder.with_name("untrained")
     if not untrained.exists():
-        save_model(new_model(model.tokenizer, SEED), untrained)
+        save(new_model(SEED), model.tokenizer, untrained)
 
     def target(folder: Path, trained_for: int) -> Target:
         description = {
-            "name": "the quickstart's language model",
+            "name": "the quickstart's language model, a Qwen2",
             "trained_steps": trained_for,
             "n_characters": n_characters,
             "seed": SEED,
@@ -143,3 +153,40 @@ def _laboratory(
         progress=progress,
         say=say,
     )
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__.partition("\n")[0])
+def main(
+    claims: Annotated[
+        str, typer.Option(metavar="A,B,...", help=f"Which claims: {', '.join(CLAIMS)}.")
+    ] = ",".join(CLAIMS),
+    output: Annotated[Path, typer.Option(help="Directory of the runs.")] = Path("runs/reproduce"),
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="VPD training steps of every run; default: 2000.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="See that it works; the figures mean nothing.")
+    ] = False,
+    device: Device = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    with readable_errors(debug):
+        reproduce(
+            output,
+            [name.strip() for name in claims.split(",")],
+            steps,
+            quick,
+            device or "auto",
+            progress=not quiet,
+            say=lambda text: say(text, quiet),
+            show=None if quiet else lambda section: rich_print(section.table()),
+        )
+        say(f"Report: {output / 'report.html'}", quiet)
+
+
+if __name__ == "__main__":
+    app()

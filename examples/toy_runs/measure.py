@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from vpd_lens.decomposition import Decomposition
@@ -22,8 +22,7 @@ from vpd_lens.toys.ground_truth import (
     mmcs,
     represented_features,
 )
-from vpd_lens.toys.models import TMS, ResidualMLP
-from vpd_lens.toys.targets import Toy
+from vpd_lens.toys.models import TMS, ResidualMLP, Toy
 
 HELD_OUT, HELD_OUT_SEED = 4096, 10**6
 _SHOWN = 8  # columns beyond the expected ones that a record keeps
@@ -59,6 +58,20 @@ class SiteFigures(BaseModel):
     importance: list[list[float]]
     true: list[list[float]] = []
     found: list[list[float]] = []
+
+
+class ToyReport(BaseModel):
+    """How near a decomposition came to what its toy is known to compute.
+
+    Attributes:
+        represented: The features that the target represents.
+        sites: Figures by site, of the represented features only.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    represented: list[int]
+    sites: dict[str, SiteFigures]
 
 
 @dataclass
@@ -98,16 +111,12 @@ def mechanisms(vpd: Decomposition, name: str) -> Mechanisms | None:
 
 
 @torch.no_grad()
-def measure(toy: Toy, vpd: Decomposition) -> tuple[list[int], dict[str, SiteFigures]]:
+def measure(toy: Toy, vpd: Decomposition) -> ToyReport:
     """Compare a decomposition with what its toy is known to compute.
 
     Args:
         toy: The toy.
         vpd: Its decomposition, trained or not.
-
-    Returns:
-        The features that the target represents, and the figures of every site. Errors and
-        similarities are those of the represented features only.
     """
     model, n = vpd.model, toy.data.n_features
     probe = PROBE * torch.eye(n)
@@ -125,7 +134,7 @@ def measure(toy: Toy, vpd: Decomposition) -> tuple[list[int], dict[str, SiteFigu
         if known is not None:
             known = Mechanisms(known.v[:, live], known.u[live], known.features)
             _compare(figures[name], known, represented)
-    return represented.nonzero().flatten().tolist(), figures
+    return ToyReport(represented=represented.nonzero().flatten().tolist(), sites=figures)
 
 
 def _figures(importance: Tensor, live: Tensor, rank: int | None) -> SiteFigures:

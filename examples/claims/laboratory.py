@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from recorded.record import RunRecord
+from recorded.run import Run, Target, load_decomposed, perform
 from vpd_lens.analysis.comparison import Directions, directions
 from vpd_lens.analysis.usage import Alive, alive_subcomponents
-from vpd_lens.experiments.record import RunRecord
-from vpd_lens.experiments.run import Run, Target, load_decomposed, perform
 from vpd_lens.training import VPDConfig
 
 BASE, WITHOUT = "vpd", "vpd-without-adversary"

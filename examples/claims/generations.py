@@ -5,9 +5,9 @@ from __future__ import annotations
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from claims.laboratory import Laboratory
+from recorded.section import Section
 from vpd_lens.decomposition.modes import MODES
-from vpd_lens.experiments.laboratory import Laboratory
-from vpd_lens.experiments.section import Section
 
 N_PROMPTS, PROMPT_LENGTH, N_NEW = 2, 24, 24
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
+from claims.laboratory import BASE, Laboratory
+from recorded.figures import figures, l0
+from recorded.plots import line_panels
+from recorded.record import RunRecord
+from recorded.section import Figure, Section
 from vpd_lens.analysis.comparison import MATCH, multiple_match_share
 from vpd_lens.decomposition.subcomponents import resolve_counts
-from vpd_lens.experiments.figures import figures, l0
-from vpd_lens.experiments.laboratory import BASE, Laboratory
-from vpd_lens.experiments.plots import line_panels
-from vpd_lens.experiments.record import RunRecord
-from vpd_lens.experiments.section import Figure, Section
 from vpd_lens.sites import find_sites
 from vpd_lens.training import VPDConfig
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from vpd_lens.experiments.figures import figures, l0
-from vpd_lens.experiments.laboratory import BASE, Laboratory
-from vpd_lens.experiments.plots import bar_panels
-from vpd_lens.experiments.section import Figure, Section
+from claims.laboratory import BASE, Laboratory
+from recorded.figures import figures, l0
+from recorded.plots import bar_panels
+from recorded.section import Figure, Section
 
 
 def section(laboratory: Laboratory) -> Section:

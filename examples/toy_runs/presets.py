@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vpd_lens.errors import ConfigError
-from vpd_lens.toys.targets import TOYS
+from vpd_lens.toys import TOYS
 from vpd_lens.training import VPDConfig
 
 METHODS = {
@@ -104,3 +104,8 @@ def preset(toy: str, method: str) -> VPDConfig:
         n_subcomponents=count,
         steps=steps,
     )
+
+
+def method_of(config: VPDConfig) -> str:
+    """Which of `METHODS` a configuration is of."""
+    return "vpd" if config.adversary.coefficient > 0 else "spd"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from vpd_lens.experiments.figures import legend
-from vpd_lens.experiments.record import RunRecord
-from vpd_lens.experiments.section import Section, shown
-from vpd_lens.files import write_text_atomically
+from recorded.figures import legend
+from recorded.record import RunRecord
+from recorded.section import Section, shown
+from vpd_lens.storage import write_text
 from vpd_lens.viz.html import render_template
 
 
@@ -33,7 +33,7 @@ def write_page(
         warning: Shown above everything, if there is something to warn of.
     """
     page = render_template(
-        "vpd_lens.experiments",
+        "recorded",
         "page.html.j2",
         title=title,
         about=about,
@@ -44,7 +44,7 @@ def write_page(
         svg=Markup,
         shown=shown,
     )
-    write_text_atomically(path, page)
+    write_text(path, page)
 
 
 def _origins(records: Sequence[RunRecord]) -> list[dict[str, str]]:

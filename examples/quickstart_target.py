@@ -1,5 +1,8 @@
 """The quickstart's language model: text, tokenizer, architecture and training, all offline.
 
+It is an ordinary Hugging Face model, a tiny Qwen2: a Llama with biases on q, k and v, for which
+TransformerLens prepends no BOS token, as fits a model that was trained on windows of one stream.
+
 The text is the source of Python's own standard library, so the target is the same wherever the
 same Python, TransformerLens and PyTorch are installed.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import random
 import sysconfig
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +21,10 @@ from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from vpd_lens.models import load_model, save_model
-from vpd_lens.native import native_transformer
+from vpd_lens.models import load_model
+from vpd_lens.storage import atomic_folder
 
 N_CHARACTERS, N_HELD_OUT = 8_000_000, 100_000
 
@@ -31,7 +35,7 @@ class TargetSize:
 
     Attributes:
         n_layers: Blocks.
-        d_model: Residual width; the MLP is four times as wide.
+        d_model: Residual width; the gated MLP has as many weights as one four times as wide.
         n_heads: Attention heads.
         vocabulary: Tokens of its tokenizer.
         context: Tokens per sequence.
@@ -68,57 +72,55 @@ def standard_library_text(n_characters: int, seed: int = 0) -> str:
     return "\n".join(texts)[:n_characters]
 
 
-def train_tokenizer(text: str, folder: Path, vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, saved to and loaded from `folder`."""
+def train_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
+    special = "<|endoftext|>"
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=[special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
-    special = "<|endoftext|>"
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=special, eos_token=special, pad_token=special
     )
-    fast.save_pretrained(folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def new_model(
-    tokenizer: PreTrainedTokenizerFast, seed: int, size: TargetSize = QUICKSTART
-) -> torch.nn.Module:
+def new_model(seed: int, size: TargetSize = QUICKSTART) -> Qwen2ForCausalLM:
     """A transformer with random weights.
 
     Args:
-        tokenizer: Its tokenizer.
         seed: Seed of the weights.
         size: Its shape.
     """
-    d_head = size.d_model // size.n_heads
-    return native_transformer(
-        tokenizer,
-        n_layers=size.n_layers,
-        d_model=size.d_model,
-        n_ctx=size.context,
-        d_head=d_head,
-        n_heads=size.n_heads,
-        d_mlp=4 * size.d_model,
-        d_vocab=size.vocabulary,
-        act_fn="gelu_new",
-        normalization_type="RMS",
-        positional_embedding_type="rotary",
-        rotary_dim=d_head,
-        seed=seed,
-        default_prepend_bos=False,
+    config = Qwen2Config(
+        vocab_size=size.vocabulary,
+        hidden_size=size.d_model,
+        intermediate_size=8 * size.d_model // 3 // 8 * 8,
+        num_hidden_layers=size.n_layers,
+        num_attention_heads=size.n_heads,
+        num_key_value_heads=size.n_heads,
+        max_position_embeddings=size.context,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
     )
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is drawn anew below
+        model = Qwen2ForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=config.initializer_range, generator=generator)
+    return model
 
 
 def train_target(
-    model: torch.nn.Module,
+    model: Qwen2ForCausalLM,
     tokens: Int[Tensor, " n_tokens"],
     steps: int,
     seed: int,
@@ -143,21 +145,20 @@ def train_target(
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps)
-    device = next(model.parameters()).device
-    context = int(model.cfg.n_ctx)  # type: ignore[arg-type, union-attr]
-    recent = torch.zeros(100, device=device)
-    for step in track(range(steps), "Training the target", console=console):
+    context = model.config.max_position_embeddings
+    recent: deque[Tensor] = deque(maxlen=100)
+    for _ in track(range(steps), "Training the target", console=console):
         starts = torch.randint(len(tokens) - context, (batch_size,), generator=generator)
-        batch = tokens[starts[:, None] + torch.arange(context)].to(device)  # [batch, pos]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(batch, return_type="loss")
+        batch = tokens[starts[:, None] + torch.arange(context)].to(model.device)  # [batch, pos]
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            loss = model(batch, labels=batch).loss
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        recent[step % 100] = loss.detach()
-    return float(recent.mean())
+        recent.append(loss.detach())
+    return float(torch.stack(list(recent)).mean())
 
 
 def get_target(
@@ -170,7 +171,7 @@ def get_target(
     """The target model with training and held-out tokens; trained once, then loaded.
 
     Args:
-        folder: Where the model is kept; the tokenizer is kept beside it.
+        folder: Where model and tokenizer are kept, a Hugging Face directory.
         steps: Training steps, if it has to be trained.
         seed: Seed of weights and training.
         n_characters: Length of the text.
@@ -181,18 +182,22 @@ def get_target(
     """
     console = Console(quiet=not progress)
     text = standard_library_text(n_characters)
-    if not (folder / "model.json").exists():
-        tokenizer = train_tokenizer(
-            text[:2_000_000], folder.with_name("tokenizer"), QUICKSTART.vocabulary
-        )
-        model = new_model(tokenizer, seed)
-        tokens = tokenise(tokenizer, text)
-        loss = train_target(model, tokens[:-N_HELD_OUT], steps, seed, console)
+    if not (folder / "config.json").exists():
+        tokenizer = train_tokenizer(text[:2_000_000], QUICKSTART.vocabulary)
+        model = new_model(seed)
+        tokens, _ = split(tokenise(tokenizer, text), QUICKSTART.context)
+        loss = train_target(model, tokens, steps, seed, console)
+        save(model, tokenizer, folder)
         console.print(f"Target trained: cross-entropy {loss:.3f} nats per token.")
-        save_model(model, folder)
     model = load_model(folder)
-    tokens = tokenise(model.tokenizer, text)
-    return model, *split(tokens, QUICKSTART.context)
+    return model, *split(tokenise(model.tokenizer, text), QUICKSTART.context)
+
+
+def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write model and tokenizer to a directory, whole or not at all."""
+    with atomic_folder(folder) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
 
 
 def split(

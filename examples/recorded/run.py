@@ -20,13 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from recorded.record import RunRecord
+from toy_runs.measure import ToyReport
 from vpd_lens.config import RunFile, VPDConfig
 from vpd_lens.decomposition.saving import load
 from vpd_lens.errors import ArtefactError, TrainingInterrupted
-from vpd_lens.evaluation import evaluate
-from vpd_lens.experiments.record import RunRecord
+from vpd_lens.evaluation import EvalReport, evaluate
 from vpd_lens.models import load_model
 from vpd_lens.storage import read, tensor_hash
 from vpd_lens.training import train
@@ -44,6 +45,8 @@ class Target:
         data: Training data, as for `vpd_lens.train`.
         held_out: Data of evaluations that do not name their own.
         prepend_bos: BOS policy for text.
+        example: One input, for models that are not transformers.
+        measure: Takes the place of `vpd_lens.evaluate`.
     """
 
     description: Mapping[str, Any]
@@ -51,6 +54,8 @@ class Target:
     data: Any
     held_out: Any = None
     prepend_bos: bool | None = None
+    example: Tensor | None = None
+    measure: Callable[[nn.Module], EvalReport | ToyReport] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,26 +136,33 @@ def perform(
             resume=resume,
             progress=progress,
             prepend_bos=run.target.prepend_bos,
+            example=run.target.example,
         )
     except TrainingInterrupted:
         raise TrainingInterrupted(
             f"stopped during {run.name}; a checkpoint is in {folder / 'checkpoint'}. Repeat the "
             "command to go on from it."
         ) from None
-    plan = {"data": run.target.held_out, **run.evaluation}
-    report = evaluate(model, progress=progress, **plan)
-    report.to_html(folder / "report.html", f"VPD evaluation of {run.name}")
     record = RunRecord.now(
-        run.name,
-        _as_json(run.target.description),
-        _weights_hash(model),
-        run.config,
-        _as_json(run.evaluation),
-        _training_seconds(folder),
-        report,
+        name=run.name,
+        target=_as_json(run.target.description),
+        weights=_weights_hash(model),
+        config=run.config,
+        evaluation=_as_json(run.evaluation),
+        training_seconds=_training_seconds(folder),
+        report=_measured(run, model, folder, progress),
     )
     record.write(path)
     return record
+
+
+def _measured(run: Run, model: nn.Module, folder: Path, progress: bool) -> EvalReport | ToyReport:
+    """What a run is measured by; an evaluation leaves its page in the run's folder."""
+    if run.target.measure is not None:
+        return run.target.measure(model)
+    report = evaluate(model, progress=progress, **{"data": run.target.held_out, **run.evaluation})
+    report.to_html(folder / "report.html", f"VPD evaluation of {run.name}")
+    return report
 
 
 def load_decomposed(run: Run, output: Path) -> nn.Module:

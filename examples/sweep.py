@@ -1,7 +1,11 @@
-"""`sweep`: every combination of some values, on one run file, and what came of it.
+"""Train, evaluate and record every combination of some values.
 
-Beside the runs (see `vpd_lens.experiments.run`) the directory receives `rows.csv`, all figures,
-and `report.html`, the table and the Pareto plot.
+    python examples/sweep.py run.yaml --grid 'minimality.coefficient=1e-4,1e-3' --grid 'seed=0,1,2'
+    python examples/sweep.py --help
+
+The run file is that of `vpd-lens train` and needs an evaluation section. Beside the runs (see
+`recorded.run`) the output directory receives `rows.csv`, all figures, and `report.html`, the table
+and the Pareto plot. Repeat the command to go on after an interruption.
 """
 
 from __future__ import annotations
@@ -11,12 +15,13 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from vpd_lens.config import read_run_file
-from vpd_lens.errors import ConfigError, NonFiniteLossError
-from vpd_lens.experiments.figures import figures, pareto_point
-from vpd_lens.experiments.grid import (
+import typer
+from rich import print as rich_print
+
+from recorded.figures import figures, pareto_point
+from recorded.grid import (
     Axes,
     GridPoint,
     grid_points,
@@ -25,12 +30,15 @@ from vpd_lens.experiments.grid import (
     parse_grid,
     point_name,
 )
-from vpd_lens.experiments.page import write_page
-from vpd_lens.experiments.plots import pareto_plot
-from vpd_lens.experiments.record import RunRecord
-from vpd_lens.experiments.run import Run, perform
-from vpd_lens.experiments.section import Figure, Section
-from vpd_lens.files import write_text_atomically
+from recorded.page import write_page
+from recorded.plots import pareto_plot
+from recorded.record import RunRecord
+from recorded.run import Run, perform
+from recorded.section import Figure, Section
+from vpd_lens.cli.options import Debug, Device, Overrides, Quiet, quoted, readable_errors, say
+from vpd_lens.config import read_run_file
+from vpd_lens.errors import ConfigError, NonFiniteLossError
+from vpd_lens.storage import write_text
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ def sweep(
             say(f"{name}: {error}")
     rows = [{**points[name], **_all_figures(record)} for name, record in records.items()]
     section = _section(axes, points, records, diverged)
-    write_text_atomically(folder / "rows.csv", _csv(rows))
+    write_text(folder / "rows.csv", _csv(rows))
     write_page(
         folder / "report.html",
         f"Sweep of {', '.join(axes)}",
@@ -168,3 +176,44 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__.partition("\n")[0])
+def main(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run file.")],
+    grid: Annotated[
+        list[str],
+        typer.Option(
+            "--grid",
+            metavar="PATH=V1,V2,...",
+            help="Values of one setting; may be repeated. PATH is that of --set.",
+        ),
+    ],
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory of the runs, instead of the file's output.")
+    ] = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    with readable_errors(debug):
+        changes = [*(overrides or []), *([f"training.device={quoted(device)}"] if device else [])]
+        result = sweep(
+            run_file,
+            grid,
+            output,
+            changes,
+            progress=not quiet,
+            say=lambda text: say(text, quiet),
+        )
+        if not quiet:
+            rich_print(result.section.table())
+        say(f"Report: {result.folder / 'report.html'}", quiet)
+
+
+if __name__ == "__main__":
+    app()

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from itertools import permutations
 from statistics import fmean
 
+from claims.laboratory import BASE, Laboratory
+from recorded.plots import bar_panels
+from recorded.record import RunRecord
+from recorded.section import Cell, Figure, Section
 from vpd_lens.analysis.comparison import Comparison, Similarity, compare, random_baseline
-from vpd_lens.experiments.laboratory import BASE, Laboratory
-from vpd_lens.experiments.plots import bar_panels
-from vpd_lens.experiments.record import RunRecord
-from vpd_lens.experiments.section import Cell, Figure, Section
 
 N_SEEDS = 3
 QUANTITIES = {"V": "v", "U": "u", "rank-1": "rank_one"}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from vpd_lens.experiments.claims import (
+from claims import (
     adversary,
     controls,
     generations,
@@ -10,8 +10,8 @@ from vpd_lens.experiments.claims import (
     seeds,
     splitting,
 )
-from vpd_lens.experiments.laboratory import Laboratory
-from vpd_lens.experiments.section import Section
+from claims.laboratory import Laboratory
+from recorded.section import Section
 
 CLAIMS: dict[str, Callable[[Laboratory], Section]] = {
     "adversary": adversary.section,

@@ -6,6 +6,7 @@ Every figure in the documentation comes from a stored record that a command rege
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from toy_runs.measure import ToyReport
 from vpd_lens.config import VPDConfig
 from vpd_lens.errors import ArtefactError
 from vpd_lens.evaluation import EvalReport
-from vpd_lens.files import write_text_atomically
+from vpd_lens.storage import write_text
 
 
 class Machine(BaseModel):
@@ -49,7 +51,7 @@ class Machine(BaseModel):
 
 
 class RunRecord(BaseModel):
-    """One finished run.
+    """One finished run, of a transformer or of a toy.
 
     Attributes:
         format_version: Of this file.
@@ -60,7 +62,7 @@ class RunRecord(BaseModel):
         evaluation: Arguments of the evaluation.
         seed: Seed of the training.
         training_seconds: Wall-clock time of all training steps, over interruptions.
-        report: What was measured.
+        report: What was measured: by `vpd_lens.evaluate`, or against the truth of a toy.
         versions: Of vpd_lens, torch, transformer_lens and python.
         machine: Where the run was finished.
         date: When, UTC, ISO 8601.
@@ -72,38 +74,23 @@ class RunRecord(BaseModel):
     format_version: Literal[1] = 1
     name: str
     target: dict[str, Any]
-    weights: str
+    weights: str | None
     config: VPDConfig
     evaluation: dict[str, Any]
     seed: int
     training_seconds: float
-    report: EvalReport
+    report: EvalReport | ToyReport
     versions: dict[str, str]
-    machine: Machine
+    machine: Machine | None
     date: str
-    command: str
+    command: str | None
 
     @classmethod
-    def now(
-        cls,
-        name: str,
-        target: dict[str, Any],
-        weights: str,
-        config: VPDConfig,
-        evaluation: dict[str, Any],
-        training_seconds: float,
-        report: EvalReport,
-    ) -> RunRecord:
-        """A record made here and now; see the attributes."""
+    def now(cls, **fields: Any) -> RunRecord:
+        """A record made here and now; `fields` are the others."""
         return cls(
-            name=name,
-            target=target,
-            weights=weights,
-            config=config,
-            evaluation=evaluation,
-            seed=config.seed,
-            training_seconds=training_seconds,
-            report=report,
+            **fields,
+            seed=fields["config"].seed,
             versions=versions(),
             machine=Machine.this(),
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -112,11 +99,11 @@ class RunRecord(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
-        write_text_atomically(path, self.model_dump_json(indent=2) + "\n")
+        write_text(path, json_in_rows(self.model_dump(mode="json")) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:
-        """Read what `write` wrote.
+        """Read what `write` wrote, by this version or an earlier one.
 
         Raises:
             ArtefactError: If the file is missing, damaged or of another format.
@@ -128,6 +115,42 @@ class RunRecord(BaseModel):
                 f"{path}: not a readable run record ({_first_problem(error)}). Restore it from a "
                 "copy, or delete it to have the run measured again."
             ) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgraded(cls, data: Any) -> Any:
+        """Version 0.1 recorded toys in a form of their own."""
+        if not isinstance(data, dict) or "toy" not in data:
+            return data
+        toy, method, seed = (data[key] for key in ("toy", "method", "seed"))
+        return {
+            "name": f"{toy},{method},seed={seed}",
+            "target": {"toy": toy, "seed": seed, "seconds": data["target_seconds"]},
+            "training_seconds": data["seconds"],
+            "report": {key: data[key] for key in ("represented", "sites")},
+            "evaluation": {},
+            **{key: data[key] for key in ("config", "seed", "versions", "date")},
+            **dict.fromkeys(("weights", "machine", "command")),
+        }
+
+
+def json_in_rows(data: Any, indent: str = "") -> str:
+    """Indented JSON in which a list of numbers or strings takes one line: a matrix, one per row.
+
+    Args:
+        data: What `json.dumps` takes.
+        indent: Indentation of the line that it begins on.
+    """
+    deeper = indent + " "
+    if isinstance(data, dict) and data:
+        parts = [f"{json.dumps(key)}: {json_in_rows(data[key], deeper)}" for key in data]
+        brackets = "{}"
+    elif isinstance(data, list) and any(isinstance(part, (dict, list)) for part in data):
+        parts, brackets = [json_in_rows(part, deeper) for part in data], "[]"
+    else:
+        return json.dumps(data, separators=(",", ":"))
+    lines = ",\n".join(deeper + part for part in parts)
+    return f"{brackets[0]}\n{lines}\n{indent}{brackets[1]}"
 
 
 def _first_problem(error: Exception) -> str:

@@ -7,16 +7,15 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vpd_lens.toys.experiment import ToyRecord
-from vpd_lens.toys.measure import SiteFigures
-from vpd_lens.toys.presets import METHODS
+from toy_runs.measure import SiteFigures
+from toy_runs.presets import METHODS, method_of
 from vpd_lens.viz.html import render_template
 from vpd_lens.viz.svg import MUTED, draw
 
 TRUE, FOUND = "#d98a2b", "#3f87d6"
 
 
-def render(records: list[ToyRecord]) -> str:
+def render(records: list[RunRecord]) -> str:
     """One page for the seeds of one toy under one method.
 
     Args:
@@ -27,10 +26,10 @@ def render(records: list[ToyRecord]) -> str:
     """
     first = records[0]
     return render_template(
-        "vpd_lens.toys",
+        "toy_runs",
         "page.html.j2",
-        title=f"{first.toy} decomposed by {first.method}",
-        method=METHODS[first.method].capitalize(),
+        title=f"{first.target['toy']} decomposed by {method_of(first.config)}",
+        method=METHODS[method_of(first.config)].capitalize(),
         records=records,
         svg=_svg,
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from recorded.plots import Point
+from recorded.record import RunRecord
+from recorded.section import Cell
 from vpd_lens.evaluation import EvalReport
 from vpd_lens.evaluation.page import UNITS, headline_attack
-from vpd_lens.experiments.plots import Point
-from vpd_lens.experiments.record import RunRecord
-from vpd_lens.experiments.section import Cell
 
 
 def figures(record: RunRecord) -> dict[str, Cell]:

@@ -7,11 +7,11 @@ brings its L0 to that of the run with it, or above.
 
 from __future__ import annotations
 
+from claims.laboratory import WITHOUT, WITHOUT_GENTLER, Laboratory
+from recorded.figures import figures
+from recorded.section import Figure, Section
 from vpd_lens.evaluation.page import UNITS
 from vpd_lens.evaluation.plots import pgd_plot
-from vpd_lens.experiments.figures import figures
-from vpd_lens.experiments.laboratory import WITHOUT, WITHOUT_GENTLER, Laboratory
-from vpd_lens.experiments.section import Figure, Section
 
 GENTLER = 0.3
 

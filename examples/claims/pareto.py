@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from vpd_lens.experiments.figures import figures, pareto_point
-from vpd_lens.experiments.laboratory import BASE, Laboratory
-from vpd_lens.experiments.plots import pareto_plot
-from vpd_lens.experiments.record import RunRecord
-from vpd_lens.experiments.section import Figure, Section
+from claims.laboratory import BASE, Laboratory
+from recorded.figures import figures, pareto_point
+from recorded.plots import pareto_plot
+from recorded.record import RunRecord
+from recorded.section import Figure, Section
 from vpd_lens.training import VPDConfig
 
 COEFFICIENTS = (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3)
