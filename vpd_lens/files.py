@@ -89,25 +89,6 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def json_in_rows(data: Any, indent: str = "") -> str:
-    """Indented JSON in which a list of numbers or strings takes one line: a matrix, one per row.
-
-    Args:
-        data: What `json.dumps` takes.
-        indent: Indentation of the line that it begins on.
-    """
-    deeper = indent + " "
-    if isinstance(data, dict) and data:
-        parts = [f"{json.dumps(key)}: {json_in_rows(data[key], deeper)}" for key in data]
-        brackets = "{}"
-    elif isinstance(data, list) and any(isinstance(part, (dict, list)) for part in data):
-        parts, brackets = [json_in_rows(part, deeper) for part in data], "[]"
-    else:
-        return json.dumps(data, separators=(",", ":"))
-    lines = ",\n".join(deeper + part for part in parts)
-    return f"{brackets[0]}\n{lines}\n{indent}{brackets[1]}"
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
