@@ -243,7 +243,9 @@ def ground_truth_tms(dropped=None):
             for u in vpd.subcomponents.u:
                 u[dropped] = 0
     # The importances of the truth: 10 x_i for subcomponent i, so 1 wherever it matters.
-    vpd.pre_importance = lambda inputs: torch.cat([10 * x @ torch.eye(N, 8) for x in inputs], -1)
+    vpd.pre_importance = lambda inputs, _=None: torch.cat(
+        [10 * x @ torch.eye(N, 8) for x in inputs], -1
+    )
     return vpd
 
 

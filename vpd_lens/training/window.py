@@ -21,7 +21,7 @@ class StepImportance:
 
     parts: list[tuple[Tensor, Tensor | None]]
 
-    def whole(self) -> Float[Tensor, "batch pos C_total"]:
+    def whole(self) -> Float[Tensor, "batch *pos C_total"]:
         """The importances of this process's rows, 0 where there is padding."""
         pieces = [
             z.clamp(0, 1) if real is None else z.clamp(0, 1) * real.unsqueeze(-1)
