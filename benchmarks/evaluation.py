@@ -30,15 +30,17 @@ from step import CONFIGURATIONS, batches, build, load_weights, preset, stepper_f
 from torch import Tensor, nn
 
 import vpd_lens
+from vpd_lens.data import Batch
 from vpd_lens.decomposition import Divergence
 from vpd_lens.decomposition.importance import lower_leaky
+from vpd_lens.decomposition.modes import masks_of
 from vpd_lens.evaluation.metrics import (
     Sparsity,
     delta_sizes,
-    hidden_error,
-    masking_modes,
+    hidden_errors,
     next_token_cross_entropy,
     pgd_curve,
+    reported_modes,
 )
 
 THRESHOLDS = (0.0, 0.01, 0.1, 0.5)
@@ -76,21 +78,22 @@ def parts(model: nn.Module, batch: Tensor, clock: Clock, seed: int = 0) -> dict[
     with clock.part("L0, alive, histogram"):
         sparsity.add(importance)
         found["l0"] = sparsity.l0()["0"]["total"]
-    with clock.part("target with its sites' outputs"):
+    with clock.part("cross-entropy of the target"):
         next_token_cross_entropy(output, batch)
-        _, clean = vpd.run_recording(None, batch)
-    for name, make in masking_modes(ROUNDING).items():
-        with clock.part(f"masks: {name}"):
-            masks = make(importance, vpd.layout, generator)
-            with torch.no_grad():
-                masked = vpd.run(masks, batch)
-                found[name] = float(divergence(masked))
+    for name, (mode, threshold) in reported_modes(ROUNDING).items():
+        hidden = mode in ("stochastic", "ci")
+        with clock.part(f"masks: {name}"), torch.no_grad():
+            masks = masks_of(mode, importance, vpd.layout, generator, threshold)
+            masked, outputs = (
+                vpd.run_recording(masks, batch) if hidden else (vpd.run(masks, batch), [])
+            )
+            found[name] = float(divergence(masked))
             next_token_cross_entropy(masked, batch)
-        if name in ("stochastic", "ci"):
+        if hidden:
             with clock.part(f"hidden error: {name}"):
-                hidden_error(vpd, batch, masks, clean)
+                hidden_errors(vpd, inputs, outputs)
     with clock.part(f"adversary, {PGD_STEPS} steps"):
-        curve = pgd_curve(vpd, batch, importance, divergence, (PGD_STEPS,), 0.1, generator)
+        curve = pgd_curve(vpd, Batch(batch), importance, divergence, (PGD_STEPS,), 0.1, generator)
         found["pgd"] = curve[PGD_STEPS]
     with clock.part(ONCE):
         delta_sizes(vpd)

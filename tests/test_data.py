@@ -923,6 +923,18 @@ def test_a_text_that_mentions_a_special_token_has_no_border_there(model):
     assert not ((batch.tokens == BOS) | (batch.tokens == EOS)).any()
 
 
+def test_a_vocabulary_that_holds_special_tokens_as_words_gives_no_border_either():
+    words = {word: i for i, word in enumerate(["<bos>", "<eos>", "<unk>", "one", "two"])}
+    level = Tokenizer(models.WordLevel(words, "<unk>"))
+    level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    named = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=level, **named)
+    model = SimpleNamespace(tokenizer=tokenizer)
+    text = ["one <bos> what <eos> two"]
+    batch = next(one_pass(text, model=model, batch_size=1, prepend_bos=False))
+    assert batch.tokens.tolist() == [[3, 2, 4]]
+
+
 def test_batches_for_a_gpu_are_pinned(model, monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t.shape) or t)

@@ -13,7 +13,7 @@ import vpd_lens
 from vpd_lens.data import Batch
 from vpd_lens.decomposition import Divergence, Layout, Masks
 from vpd_lens.decomposition.adversary import ascend, shared_sources
-from vpd_lens.errors import ArtefactError, AttachError, InputError
+from vpd_lens.errors import ArtefactError, AttachError, ConfigError, InputError
 from vpd_lens.evaluation.metrics import (
     Sparsity,
     delta_sizes,
@@ -449,6 +449,11 @@ def test_another_seed_draws_other_masks(model, seven, whole):
     other = vpd_lens.evaluate(model, seven, **{**ONE, "pgd_steps": ()}, seed=1)
     assert other.modes["stochastic"] != whole.modes["stochastic"]
     assert other.modes["unmasked"] == whole.modes["unmasked"]
+
+
+def test_a_configuration_is_no_data():
+    with pytest.raises(ConfigError, match="pass config="):
+        vpd_lens.decompose(nn.Linear(2, 2), vpd_lens.VPDConfig.small())
 
 
 def test_without_a_decomposition():

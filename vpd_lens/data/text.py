@@ -76,7 +76,7 @@ class TextEncoder:
         # Without special tokens: TransformerLens makes many tokenizers add a BOS to each document,
         # and a text that mentions "<eos>" has no border there.
         # Not verbose: documents longer than the context are cut into rows later.
-        return self.tokenizer(
+        documents = self.tokenizer(
             texts,
             add_special_tokens=False,
             split_special_tokens=True,
@@ -84,6 +84,11 @@ class TextEncoder:
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
+        # Where the vocabulary has no other way to write a control token, its mention is left out.
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        control = {getattr(self.tokenizer, name, None) for name in names}
+        control.discard(getattr(self.tokenizer, "unk_token_id", None))
+        return [[token for token in ids if token not in control] for ids in documents]
 
     @property
     def eos_policy(self) -> str:

@@ -30,6 +30,7 @@ from vpd_lens.evaluation.metrics import (
     next_token_cross_entropy,
     pgd_curve,
     predicts_next_token,
+    reported_modes,
 )
 from vpd_lens.evaluation.report import EvalReport
 from vpd_lens.progress import Progress
@@ -128,12 +129,7 @@ class _Measurement:
         self.vpd = vpd
         self.generator = torch.Generator(device=vpd.device).manual_seed(seed)
         self.sparsity = Sparsity(vpd.layout, thresholds, vpd.device)
-        # Name in the report: mode and threshold.
-        self.modes: dict[str, tuple[str, float]] = {
-            **{m: (m, 0.0) for m in ("unmasked", "stochastic", "stochastic_subset", "ci")},
-            **{f"rounded>{t:g}": ("rounded", t) for t in rounding},
-            **{m: (m, 0.0) for m in ("random", "zero")},
-        }
+        self.modes = reported_modes(rounding)
         self.divergences, self.cross_entropies, self.hidden = Means(), Means(), Means()
         self.curves: list[dict[int, float]] = []
         self.predicts_next_token = True

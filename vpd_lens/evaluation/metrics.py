@@ -26,6 +26,15 @@ HISTOGRAM_BINS = 50
 _ZERO = 1e-12
 
 
+def reported_modes(rounding: Sequence[float]) -> dict[str, tuple[str, float]]:
+    """The masking modes of a report: name in the report to mode and threshold."""
+    return {
+        **{mode: (mode, 0.0) for mode in ("unmasked", "stochastic", "stochastic_subset", "ci")},
+        **{f"rounded>{threshold:g}": ("rounded", threshold) for threshold in rounding},
+        **{mode: (mode, 0.0) for mode in ("random", "zero")},
+    }
+
+
 class Means:
     """Running means by name, weighted by what each batch counts."""
 
