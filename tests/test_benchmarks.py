@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-commits, evaluation, pairs = map(importlib.import_module, ("commits", "evaluation", "pairs"))
+modules = ("commits", "evaluation", "pairs", "step")
+commits, evaluation, pairs, step = map(importlib.import_module, modules)
 
 
 def test_ratios_are_of_pairs():
