@@ -22,6 +22,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from vpd_lens.storage import disk_errors, write_text
+
 
 class _Bar(Progress):
     """A progress bar with the losses on a line of their own, so that 80 columns hold both."""
@@ -32,9 +34,6 @@ class _Bar(Progress):
         yield from super().get_renderables()
         if self.losses:
             yield Text(self.losses)
-
-
-from vpd_lens.storage import disk_errors, write_text
 
 
 class MetricsLog:
