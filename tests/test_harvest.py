@@ -522,7 +522,7 @@ def test_a_site_where_nothing_fires(model, tokens, tmp_path):
 
 
 def test_command(model, tokens, tmp_path, capsys):
-    from vpd_lens.cli.harvest import harvest_command
+    from vpd_lens.cli.analyse import harvest_command
     from vpd_lens.models import load_model
 
     plain = load_model(save_tiny(tmp_path / "model"))

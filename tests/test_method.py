@@ -28,7 +28,7 @@ from vpd_lens.decomposition.masks import (
     uniform_sources,
 )
 from vpd_lens.decomposition.subcomponents import Subcomponents
-from vpd_lens.sites.module import module_sites
+from vpd_lens.sites.discovery import module_sites
 from vpd_lens.training import AdversaryConfig, MinimalityConfig, OptimiserConfig
 from vpd_lens.training.adversary import PersistentAdversary
 from vpd_lens.training.losses import (

@@ -10,9 +10,8 @@ from typing import Annotated
 import typer
 
 from vpd_lens import __version__
+from vpd_lens.cli.analyse import graph_command, harvest_command
 from vpd_lens.cli.evaluate import eval_command, info_command
-from vpd_lens.cli.graph import graph_command
-from vpd_lens.cli.harvest import harvest_command
 from vpd_lens.cli.plan import plan_command
 from vpd_lens.cli.train import init_command, train_command
 

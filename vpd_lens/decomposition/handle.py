@@ -19,10 +19,9 @@ from torch.utils._pytree import tree_map_only
 
 from vpd_lens.config import CausalImportanceConfig
 from vpd_lens.decomposition.adversary import ascend, shared_sources
-from vpd_lens.decomposition.call import cached_positions, real_positions, whole_call
+from vpd_lens.decomposition.call import Generation, cached_positions, real_positions, whole_call
 from vpd_lens.decomposition.divergence import CustomDivergence, Divergence, DivergenceKind
 from vpd_lens.decomposition.forward import FLAGS_HINT, Forwards, Pass
-from vpd_lens.decomposition.generation import Generation
 from vpd_lens.decomposition.head_results import compute_head_results
 from vpd_lens.decomposition.importance import build_importance, lower_leaky
 from vpd_lens.decomposition.masks import AnyMasks, Layout, Masks, Sources

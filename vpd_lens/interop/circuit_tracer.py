@@ -30,8 +30,8 @@ from vpd_lens.interop.graph_json import (
 from vpd_lens.storage import atomic_folder, read_json, write_json, write_text
 
 if TYPE_CHECKING:
-    from vpd_lens.analysis.circuits.attention import AttentionPair
     from vpd_lens.analysis.circuits.graph import AttributionGraph
+    from vpd_lens.analysis.circuits.tables import AttentionPair
 
 INDEX = "graph-metadata.json"
 

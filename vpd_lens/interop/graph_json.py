@@ -21,8 +21,8 @@ from vpd_lens.analysis.circuits.targets import Output
 from vpd_lens.errors import InputError
 
 if TYPE_CHECKING:
-    from vpd_lens.analysis.circuits.attention import AttentionPair
     from vpd_lens.analysis.circuits.graph import AttributionGraph
+    from vpd_lens.analysis.circuits.tables import AttentionPair
 
 Axis = Literal["site", "block"]
 

@@ -19,8 +19,8 @@ from vpd_lens.interop.graph_json import checked_slug, checked_threshold, graph_j
 from vpd_lens.storage import write_text
 
 if TYPE_CHECKING:
-    from vpd_lens.analysis.circuits.attention import AttentionPair
     from vpd_lens.analysis.circuits.graph import AttributionGraph
+    from vpd_lens.analysis.circuits.tables import AttentionPair
 
 # Of an upload, after compression.
 LIMIT_BYTES = 100 * 2**20

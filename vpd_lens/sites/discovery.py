@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,7 @@ from torch import Tensor, nn
 from vpd_lens.errors import AttachError, did_you_mean
 from vpd_lens.sites.bridge import bridge_sites, is_mixture
 from vpd_lens.sites.hooked_transformer import hooked_transformer_sites
-from vpd_lens.sites.module import module_sites
-from vpd_lens.sites.site import Site, relative_error
+from vpd_lens.sites.site import InputPoint, Site, relative_error, weight_of
 
 SiteSelection = str | Sequence[str] | Sequence[Site]
 
@@ -195,3 +195,24 @@ def _mismatch(site: Site, x: Tensor, y: Tensor, tolerance: float) -> str | None:
     if not error <= tolerance:
         return f"x W + b differs from y by {error:.1e} (allowed {tolerance:.0e})"
     return None
+
+
+def module_sites(model: nn.Module) -> list[Site]:
+    """Every `nn.Linear` and `Conv1D` of `model`, named by its module path, in module order."""
+    sites = []
+    for name, module in model.named_modules():
+        try:
+            read_weight = weight_of(module)
+        except TypeError:
+            continue
+        sites.append(
+            Site(
+                name=name,
+                read_weight=read_weight,
+                read_bias=partial(getattr, module, "bias"),
+                inputs=[InputPoint(module, "argument", 0)],
+                output=module,
+                output_kind="output",
+            )
+        )
+    return sites

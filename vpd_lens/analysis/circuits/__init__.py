@@ -1,6 +1,6 @@
 """Circuits of a prompt: attribution graphs of subcomponents, pruning, interventions."""
 
-from vpd_lens.analysis.circuits.attention import AttentionPair, AttentionScores, attention_pairs
+from vpd_lens.analysis.circuits.attention import AttentionScores, attention_pairs
 from vpd_lens.analysis.circuits.attribute import attribute
 from vpd_lens.analysis.circuits.behaviour import PruneConfig
 from vpd_lens.analysis.circuits.edits import Ablate, Edit, Patch, Scale, edited
@@ -8,7 +8,7 @@ from vpd_lens.analysis.circuits.graph import AttributionGraph
 from vpd_lens.analysis.circuits.intervene import InterventionResult, intervene
 from vpd_lens.analysis.circuits.prune import Circuit, prune
 from vpd_lens.analysis.circuits.report import CircuitReport
-from vpd_lens.analysis.circuits.tables import Edges, Nodes
+from vpd_lens.analysis.circuits.tables import AttentionPair, Edges, Nodes
 from vpd_lens.analysis.circuits.targets import Direction, LogitDifference, Token, TopTokens
 
 __all__ = [

@@ -12,7 +12,6 @@ Source: VPD, attention (data-dependent interaction).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,31 +21,9 @@ from torch import Tensor, nn
 
 from vpd_lens.analysis.circuits.cut_forward import Cut, CutForward
 from vpd_lens.analysis.circuits.graph import AttributionGraph
+from vpd_lens.analysis.circuits.tables import AttentionPair
 from vpd_lens.analysis.circuits.targets import explained_decomposition, prompt_tokens
 from vpd_lens.errors import InputError, VPDError
-
-
-@dataclass(frozen=True)
-class AttentionPair:
-    """The contribution of one pair of nodes to one pre-softmax attention score.
-
-    Attributes:
-        layer: Block.
-        head: Attention head.
-        query_position: Token that attends.
-        key_position: Token that is attended to.
-        query: Name of the query's node, such as `blocks.1.attn.q:31@5`.
-        key: Name of the key's node, such as `blocks.1.attn.k:8@2`.
-        weight: What the pair adds to the score.
-    """
-
-    layer: int
-    head: int
-    query_position: int
-    key_position: int
-    query: str
-    key: str
-    weight: float
 
 
 class AttentionScores:

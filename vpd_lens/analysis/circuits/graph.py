@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import networkx
     from rich.console import RenderableType
 
-    from vpd_lens.analysis.circuits.attention import AttentionPair
+    from vpd_lens.analysis.circuits.tables import AttentionPair
     from vpd_lens.analysis.harvest import Harvest
 
 

@@ -135,3 +135,26 @@ class Edges:
             empty = torch.zeros(0, dtype=torch.int32)
             return cls(empty, empty.clone(), torch.zeros(0))
         return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in cls.columns()))
+
+
+@dataclass(frozen=True)
+class AttentionPair:
+    """The contribution of one pair of nodes to one pre-softmax attention score.
+
+    Attributes:
+        layer: Block.
+        head: Attention head.
+        query_position: Token that attends.
+        key_position: Token that is attended to.
+        query: Name of the query's node, such as `blocks.1.attn.q:31@5`.
+        key: Name of the key's node, such as `blocks.1.attn.k:8@2`.
+        weight: What the pair adds to the score.
+    """
+
+    layer: int
+    head: int
+    query_position: int
+    key_position: int
+    query: str
+    key: str
+    weight: float
