@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM = false
 # Threads that spin while they wait make a step ten times as long when anything else runs.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: quickstart test compat lint types docs check clean
+.PHONY: quickstart test test-fast compat lint types docs check clean
 
 quickstart: .venv/ready
 	.venv/bin/python -W ignore::DeprecationWarning examples/quickstart.py
@@ -14,6 +14,10 @@ quickstart: .venv/ready
 # One thread per worker: many small tensors, and threads that wait for each other are slower.
 test: .venv/test .venv/browser
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup tests
+
+# For daily use: no ground truth that trains, no other processes, browsers or architectures.
+test-fast: .venv/test
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not compat" tests
 
 compat: .venv-tl4/test
 	OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest -n 2 -m compat tests

@@ -1,6 +1,7 @@
 """The mathematics of the method: sigmoids, masks, routing, losses, adversary, schedules."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from vpd_lens.decomposition.masks import (
     uniform_k_subset,
     uniform_sources,
 )
-from vpd_lens.decomposition.subcomponents import Subcomponents
+from vpd_lens.decomposition.subcomponents import Subcomponents, paper_count
 from vpd_lens.sites.discovery import module_sites
 from vpd_lens.training import AdversaryConfig, MinimalityConfig, OptimiserConfig
 from vpd_lens.training.adversary import PersistentAdversary
@@ -452,3 +453,19 @@ def test_sources_masks_leave_the_delta_its_own_source():
     sources = Sources(torch.rand(1, 1, 3), torch.rand(1, 1, 2))
     masks = sources.masks(torch.rand(2, 4, 3))
     torch.testing.assert_close(masks.delta, sources.delta.expand(2, 4, 2))
+
+
+@pytest.mark.parametrize(
+    ("part", "shape", "count"),
+    [
+        ("attn.q", (4096, 4096), 2736),
+        ("attn.k", (4096, 1024), 688),
+        ("attn.v", (4096, 1024), 1368),
+        ("attn.o", (4096, 4096), 5464),
+        ("attn.v", (768, 768), 1024),
+        ("mlp.out", (3072, 768), 3584),
+    ],
+)
+def test_paper_s_counts_follow_what_all_heads_write(part, shape, count):
+    """Of grouped keys and values there are as many as their width, not the residual's, asks for."""
+    assert paper_count(SimpleNamespace(name=f"blocks.0.{part}", shape=shape)) == count
