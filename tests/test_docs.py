@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import textwrap
@@ -98,6 +99,24 @@ ERRORS = [
 def test_every_error_is_in_the_api_and_explained(name: str) -> None:
     assert f"::: vpd_lens.errors.{name}" in api_pages()
     assert f"`{name}`" in (DOCS / "errors.md").read_text(encoding="utf-8")
+
+
+def test_every_message_that_is_explained_exists() -> None:
+    """`…` on the page and whatever a message is filled with stand for anything."""
+    texts = []
+    for path in Path(vpd_lens.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else "…" for p in node.values]
+                texts.append("".join(map(str, parts)))
+    written = "\n".join(" ".join(text.split()) for text in texts)
+    page = " ".join((DOCS / "errors.md").read_text(encoding="utf-8").split())
+    for explained in re.findall(r"\*\*(.+?)\*\*", page):
+        for message in re.findall("`([^`]* [^`]*)`", explained):
+            parts = map(re.escape, re.split("…|\\.\\.\\.", message))
+            assert re.search(".*?".join(parts), written), message
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda p: str(p.relative_to(DOCS)))
