@@ -62,7 +62,7 @@ def decompose(
         ConfigError: If a number of subcomponents is below 1, `data` is a configuration, or there
             is no such argument.
 
-    Example:
+    Examples:
         >>> from transformer_lens.config import TransformerBridgeConfig
         >>> from transformer_lens.model_bridge import TransformerBridge
         >>> import vpd_lens

@@ -27,7 +27,7 @@ class Progress:
         start: Units that were done before.
         show: Show anything at all.
 
-    Example:
+    Examples:
         >>> with Progress("Attributing", 3, show=False) as bar:
         ...     for _ in range(3):
         ...         bar.advance()

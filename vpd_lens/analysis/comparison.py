@@ -83,7 +83,7 @@ def compare(
     Raises:
         InputError: If the sites or their shapes differ.
 
-    Example:
+    Examples:
         >>> v, u = torch.eye(3), torch.eye(3)
         >>> compare({"w": (v, u)}, {"w": (v, -u.flip(0))}).overall
         Similarity(v=1.0, u=1.0, rank_one=0.0, n_reference=3, n_other=3)

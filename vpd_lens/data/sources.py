@@ -82,7 +82,7 @@ def token_batches(
         InputError: If `batch_size` or `seq_len` is out of range.
         DataError: If the source cannot be read or does not fit the model.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from vpd_lens.data import token_batches
         >>> batches = token_batches(torch.arange(12), model=None, batch_size=2, seq_len=3)
@@ -123,7 +123,7 @@ def one_pass(
         InputError: If an argument is out of range.
         DataError: If the data cannot be read, does not fit the model, or is not that of `state`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from vpd_lens.data import one_pass
         >>> [len(b.tokens) for b in one_pass(torch.ones(5, 3).long(), model=None, batch_size=2)]

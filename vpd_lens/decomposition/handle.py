@@ -174,20 +174,20 @@ class Decomposition(nn.Module):
 
         Args:
             mode: `"target"`, `"unmasked"`, `"ci"`, `"rounded"`, `"stochastic"`,
-                `"adversarial"`, `"random"`, `"zero"`; or explicit masks: a mapping from site
-                name to `[*batch, C]` (sites left out keep their weight), or one concatenated
-                `[*batch, C_total]`.
+                `"stochastic_subset"`, `"adversarial"`, `"random"`, `"zero"`; or explicit masks:
+                a mapping from site name to `[*batch, C]` (sites left out keep their weight), or
+                one concatenated `[*batch, C_total]`. Masks hold in this thread only.
             threshold: For `"rounded"`: a subcomponent is on where its importance exceeds it.
             delta: The deltas' mask with explicit masks; the named modes fix it themselves.
             n_steps: Ascent steps of `"adversarial"`.
             step_size: Step size of `"adversarial"`.
-            seed: Seed of `"stochastic"`, `"random"` and `"adversarial"`; `None` draws from
+            seed: Seed of the modes that draw random numbers; `None` draws from
                 torch's global generator.
 
         Raises:
             InputError: If the mode is unknown or the masks do not fit.
 
-        Example:
+        Examples:
             >>> with model.vpd.masked("rounded", threshold=0.1):  # doctest: +SKIP
             ...     model.generate("The princess", max_new_tokens=10)
         """

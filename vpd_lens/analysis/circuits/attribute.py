@@ -107,7 +107,7 @@ def attribute(
         AttachError: If the model carries no decomposition.
         InputError: If the prompt or a target cannot be used, or the graph is too large.
 
-    Example:
+    Examples:
         >>> graph = vpd_lens.attribute(model, "for i in", target=" range")  # doctest: +SKIP
     """
     vpd = explained_decomposition(model)

@@ -135,7 +135,7 @@ def edited(
         AttachError: If the model carries no decomposition.
         InputError: If a subcomponent or position does not exist.
 
-    Example:
+    Examples:
         >>> with edited(model, Ablate("blocks.0.mlp.in:31", slice(5, None))):  # doctest: +SKIP
         ...     model.generate("def read(self", max_new_tokens=8)
     """

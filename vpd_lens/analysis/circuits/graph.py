@@ -74,7 +74,7 @@ class AttributionGraph:
         settings: How the graph was made.
         circuit: What `prune=` found out about the circuit, or `None`.
 
-    Example:
+    Examples:
         >>> graph = vpd_lens.attribute(model, "def read(self", target="):")  # doctest: +SKIP
         >>> graph.incoming("output:27@5", top=3)  # doctest: +SKIP
     """

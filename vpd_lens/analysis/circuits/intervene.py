@@ -138,7 +138,7 @@ def intervene(
         AttachError: If the model carries no decomposition.
         InputError: If the prompt, a subcomponent, a position or the regime cannot be used.
 
-    Example:
+    Examples:
         >>> result = intervene(model, graph, Ablate("blocks.1.attn.o:12@7"))  # doctest: +SKIP
         >>> result.table()  # doctest: +SKIP
     """

@@ -107,7 +107,7 @@ def prune(
         AttachError: If the model carries no decomposition.
         InputError: If prompts or targets cannot be used.
 
-    Example:
+    Examples:
         >>> circuit = prune(model, "def f(self", target=",")  # doctest: +SKIP
         >>> vpd_lens.attribute(model, "def f(self", ",", prune=circuit)  # doctest: +SKIP
     """

@@ -105,7 +105,7 @@ def dataset_attributions(
             arguments.
         DataError: If the data does not fit the model, or is not that of the interrupted pass.
 
-    Example:
+    Examples:
         >>> found = dataset_attributions(model, "stories.npy")  # doctest: +SKIP
         >>> found.sources("blocks.1.mlp.in:31", top=10)  # doctest: +SKIP
     """
