@@ -159,7 +159,7 @@ def test_the_bar_and_the_losses_fit_80_columns(tmp_path, monkeypatch):
 
     from rich.console import Console
 
-    from vpd_lens.training import logging
+    from vpd_lens.training import log as logging
 
     metrics = {"stochastic": 2.22, "adversarial": 5.83, "l0": 48.6, "faithfulness": 0.0149}
     screen = Console(file=io.StringIO(), force_terminal=True, width=80, _environ={})

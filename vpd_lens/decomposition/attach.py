@@ -276,7 +276,7 @@ def _require_grad_if_watched(
         x.requires_grad_()
 
 
-def refresh_hook_names(model: nn.Module) -> None:
+def refresh_hook_names(model: Any) -> None:
     """Let the model notice hook points that were added or removed."""
     kind = model_kind(model)
     if kind == "bridge":

@@ -110,7 +110,7 @@ def _of_texts(model: nn.Module, texts: list[str], kwargs: dict[str, Any]) -> Ten
     return rows >= longest - n if side == "left" else rows < n
 
 
-def _as_the_model_does(model: nn.Module, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+def _as_the_model_does(model: Any, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     from transformer_lens import utils
 
     bos = kwargs.get("prepend_bos")

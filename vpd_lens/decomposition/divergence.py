@@ -66,6 +66,7 @@ class Divergence:
             if self.weight is None:
                 return squares.mean()
             return squares.mean(-1).reshape(-1) @ self.weight
+        assert not isinstance(self.kind, str)
         return self.kind(masked, self.target)
 
     @torch.no_grad()

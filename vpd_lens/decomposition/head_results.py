@@ -29,7 +29,8 @@ def compute_head_results(forwards: Forwards, cache: Any) -> None:
     Raises:
         InputError: If it lacks a layer's `hook_z` or the masks of its site `attn.o`.
     """
-    for layer in range(forwards.model.cfg.n_layers):
+    model: Any = forwards.model
+    for layer in range(model.cfg.n_layers):
         name = f"blocks.{layer}.attn"
         z = cache["z", layer, "attn"]
         # Under this name a bridge may show the sum of all heads, which has no head axis.

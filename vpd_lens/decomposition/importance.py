@@ -245,7 +245,7 @@ _OFF = -1.0
 
 def _rows(layer: nn.Linear, site: int | None) -> list[PerSubcomponent]:
     return [
-        PerSubcomponent(layer.weight, 0, site),
+        PerSubcomponent(layer.weight, 0, site),  # type: ignore[arg-type]
         PerSubcomponent(layer.bias, 0, site, _OFF),
     ]
 
@@ -271,6 +271,9 @@ def _uniform_linear(
     return layer
 
 
+ImportanceFunction = TransformerImportance | PerSubcomponentMLP | SharedMLP
+
+
 def build_importance(
     config: CausalImportanceConfig,
     d_inputs: Sequence[int],
@@ -278,7 +281,7 @@ def build_importance(
     target_width: int,
     target_depth: int,
     generator: torch.Generator | None = None,
-) -> nn.Module:
+) -> ImportanceFunction:
     """The causal importance function that `config` describes, its gaps filled from the target.
 
     Args:
@@ -297,15 +300,10 @@ def build_importance(
     if config.kind == "shared_mlp":
         return SharedMLP(d_inputs, sizes, config.hidden, generator)
     size = config.filled(target_width, target_depth)
-    assert None not in (size.d_model, size.n_blocks, size.n_heads, size.d_ffn)
     return TransformerImportance(
         d_inputs,
         sum(sizes),
-        d_model=size.d_model,
-        n_blocks=size.n_blocks,
-        n_heads=size.n_heads,
-        d_ffn=size.d_ffn,
-        rope_base=config.rope_base,
+        **size.model_dump(include={"d_model", "n_blocks", "n_heads", "d_ffn", "rope_base"}),
         generator=generator,
     )
 

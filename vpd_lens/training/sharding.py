@@ -54,7 +54,7 @@ def _shard(module: nn.Module, device: torch.device) -> None:
 
     # The step only reads what the function returns.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
-    mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
+    mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)  # type: ignore[arg-type]
     for block in getattr(module, "blocks", ()):
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)

@@ -264,8 +264,8 @@ class Stepper:
         for name, parameters in self.parameters.items():
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
-            if limits[name]:
-                torch.nn.utils.clip_grads_with_norm_(parameters, limits[name], norm)
+            if limit := limits[name]:
+                torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
             losses[f"grad_norm/{name}"] = whole(norm)
         for optimiser in self.optimisers:
             optimiser.step()
