@@ -13,8 +13,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if os.environ.get("VPD_LENS_TYPECHECK") == "1":
-    # Shape annotations become run-time checks (jaxtyping + beartype). Off by default: checking
-    # costs about 60 microseconds per call.
+    # Shape annotations become run-time checks (jaxtyping + beartype). Off by default, because
+    # every call is checked.
     from jaxtyping import install_import_hook
 
     install_import_hook("vpd_lens", "beartype.beartype")

@@ -57,8 +57,8 @@ def decompose(
         `model` itself.
 
     Raises:
-        AttachError: If no site matches, the model is decomposed already, or a site fails the
-            self-check; the message lists the sites and the cause.
+        AttachError: If no site matches, a site fails the self-check, or the model is decomposed
+            already, compiled, on several devices or under an adapter; the message says which.
         ConfigError: If a number of subcomponents is below 1, `data` is a configuration, or there
             is no such argument.
 

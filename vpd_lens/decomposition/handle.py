@@ -186,6 +186,8 @@ class Decomposition(nn.Module):
 
         Raises:
             InputError: If the mode is unknown or the masks do not fit.
+            VPDError: In a forward that goes around the masks, or is handed a key-value cache under
+                masks that follow from the whole sequence.
 
         Examples:
             >>> with model.vpd.masked("rounded", threshold=0.1):  # doctest: +SKIP

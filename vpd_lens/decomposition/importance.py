@@ -338,15 +338,15 @@ class _LowerLeaky(torch.autograd.Function):
 
 
 def where_above(x: Tensor, z: Tensor, threshold: float) -> Tensor:
-    """`x` where `z > threshold`, else 0; several times faster on a CPU than `torch.where`."""
+    """`x` where `z > threshold`, else 0; on a CPU it is faster than `torch.where`."""
     return torch.ops.aten.threshold_backward(x, z, threshold)  # type: ignore[no-any-return]
 
 
 def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors `[*batch, C]` cut into the same blocks of rows, as 2-D views.
 
-    A chain of elementwise operations on a block that fits the cache is several times faster on a
-    CPU than each operation sweeping memory; on a GPU there is one block.
+    On a CPU a chain of elementwise operations is faster on a block that fits the cache than with
+    each operation sweeping memory; on a GPU there is one block.
     """
     flat = [t.view(-1, t.shape[-1]) for t in tensors]
     rows = flat[0].shape[0]

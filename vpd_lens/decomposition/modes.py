@@ -5,7 +5,7 @@
 | `target` | none: the model itself | - |
 | `unmasked` | 1 | 0 |
 | `stochastic` | `g + (1 - g) u`, `u ~ U(0, 1)` | `U(0, 1)` |
-| `stochastic_subset` | the same at a random subset of the sites of every position, else 1 | 1 |
+| `stochastic_subset` | the same at a random subset of a position's sites, else 1 | likewise |
 | `adversarial` | `g + (1 - g) r`, `r` chosen to hurt | `r_delta` |
 | `ci` | `g` | 0 |
 | `rounded` | 1 where `g > threshold`, else 0 | 0 |

@@ -88,7 +88,8 @@ def train(
     Args:
         model: A HookedTransformer, TransformerBridge or module; decomposed or not.
         data: Tokens: a tensor, an `.npy` or `.safetensors` file, a directory or glob of text
-            files, a Hugging Face dataset or `"hf:NAME"`, or an iterable of token batches.
+            files, a Hugging Face dataset or `"hf:NAME"`, or an iterable of token batches. An
+            `attention_mask` that comes with them says what is padding.
         config: The run; `None` is `VPDConfig.small()`.
         output: Directory for metrics, checkpoints and the result; `None`: `runs/vpd-<time>`.
         resume: Continue from the checkpoint in `output`.
@@ -101,8 +102,8 @@ def train(
         Where the results lie and the last metrics. The trained decomposition is `model.vpd`.
 
     Raises:
-        ConfigError: If CUDA is asked for and absent, `output` already holds another run, or
-            holds none that could be resumed.
+        ConfigError: If CUDA is asked for and absent, the model is in float16, `output` already
+            holds another run, or holds none that could be resumed.
         ArtefactError: If the checkpoint is damaged or of another run, or `output` cannot be
             written.
         DataError: If the data cannot be read or does not fit the model.

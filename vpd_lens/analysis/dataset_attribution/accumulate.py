@@ -83,7 +83,7 @@ def dataset_attributions(
         alive: Subcomponents that are sources and targets, `{site: indices}`, as from
             `vpd_lens.analysis.alive_subcomponents`. `None`: those above `alive_threshold`.
         alive_threshold: Mean importance on this data that a subcomponent must exceed.
-        absolute: Have the absolute variant too, which takes most of the time and half the memory.
+        absolute: Have the absolute variant too, which takes passes and tables of its own.
         frozen: Hold norm scales, attention patterns and neurons' gains at their values; see
             `vpd_lens.attribute`. Without it, what only scales the input of a norm has no effect: in
             a model without position embeddings the first q, k and v owe the embeddings nothing.
