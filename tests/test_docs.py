@@ -65,6 +65,53 @@ def test_every_python_block_runs(page: Path, scratch: Path) -> None:
         exec(compile(source, str(page), "exec", dont_inherit=True), namespace)
 
 
+# What takes minutes (training, pruning, attacks) is cut; other tests run it.
+SMALLER = {
+    "steps=20_000": "steps=2, batch_size=2, faithfulness={'warmup_steps': 2}",
+    "max_new_tokens=20": "max_new_tokens=2",
+    ', prune="adversarial"': "",
+    '"held_out/"': '"corpus/", n_batches=1, batch_size=2, pgd_steps=()',
+}
+
+
+@pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
+def test_the_readme_runs_from_top_to_bottom(scratch: Path) -> None:
+    (page,) = blocks(DOCS.parent / "README.md")
+    code = "\n" * page.line + page.code
+    for whole, small in SMALLER.items():
+        assert whole in code, whole
+        code = code.replace(whole, small)
+    save_python_model(scratch / "path/or/name")
+    (scratch / "corpus").mkdir()
+    (scratch / "corpus/lines.txt").write_text("def train(self, model):\n    return model\n" * 60)
+    exec(compile(code, "README.md", "exec", dont_inherit=True), {"__name__": "docs"})
+
+
+def save_python_model(folder: Path) -> None:
+    """A random two-layer model whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate([*letters, "<end>"])}
+    of_bytes = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    of_bytes.decoder = decoders.ByteLevel()
+    config = Qwen2Config(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=24,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=of_bytes, bos_token="<end>", eos_token="<end>", pad_token="<end>"
+    ).save_pretrained(folder)
+
+
 EXECUTED = re.compile(r'^```python exec="true"[^\n]*\n(?P<code>.*?)^```$', re.M | re.S)
 
 
