@@ -350,7 +350,6 @@ def test_help_and_mistakes_in_a_run_file_do_not_wait_for_torch(tmp_path):
         "import sys, time; start = time.process_time(); from vpd_lens.cli import app\n"
         "for words in (['train', '--help'], ['train', 'none.yaml'], ['info', 'none'],\n"
         "              ['graph', 'x'], ['init'], ['eval', 'none', '--model=m', '--data=d'],\n"
-        "              ['sweep', 'none.yaml', '--grid', 'steps=1'],\n"
         "              ['harvest', 'none', '--model=m', '--data=d', '--output=o']):\n"
         "    try: app(words, standalone_mode=False)\n"
         "    except BaseException as error: pass\n"
@@ -362,7 +361,7 @@ def test_help_and_mistakes_in_a_run_file_do_not_wait_for_torch(tmp_path):
     )
     assert "--set" in re.sub(r"\x1b\[[0-9;]*m", "", result.stdout)
     assert "preset: small" in result.stdout
-    assert result.stderr.count("vpd-lens: ") == 6
+    assert result.stderr.count("vpd-lens: ") == 5
 
 
 def test_the_installed_command():
