@@ -165,7 +165,7 @@ def test_a_class_that_is_gone(saved, monkeypatch):
 def test_arguments(saved):
     with pytest.raises(ConfigError, match="holds a bridge"):
         load_model(saved, model_class="hooked_transformer")
-    with pytest.raises(ConfigError, match="as they were"):
+    with pytest.raises(ConfigError, match="processing='full'"):
         load_model(saved, processing="full")
     with pytest.raises(ConfigError, match="device='nonsense'"):
         load_model(saved, device="nonsense")

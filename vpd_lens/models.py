@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -133,30 +132,23 @@ def _hooked_transformer_class() -> tuple[Any, Any]:
 def _load_0_1(path: Path, model_class: str, device: str, processing: str) -> nn.Module:
     """A HookedTransformer or a native bridge: `model.json`, `model.safetensors`, a tokenizer."""
     record = read_json(path / "model.json")
-    if processing != "default":
+    if processing != "default" or model_class not in ("auto", record.get("class")):
         raise ConfigError(
-            f"processing={processing!r}: {path} holds weights as they were when saved. Leave "
-            "processing out."
+            f"{path} holds a {record.get('class')} with weights as they were when saved, and "
+            f"takes neither processing={processing!r} nor model_class={model_class!r}. Leave both "
+            "out."
         )
-    if model_class not in ("auto", record.get("class")):
-        raise ConfigError(f"model_class={model_class!r}, but {path} holds a {record.get('class')}.")
-    try:
-        weights = load_file(path / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ArtefactError(
-            f"{path / 'model.safetensors'}: not readable as safetensors ({error})."
-        ) from None
     try:
         with torch.random.fork_rng(devices=[]):  # building draws weights that are then replaced
             model = _built(path, record, device)
-        model.load_state_dict(weights)
+        model.load_state_dict(load_file(path / "model.safetensors"))
     except ArtefactError:
         raise
-    except Exception as error:  # whatever a damaged description makes of TransformerLens
+    except Exception as error:  # whatever a damaged file makes of TransformerLens
         raise ArtefactError(
             f"{path}: TransformerLens {_installed_version()} cannot rebuild this model, saved with "
-            f"{record.get('transformer_lens_version')} ({type(error).__name__}: "
-            f"{_first_line(error)})."
+            f"{record.get('transformer_lens_version')}, from model.json and model.safetensors "
+            f"({type(error).__name__}: {_first_line(error)})."
         ) from None
     return model.eval()
 
@@ -177,9 +169,7 @@ def _built(path: Path, record: dict[str, Any], device: str) -> nn.Module:
         from transformer_lens.model_bridge import TransformerBridge
 
         config = TransformerBridgeConfig.from_dict(cfg)
-        model = TransformerBridge.boot_native(
-            config, tokenizer=tokenizer, device=device, dtype=cfg["dtype"]
-        )
+        model = TransformerBridge.boot_native(config, tokenizer, device, cfg["dtype"])
     for name in blank:
         setattr(model.cfg, name, saved[name])
     return model

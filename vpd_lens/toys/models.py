@@ -165,7 +165,7 @@ def _linear(
     d_in: int, d_out: int, generator: torch.Generator | None, bias: bool = False
 ) -> nn.Linear:
     """A layer as PyTorch initialises it, but from `generator`."""
-    layer: nn.Linear = skip_init(nn.Linear, d_in, d_out, bias=bias)
+    layer: nn.Linear = skip_init(nn.Linear, d_in, d_out, bias=bias)  # type: ignore[assignment]
     nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
     if bias:
         nn.init.uniform_(layer.bias, -(d_in**-0.5), d_in**-0.5, generator=generator)
