@@ -182,15 +182,16 @@ def get_target(
     """
     console = Console(quiet=not progress)
     text = standard_library_text(n_characters)
-    if not (folder / "config.json").exists():
-        tokenizer = train_tokenizer(text[:2_000_000], QUICKSTART.vocabulary)
-        model = new_model(seed)
-        tokens, _ = split(tokenise(tokenizer, text), QUICKSTART.context)
-        loss = train_target(model, tokens, steps, seed, console)
-        save(model, tokenizer, folder)
-        console.print(f"Target trained: cross-entropy {loss:.3f} nats per token.")
-    model = load_model(folder)
-    return model, *split(tokenise(model.tokenizer, text), QUICKSTART.context)
+    if (folder / "config.json").exists():
+        model = load_model(folder)
+        return model, *split(tokenise(model.tokenizer, text), QUICKSTART.context)
+    tokenizer = train_tokenizer(text[:2_000_000], QUICKSTART.vocabulary)
+    tokens, held_out = split(tokenise(tokenizer, text), QUICKSTART.context)
+    trained = new_model(seed)
+    loss = train_target(trained, tokens, steps, seed, console)
+    save(trained, tokenizer, folder)
+    console.print(f"Target trained: cross-entropy {loss:.3f} nats per token.")
+    return load_model(folder), tokens, held_out
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -54,6 +54,7 @@ def test_stories260k_from_the_command_line(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(stories, "run", lambda *_: run)
     monkeypatch.setattr(stories.story, "__defaults__", (20,))
+    monkeypatch.setattr(vpd_lens.EvalReport, "to_html", lambda *_: None)
     monkeypatch.setattr("sys.argv", ["stories260k.py", str(folder), "--output", str(tmp_path)])
     stories.main()
     path = tmp_path / "records" / "small,steps=2,seed=0.json"
