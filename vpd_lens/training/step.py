@@ -131,7 +131,8 @@ class Stepper:
                     self._refine_adversary(parts, batch.shape[0])
             losses = self._backward(parts, step)
         importance = StepImportance([(part.z.detach(), part.real) for part in parts])
-        self._update(losses, parts)
+        with record_function("vpd::update"):
+            self._update(losses, parts)
         return losses, importance
 
     # -------------------------------------------------------------- 1 and 2
@@ -250,7 +251,6 @@ class Stepper:
 
     # -------------------------------------------------------------------- 5
 
-    @record_function("vpd::update")
     def _update(self, losses: Losses, parts: list[Part]) -> None:
         if self.device.type == "cpu":
             require_finite(losses)
