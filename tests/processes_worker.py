@@ -131,10 +131,10 @@ def trained(folder, at=None, do=None, **changes):
     run = config(**{**RUN, **changes})
     original = Stepper.step
 
-    def interrupted(self, batch, index):
+    def interrupted(self, batch, index, *rest):
         if index == at:
             do(self)
-        return original(self, batch, index)
+        return original(self, batch, index, *rest)
 
     kept = []
     original_init = Stepper.__init__
