@@ -19,9 +19,8 @@ import torch
 from jaxtyping import Int
 from rich.console import Console
 from rich.progress import track
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from vpd_lens.models import load_model
 from vpd_lens.storage import atomic_folder
@@ -72,22 +71,10 @@ def standard_library_text(n_characters: int, seed: int = 0) -> str:
     return "\n".join(texts)[:n_characters]
 
 
-def train_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = "<|endoftext|>"
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=special, eos_token=special, pad_token=special
-    )
+def train_tokenizer(text: str, vocabulary: int) -> Qwen2Tokenizer:
+    """A byte-level BPE tokenizer of the kind that the directory of a Qwen2 is read with."""
+    lines = text.splitlines(keepends=True)
+    return Qwen2Tokenizer().train_new_from_iterator(lines, vocabulary, show_progress=False)
 
 
 def new_model(seed: int, size: TargetSize = QUICKSTART) -> Qwen2ForCausalLM:
@@ -194,7 +181,7 @@ def get_target(
     return load_model(folder), tokens, held_out
 
 
-def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
     """Write model and tokenizer to a directory, whole or not at all."""
     with atomic_folder(folder) as new:
         model.save_pretrained(new)
@@ -214,7 +201,7 @@ def split(
     return tokens[:-N_HELD_OUT], tokens[-N_HELD_OUT:][: rows * context].view(rows, context)
 
 
-def tokenise(tokenizer: PreTrainedTokenizerFast, text: str) -> Int[Tensor, " n_tokens"]:
+def tokenise(tokenizer: Qwen2Tokenizer, text: str) -> Int[Tensor, " n_tokens"]:
     """One long stream of token ids."""
     lines = text.splitlines(keepends=True)
     pieces = tokenizer(lines, add_special_tokens=False, return_attention_mask=False)["input_ids"]
