@@ -59,17 +59,16 @@ class Draws:
             module.uniform_sources = self.sources
         for module in (step, losses):
             module.uniform_k_subset = self.subset
-        original = ORIGINAL_RECONSTRUCTION
 
-        def reconstruction(stepper, part, n_parts):
+        def of_a_part(stepper, part, *rest):
             self.first = self.start + (part.rows.start or 0)
             self.calls = 100
-            return original(stepper, part, n_parts)
+            return ORIGINAL_LOSSES(stepper, part, *rest)
 
-        Stepper._reconstruction = reconstruction
+        Stepper._losses = of_a_part
 
 
-ORIGINAL_RECONSTRUCTION = Stepper._reconstruction
+ORIGINAL_LOSSES = Stepper._losses
 
 
 def one_step(changes, processes):

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import toys
 from recorded.record import RunRecord, json_in_rows
+from recorded.run import perform
 from toy_runs.measure import measure
 from toy_runs.page import render
 from toy_runs.presets import METHODS, method_of, preset

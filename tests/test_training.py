@@ -22,8 +22,9 @@ from vpd_lens.decomposition.subcomponents import align
 from vpd_lens.errors import ArtefactError, ConfigError, NonFiniteLossError
 from vpd_lens.training import OptimiserConfig, VPDConfig, train
 from vpd_lens.training.checkpoint import CheckpointRecord
+from vpd_lens.training.distributed import ALONE
 from vpd_lens.training.log import Diagnostics, TrainingWarning
-from vpd_lens.training.losses import faithfulness, importance_power_sum, minimality
+from vpd_lens.training.losses import cut, faithfulness, importance_power_sum, minimality
 from vpd_lens.training.optimiser import optimisers
 from vpd_lens.training.step import Stepper, warm_up_faithfulness
 
@@ -230,11 +231,18 @@ def test_micro_batches_equal_the_whole_batch(tokens):
         assert ((one - many).abs() < 1e-5).float().mean() > 0.999
 
 
+def looked_at(stepper, tokens):
+    """A batch in one part, after the first two phases of a step."""
+    (part,) = cut(tokens, None, 1, ALONE)
+    stepper._look(part, gradient=True)
+    return part
+
+
 def test_importances_are_constant_in_the_inner_steps_and_weights_get_no_gradient(tokens):
     stepper = fresh_stepper()
     stepper._schedule(0)
-    parts = stepper._prepare(tokens[:4])
-    stepper._refine_adversary(parts, tokens[:4])
+    part = looked_at(stepper, tokens[:4])
+    stepper._refine_adversary([part], 4)
     assert all(p.grad is None for p in stepper.vpd.parameters())
     assert all(p.grad is None for p in stepper.vpd.model.parameters())
 
@@ -576,13 +584,13 @@ def test_bf16_sources_attack_as_well(tokens):
     for dtype in ("float32", "bfloat16"):
         stepper = fresh_stepper({"mask_dtype": dtype, "adversary": {"inner_steps": 1}})
         stepper._schedule(0)
-        (part,) = parts = stepper._prepare(tokens[:4])
+        part = looked_at(stepper, tokens[:4])
         g = part.z.detach().clamp(0, 1).to(stepper.mask_dtype)
         reached = []
         for _ in range(40):
-            stepper._refine_adversary(parts, tokens[:4])
+            stepper._refine_adversary([part], 4)
             stepper.adversary.set_lr(0.05)
-            reached.append(float(part.under(stepper.run)(stepper.adversary.masks(g)).detach()))
+            reached.append(float(stepper._adversarial(part, g).detach()))
         assert all(leaf.min() >= 0 and leaf.max() <= 1 for leaf in stepper.adversary.leaves())
         assert reached[-1] > 2 * reached[0]
         gains.append(reached[-1] - reached[0])

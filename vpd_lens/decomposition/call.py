@@ -119,6 +119,21 @@ def _as_the_model_does(model: Any, tokens: Tensor, kwargs: dict[str, Any]) -> Te
     return mask.bool()
 
 
+def right_padding(model: nn.Module, real: Bool[Tensor, "batch pos"]) -> dict[str, Tensor]:
+    """What tells a model's forward that rows are padded on the right.
+
+    A TransformerBridge that is not told the positions reads the mask's values to find out whether
+    the padding is on the left: the host would wait, and no graph could be recorded.
+    """
+    arguments = {"attention_mask": real.long()}
+    positioned = getattr(model, "_accepts_derived_position_ids", None)
+    if positioned is not None and positioned():
+        arguments["position_ids"] = torch.arange(real.shape[1], device=real.device).expand(
+            real.shape
+        )
+    return arguments
+
+
 class Generation:
     """What one call of `generate` has seen: the input so far and the masks already used.
 

@@ -115,7 +115,11 @@ class CompiledForwards:
         self._graphs: dict[Hashable, Forward] = {}
 
     def run(
-        self, masks: SourceMasks, batch: Tensor, attention_mask: Tensor | None = None
+        self,
+        masks: SourceMasks,
+        batch: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """The output of the model under masks.
 
@@ -123,9 +127,10 @@ class CompiledForwards:
             masks: Importances and sources.
             batch: The model's input.
             attention_mask: Passed to the model if given.
+            position_ids: Likewise.
         """
         sources = (masks.importance, masks.components, masks.delta, masks.routed)
-        arguments = (*sources, attention_mask, batch)
+        arguments = (*sources, attention_mask, position_ids, batch)
         key = (
             self.vpd.forwards.state.frozen,
             torch.is_autocast_enabled(batch.device.type),
@@ -136,8 +141,9 @@ class CompiledForwards:
         return self._graphs[key](*arguments)
 
     def _plain(self, *arguments: Any) -> Tensor:
-        *masks, attention_mask, batch = arguments
-        kwargs = {} if attention_mask is None else {"attention_mask": attention_mask}
+        *masks, attention_mask, position_ids, batch = arguments
+        given = {"attention_mask": attention_mask, "position_ids": position_ids}
+        kwargs = {name: tensor for name, tensor in given.items() if tensor is not None}
         return self.vpd.run(SourceMasks(*masks), batch, **kwargs)  # type: ignore[no-any-return]
 
     def _compile(self, arguments: tuple[Tensor | None, ...]) -> Forward:

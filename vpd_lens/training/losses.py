@@ -151,6 +151,7 @@ class Part:
         tokens: Those, `[rows, pos]` (or whatever the model takes).
         real: Positions that are no padding, `[rows, pos]`; `None`: all.
         share: Its share of the global batch's positions.
+        arguments: What the model is given besides the tokens.
         inputs: Input of every site, `[rows, pos, d_in]`.
         divergence: Distance from the target's output.
         z: Pre-sigmoid importances, `[rows, pos, C_total]`.
@@ -160,14 +161,10 @@ class Part:
     tokens: Tensor
     real: Bool[Tensor, "rows pos"] | None
     share: float | Tensor
+    arguments: dict[str, Any] = field(default_factory=dict)
     inputs: list[Tensor] = field(default_factory=list)
     divergence: Divergence = field(init=False)
     z: Tensor = field(init=False)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What the model is given besides the tokens."""
-        return {} if self.real is None else {"attention_mask": self.real.long()}
 
 
 def cut(

@@ -21,6 +21,7 @@ from torch.profiler import record_function
 
 from vpd_lens.config import VPDConfig
 from vpd_lens.decomposition import Decomposition, Divergence
+from vpd_lens.decomposition.call import right_padding
 from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.masks import SourceMasks, uniform_k_subset
 from vpd_lens.errors import ConfigError, NonFiniteLossError
@@ -123,6 +124,9 @@ class Stepper:
         batch = batch.to(self.device, non_blocking=True)
         real = None if real is None else real.to(self.device, non_blocking=True)
         parts = cut(batch, real, self.config.micro_batches, self.processes)
+        for part in parts:
+            if part.real is not None:
+                part.arguments = right_padding(self.vpd.model, part.real)
         with self.vpd.undisturbed():
             with self._autocast():
                 for part in parts:
