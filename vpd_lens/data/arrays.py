@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from vpd_lens.data.checks import (
     padded_rows,
     to_tensor,
 )
-from vpd_lens.data.text import TextEncoder, bos_of
+from vpd_lens.data.text import TextEncoder
 from vpd_lens.errors import DataError
 
 
@@ -40,66 +40,51 @@ class ArrayBatches(TokenBatches):
         bos: int | None = None,
         padded: bool = False,
     ) -> None:
-        checksum = check_all_tokens(tokens, spec.d_vocab, PAD if padded else 0)
+        crc32 = check_all_tokens(tokens, spec.d_vocab, PAD if padded else 0)
         stream = tokens.ndim == 1
-        if stream and bos is None and spec.prepend_bos:
-            bos = bos_of(spec)
         if not stream:
             spec.forbid_bos("a 2-D array")
-        length = spec.length(None if stream else tokens.shape[1], bos is not None)
-        self._window = length - (bos is not None)
-        n_rows = len(tokens) // self._window if stream else len(tokens)
+        elif bos is None and spec.prepend_bos:
+            bos = spec.bos
+        length = spec.length(None if stream else tokens.shape[1], bos)
+        window = length - (bos is not None)
+        n_rows = len(tokens) // window if stream else len(tokens)
         if n_rows < (1 if spec.once else spec.batch_size):
             raise DataError(
-                f"source has {n_rows} rows of {self._window} tokens, fewer than "
-                f"batch_size={spec.batch_size}. Pass a smaller batch_size"
-                + (" or seq_len," if stream else ",")
-                + " or more data."
+                f"source has {n_rows} rows of {window} tokens, fewer than batch_size="
+                f"{spec.batch_size}. Pass a smaller batch_size{' or seq_len,' if stream else ','} "
+                "or more data."
             )
-        size = (
-            f"{len(tokens)} tokens" if stream else f"{tokens.shape[0]} x {tokens.shape[1]} tokens"
-        )
-        policy = "no BOS added" if bos is None else f"BOS ({bos}) before every row"
-        super().__init__(
-            spec,
-            length,
-            f"{name}: {size}, {n_rows} rows of {length}; {policy}",
-            {"shape": list(tokens.shape), "crc32": checksum, "bos": bos},
-        )
-        self._tokens, self._bos, self._padded = tokens, bos, padded
+        shape = list(tokens.shape)
+        what = f"{name}: {' x '.join(map(str, shape))} tokens, {n_rows} rows of {length}"
+        super().__init__(spec, length, what, bos, shape=shape, crc32=crc32)
+        self._tokens, self._padded = tokens, padded
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
-        generator = self._generator(epoch)
+        generator, n = self._generator(epoch), self._window
         if self._tokens.ndim == 2:
-            self._rows = self._tokens[:, : self._window]
+            self._rows = self._tokens[:, :n]
         else:
-            slack = len(self._tokens) - self.batch_size * self._window
+            slack = len(self._tokens) - self.batch_size * n
             offset = 0
             if self._spec.shuffle:
-                limit = min(self._window, slack + 1)
-                offset = int(torch.randint(limit, (), generator=generator))
-            n = (len(self._tokens) - offset) // self._window
-            used = self._tokens[offset : offset + n * self._window]
-            self._rows = used.reshape(n, self._window)
+                offset = int(torch.randint(min(n, slack + 1), (), generator=generator))
+            n_rows = (len(self._tokens) - offset) // n
+            self._rows = self._tokens[offset : offset + n_rows * n].reshape(n_rows, n)
         self._indices = self._order(len(self._rows), generator).numpy()
         self.epoch, self._batch = epoch, 0
 
     def _draw(self) -> Batch:
-        start = self._batch * self.batch_size
-        left = len(self._rows) - start
+        left = len(self._rows) - self._batch * self.batch_size
         if self._spec.once and left <= 0:
             raise StopIteration
         if not self._spec.once and left < self.batch_size:
             self._begin(self.epoch + 1)
-            start = 0
+        start = self._batch * self.batch_size
         self._batch += 1
-        chosen = self._indices[start : start + self.batch_size]
-        if self._padded:  # whether there are pads is a matter of the whole batch, on all processes
-            rows = to_tensor(self._rows[chosen])
-            return Batch.of_rows(rows, self._spec.pad).rows(self._spec.rows)
-        rows = to_tensor(self._rows[chosen[self._spec.rows]])
-        return Batch(rows if self._bos is None else with_bos(rows, self._bos))
+        rows = to_tensor(self._rows[self._indices[start : start + self.batch_size]])
+        return Batch.of_rows(rows, self._spec.pad) if self._padded else Batch(self._with_bos(rows))
 
     def _position(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "batch": self._batch}
@@ -109,30 +94,21 @@ class ArrayBatches(TokenBatches):
         self._batch = position["batch"]
 
 
-def with_bos(rows: Tensor, bos: int) -> Tensor:
-    """Rows `[rows, n]` with the BOS token in front, `[rows, n + 1]`."""
-    return torch.cat([rows.new_full((len(rows), 1), bos), rows], dim=1)
-
-
 def rows_of(source: Any, spec: BatchSpec) -> ArrayBatches:
     """Rows of unequal length, padded on the right: texts, lists of tokens, what a tokenizer gives.
 
     The latter is a mapping with `input_ids` and perhaps `attention_mask`. Only texts get a BOS.
     """
     if isinstance(source, Mapping):
-        ids, masks = source["input_ids"], source.get("attention_mask")
-        rows = [token_row(row, "input_ids") for row in ids]
-        if masks is not None:
-            rows = [row[np.asarray(mask, bool)] for row, mask in zip(rows, masks, strict=True)]
+        rows = token_rows(source["input_ids"], "input_ids", source.get("attention_mask"))
         name = f"{len(rows)} tokenised rows"
     elif isinstance(source[0], str):
-        rows, name = TextEncoder.of(spec).rows(source), f"{len(source)} texts"
+        rows, name = TextEncoder(spec).rows(source), f"{len(source)} texts"
         spec = replace(spec, prepend_bos=None)
     else:
-        rows, name = [token_row(row, "source") for row in source], f"{len(source)} lists of tokens"
+        rows, name = token_rows(source, "source"), f"{len(source)} lists of tokens"
     longest = max(map(len, rows))
-    length = spec.seq_len or min(longest, spec.n_ctx or longest)
-    array = padded_rows(rows, length)
+    array = padded_rows(rows, spec.seq_len or min(longest, spec.n_ctx or longest))
     check_range(np.concatenate(rows), spec.d_vocab, "source")
     return ArrayBatches(array, spec, name, padded=bool((array == PAD).any()))
 
@@ -143,28 +119,33 @@ def is_rows(source: Any) -> bool:
         return "input_ids" in source
     if not isinstance(source, Sequence) or isinstance(source, str) or not source:
         return False
-    first = source[0]
-    return isinstance(first, str) or (
-        isinstance(first, list | tuple) and bool(first) and isinstance(first[0], int)
+    row = source[0]
+    return isinstance(row, str) or (
+        isinstance(row, list | tuple) and bool(row) and isinstance(row[0], int)
     )
 
 
-def token_row(example: Any, column: str) -> np.ndarray:
-    """One row of tokens, int64 `[pos]`."""
-    row = np.asarray(example)
-    if row.ndim != 1 or not (np.issubdtype(row.dtype, np.integer) or not row.size):
-        raise DataError(
-            f"source has in the column {column!r} a value of dtype {row.dtype} and shape "
-            f"{list(row.shape)}; expected a list of token numbers per row."
-        )
-    return row.astype(np.int64)
+def token_rows(
+    examples: Iterable[Any], column: str, masks: Iterable[Any] | None = None
+) -> list[np.ndarray]:
+    """Rows of tokens, int64 `[pos]` each, without those that a mask leaves out."""
+    rows = list(map(np.asarray, examples))
+    for row in rows:
+        if row.ndim != 1 or not (np.issubdtype(row.dtype, np.integer) or not row.size):
+            raise DataError(
+                f"source has in the column {column!r} a value of dtype {row.dtype} and shape "
+                f"{list(row.shape)}; expected a list of token numbers per row."
+            )
+    if masks is not None:
+        rows = [row[np.asarray(mask, bool)] for row, mask in zip(rows, masks, strict=True)]
+    return [row.astype(np.int64) for row in rows]
 
 
 def to_array(tokens: Tensor, what: str) -> np.ndarray:
     """A tensor of tokens as an array, which shares its memory if it is on the CPU."""
     # Here and not only in `check_all_tokens`, because numpy has no bfloat16.
     if not is_integer(tokens):
-        raise DataError(not_integers(what, str(tokens.dtype)))
+        raise DataError(not_integers(what, tokens.dtype))
     return tokens.detach().cpu().numpy()
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
@@ -38,13 +39,8 @@ class Batch(NamedTuple):
     @classmethod
     def of_rows(cls, rows: Int64[Tensor, "batch pos"], pad: int) -> Batch:
         """Rows that hold `PAD` where they have no token; `pad` is put there."""
-        if not (rows == PAD).any():
-            return cls(rows)
-        return cls(torch.where(rows == PAD, pad, rows), rows != PAD)
-
-    def rows(self, index: slice) -> Batch:
-        """Some of the rows."""
-        return self._each(lambda t: t[index])
+        real = rows != PAD
+        return cls(rows) if real.all() else cls(torch.where(real, rows, pad), real)
 
     def mask_argument(self) -> dict[str, Tensor]:
         """The keyword argument of a model's forward that says what is padding; none if nothing."""
@@ -52,31 +48,20 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """This batch on another device; from pinned memory the copy is asynchronous."""
-        return self._each(lambda t: t.to(device, non_blocking=True))
+        return self.each(lambda t: t.to(device, non_blocking=True))
 
-    def pinned(self) -> Batch:
-        """This batch in page-locked memory."""
-        return self._each(lambda t: t.pin_memory())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """This batch with the same change to `tokens` and `real`."""
         return Batch(change(self.tokens), None if self.real is None else change(self.real))
 
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """The arguments of `token_batches` that every kind of source shares, range-checked.
+    """The arguments of `token_batches` and `one_pass`, range-checked; what they say of the model.
 
-    Attributes:
-        model: Whose vocabulary, context and tokenizer the data must respect, as far as it has them.
-        batch_size: Rows per batch.
-        seq_len: Tokens per row; None if the data decides.
-        seed: Seed of every random choice.
-        shuffle: Whether there are random choices at all.
-        prepend_bos: The BOS policy asked for.
-        rows: Which rows of every batch are wanted; all processes of a job count the same batches.
-        once: Whether the data ends after one pass, with its short last batch.
-        n_batches: How many batches to give; None: as many as there are.
-        version: How the order of an epoch follows from the seed. Runs of version 1 keep theirs.
+    All processes of a job count the same batches; `rows` are those of a batch that one wants. With
+    `once`, the data ends after one pass, with its short last batch. `version` is how the order of
+    an epoch follows from the seed: runs of version 1 keep theirs.
     """
 
     model: Any
@@ -91,15 +76,11 @@ class BatchSpec:
     version: int = STATE_VERSION
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}; expected at least 1.")
-        if self.n_batches is not None and self.n_batches < 1:
-            raise InputError(f"n_batches is {self.n_batches}; expected at least 1.")
-        if self.seq_len is None:
-            return
-        if self.seq_len < 1:
-            raise InputError(f"seq_len is {self.seq_len}; expected at least 1, or None.")
-        if self.n_ctx is not None and self.seq_len > self.n_ctx:
+        for name in ("batch_size", "n_batches", "seq_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; expected at least 1.")
+        if self.seq_len is not None and self.seq_len > (self.n_ctx or math.inf):
             raise InputError(
                 f"seq_len is {self.seq_len}, but the model's context model.cfg.n_ctx is "
                 f"{self.n_ctx}. Pass seq_len={self.n_ctx} or less, or None for the longest that "
@@ -127,6 +108,17 @@ class BatchSpec:
         return getattr(self.model, "tokenizer", None)
 
     @property
+    def bos(self) -> int:
+        """The BOS token's number; a `DataError` if there is none."""
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        if bos is None:
+            raise DataError(
+                "prepend_bos=True, but model.tokenizer has no BOS token. Pass prepend_bos=False, "
+                "or set model.tokenizer.bos_token."
+            )
+        return int(bos)
+
+    @property
     def pad(self) -> int:
         """What stands in `tokens` where there is none."""
         pad = getattr(self.tokenizer, "pad_token_id", None)
@@ -138,11 +130,10 @@ class BatchSpec:
         parameters = getattr(self.model, "parameters", lambda: ())
         return any(parameter.is_cuda for parameter in islice(parameters(), 1))
 
-    def length(self, row_length: int | None = None, bos: bool = False) -> int:
-        """The length of a row: as asked for, or the longest that model and data allow.
+    def length(self, row_length: int | None = None, bos: int | None = None) -> int:
+        """The length of a row, with its BOS: as asked for, or the longest that is possible.
 
-        `row_length` is that of the data's rows, None for a stream; with `bos`, one token of a row
-        is a BOS that is put in front.
+        `row_length` is that of the data's rows, None for a stream.
         """
         choices = [n for n in (self.n_ctx, row_length) if n is not None]
         if self.seq_len is None and not choices:
@@ -156,7 +147,7 @@ class BatchSpec:
                 f"source has rows of {row_length} tokens, shorter than seq_len={length}. Pass "
                 f"seq_len={row_length} or less."
             )
-        if length - bos < 1:
+        if bos is not None and length < 2:
             raise InputError(
                 f"seq_len is {length} with a BOS token in front: no room is left for data. Pass "
                 "seq_len of 2 or more, or prepend_bos=False."
@@ -183,12 +174,18 @@ class TokenBatches(Iterator[Batch]):
     """
 
     def __init__(
-        self, spec: BatchSpec, seq_len: int | None, description: str, identity: dict[str, Any]
+        self,
+        spec: BatchSpec,
+        seq_len: int | None,
+        description: str,
+        bos: int | None = None,
+        **identity: Any,
     ) -> None:
-        self.batch_size, self.seq_len = spec.batch_size, seq_len
-        self.epoch = 0
-        self.description = description
-        self._spec = spec
+        self.batch_size, self.seq_len, self.epoch = spec.batch_size, seq_len, 0
+        policy = "no BOS added" if bos is None else f"BOS ({bos}) before every row"
+        self.description = f"{description}; {policy}"
+        self._spec, self._bos = spec, bos
+        self._window = (seq_len or 0) - (bos is not None)
         self._left: float = math.inf if spec.n_batches is None else spec.n_batches
         self._identity = {
             "kind": type(self).__name__,
@@ -196,30 +193,24 @@ class TokenBatches(Iterator[Batch]):
             "seq_len": seq_len,
             "seed": spec.seed,
             "shuffle": spec.shuffle,
+            "bos": bos,
             **identity,
         }
 
     def __next__(self) -> Batch:
-        """The next batch on the CPU, in pinned memory if the model is on a GPU.
-
-        Of its rows, those that this process wants.
-        """
+        """The wanted rows of the next batch, on the CPU; pinned if the model is on a GPU."""
         if not self._left:
             raise StopIteration
-        batch = self._draw()
+        batch = self._draw().each(lambda t: t[self._spec.rows])
         self._left -= 1
-        return batch.pinned() if self._spec.on_cuda else batch
+        return batch.each(Tensor.pin_memory) if self._spec.on_cuda else batch
 
     @abstractmethod
     def _draw(self) -> Batch:
-        """The wanted rows of the next batch. Raises StopIteration where a single pass ends."""
+        """All rows of the next batch. Raises StopIteration where a single pass ends."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as JSON-serialisable values.
-
-        Returns:
-            What `load_state_dict` needs to go on with exactly the batches that would come next.
-        """
+        """The position, as JSON: what `load_state_dict` needs to give what would come next."""
         return {"version": self._spec.version, **self._identity, "position": self._position()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -252,6 +243,9 @@ class TokenBatches(Iterator[Batch]):
     @abstractmethod
     def _seek(self, position: dict[str, Any]) -> None:
         """Go to what `_position` returned."""
+
+    def _with_bos(self, rows: Int64[Tensor, "batch n"]) -> Int64[Tensor, "batch pos"]:
+        return rows if self._bos is None else F.pad(rows, (1, 0), value=self._bos)
 
     def _generator(self, step: int) -> torch.Generator:
         """The random generator of epoch or block number `step`."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from vpd_lens.data.batches import PAD, Batch, BatchSpec
@@ -25,7 +25,7 @@ CHUNK = 1 << 24
 def check_all_tokens(tokens: np.ndarray, d_vocab: int | None, lowest: int = 0) -> int:
     """Check a whole source `[n_tokens]` or `[rows, pos]` in chunks; returns its CRC-32."""
     if not np.issubdtype(tokens.dtype, np.integer):
-        raise DataError(not_integers("source", str(tokens.dtype)))
+        raise DataError(not_integers("source", tokens.dtype))
     if tokens.ndim not in (1, 2):
         raise DataError(
             f"source has shape {list(tokens.shape)}; expected tokens [rows, pos] or a stream "
@@ -33,16 +33,15 @@ def check_all_tokens(tokens: np.ndarray, d_vocab: int | None, lowest: int = 0) -
         )
     if tokens.size == 0:
         raise DataError(f"source has shape {list(tokens.shape)}: there are no tokens in it.")
-    rows = max(1, CHUNK // (tokens.shape[1] if tokens.ndim == 2 else 1))
+    rows = max(1, CHUNK * len(tokens) // tokens.size)
     starts = range(0, len(tokens), rows)
-    checksum = 0
+    crc32 = 0
     with Progress("Checking source", len(starts), show=len(starts) >= 20 and FIRST) as bar:
-        for start in starts:
+        for start in bar.counting(starts):
             chunk = np.ascontiguousarray(tokens[start : start + rows])
             check_range(chunk, d_vocab, "source", start, lowest)
-            checksum = zlib.crc32(chunk.data, checksum)
-            bar.advance()
-    return checksum
+            crc32 = zlib.crc32(chunk.data, crc32)
+    return crc32
 
 
 def check_range(
@@ -81,31 +80,25 @@ def check_batch(given: Any, spec: BatchSpec) -> Batch:
             "mapping with input_ids and attention_mask. Map the iterable to its tensors, for "
             "example (b['tokens'] for b in loader)."
         )
-    tokens = tokens.detach().cpu()
+    tokens, shape = tokens.detach().cpu(), list(tokens.shape)
     if tokens.is_inference():  # made in inference_mode; no backward pass may use it
         tokens = tokens.clone()
-    integers = is_integer(tokens)
-    if spec.d_vocab is None and (not integers or tokens.ndim != 2):
+    if spec.d_vocab is None and not (is_integer(tokens) and tokens.ndim == 2):
         if tokens.ndim < 2:
-            raise DataError(
-                f"source gave a batch of shape {list(tokens.shape)}; expected [batch, features]."
-            )
+            raise DataError(f"source gave a batch of shape {shape}; expected [batch, features].")
         return Batch(tokens)
-    if not integers:
-        raise DataError(not_integers("a batch of source", str(tokens.dtype)))
+    if not is_integer(tokens):
+        raise DataError(not_integers("a batch of source", tokens.dtype))
     if tokens.ndim != 2 or tokens.numel() == 0:
+        raise DataError(f"source gave a batch of shape {shape}; expected tokens [batch, pos].")
+    if spec.seq_len is not None and shape[1] != spec.seq_len:
         raise DataError(
-            f"source gave a batch of shape {list(tokens.shape)}; expected tokens [batch, pos]."
-        )
-    length = tokens.shape[1]
-    if spec.seq_len is not None and length != spec.seq_len:
-        raise DataError(
-            f"source gave rows of {length} tokens; expected seq_len={spec.seq_len}. Batches are "
+            f"source gave rows of {shape[1]} tokens; expected seq_len={spec.seq_len}. Batches are "
             "passed through uncut: change the source, or seq_len."
         )
-    if spec.n_ctx is not None and length > spec.n_ctx:
+    if spec.n_ctx is not None and shape[1] > spec.n_ctx:
         raise DataError(
-            f"source gave rows of {length} tokens, longer than the model's context "
+            f"source gave rows of {shape[1]} tokens, longer than the model's context "
             f"model.cfg.n_ctx = {spec.n_ctx}. Cut them."
         )
     check_range(tokens.numpy(), spec.d_vocab, "a batch of source")
@@ -115,18 +108,12 @@ def check_batch(given: Any, spec: BatchSpec) -> Batch:
     if real.shape != tokens.shape:
         raise DataError(
             f"source gave an attention mask of shape {list(real.shape)} for tokens of shape "
-            f"{list(tokens.shape)}; expected the same."
+            f"{shape}; expected the same."
         )
-    return Batch.of_rows(_padded_right(tokens.long(), real), spec.pad)
-
-
-def _padded_right(
-    tokens: Int64[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]
-) -> Int64[Tensor, "batch pos"]:
     if not real.any(1).all():
         raise DataError("source gave a row without a token: its attention mask is 0 everywhere.")
-    order = (~real).int().argsort(dim=1, stable=True)
-    return torch.where(real, tokens, PAD).gather(1, order)
+    pads_last = (~real).int().argsort(dim=1, stable=True)
+    return Batch.of_rows(torch.where(real, tokens.long(), PAD).gather(1, pads_last), spec.pad)
 
 
 def padded_rows(rows: Iterable[np.ndarray], length: int) -> Int64[np.ndarray, "rows length"]:
@@ -154,7 +141,7 @@ def is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
-def not_integers(what: str, dtype: str) -> str:
+def not_integers(what: str, dtype: Any) -> str:
     """The message about a dtype that cannot be tokens."""
     return (
         f"{what} has dtype {dtype}; expected integers (token numbers). For a toy model without "

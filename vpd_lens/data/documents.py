@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vpd_lens.data.arrays import token_row, with_bos
+from vpd_lens.data.arrays import token_rows
 from vpd_lens.data.batches import Batch, BatchSpec, TokenBatches
 from vpd_lens.data.checks import check_range, checksum, padded_rows
 from vpd_lens.data.text import TextEncoder
@@ -36,45 +36,46 @@ class DocumentBatches(TokenBatches):
     """Batches from one split of a `datasets.Dataset` or `IterableDataset`."""
 
     def __init__(self, dataset: Any, spec: BatchSpec, text_column: str, name: str) -> None:
-        with readable("at its beginning"):
+        with _reading("at its beginning"):
             first = next(iter(dataset.with_format(None)), None)
         if first is None:
             raise DataError(f"source ({name}) is empty: it has no examples.")
-        self._column = column = _column(list(first), text_column, name)
-        count = len(dataset) if hasattr(dataset, "__len__") else None
-        what = "streamed documents" if count is None else f"{count} documents"
-        columns = [column]
+        column = next((c for c in ("tokens", "input_ids", text_column) if c in first), None)
+        if column is None:
+            raise DataError(
+                f"source ({name}) has the columns {list(first)}; expected 'tokens' or "
+                f"'input_ids', or the text column {text_column!r}. Name the column of text with "
+                "text_column=."
+            )
+        self._column, self._mask = column, None
         self._encoder: TextEncoder | None = None
         if column == text_column and isinstance(first[column], str | None):
-            self._encoder = TextEncoder.of(spec)
-            length = spec.length(bos=self._encoder.bos is not None)
-            what += f" of text (column {column!r}), {self._encoder.eos_policy}"
+            self._encoder = TextEncoder(spec)
+            length = spec.length(bos=self._encoder.bos)
+            what = f"text (column {column!r}), {self._encoder.eos_policy}"
         else:
             spec.forbid_bos(f"tokenised already (column {column!r})")
-            n_tokens = len(token_row(first[column], column))
-            what += f" of tokens (column {column!r})"
+            (row,) = token_rows([first[column]], column)
+            what = f"tokens (column {column!r})"
             if "attention_mask" in first:
-                columns.append("attention_mask")
+                self._mask = "attention_mask"
                 what += ", without those that attention_mask leaves out"
-            padded = len(columns) > 1 and spec.seq_len is not None
-            length = spec.length(None if padded else n_tokens)
-        self._bos = None if self._encoder is None else self._encoder.bos
-        self._window = length - (self._bos is not None)
+            length = spec.length(None if self._mask and spec.seq_len else len(row))
         # With the data's own order, a block need not be larger than a batch.
         self._block_rows = BLOCK_ROWS if spec.shuffle else spec.batch_size
-        policy = "no BOS added" if self._bos is None else f"BOS ({self._bos}) before every row"
+        count = len(dataset) if hasattr(dataset, "__len__") else None
         super().__init__(
             spec,
             length,
-            f"{name}: {what}, rows of {length}; {policy}",
-            {
-                "documents": count,
-                "column": column,
-                "bos": self._bos,
-                "block_rows": self._block_rows,
-            },
+            f"{name}: {'streamed' if count is None else count} documents of {what}, rows of "
+            f"{length}",
+            self._encoder and self._encoder.bos,
+            documents=count,
+            column=column,
+            block_rows=self._block_rows,
         )
-        order = None if count is None else lambda n, epoch: self._order(n, self._generator(epoch))
+        columns = [column, self._mask] if self._mask else [column]
+        order = None if count is None else lambda epoch: self._order(count, self._generator(epoch))
         self._examples = _Examples(dataset, columns, order)
         self._begin({"epoch": 0, "examples": None, "carry": [], "block": 0, "rows": 0})
 
@@ -85,7 +86,7 @@ class DocumentBatches(TokenBatches):
         self._carry = np.array(start["carry"], np.int64)
         self._rows_in_epoch = start["rows"]
         self._start, self._row, self._ended = start, 0, False
-        self._block: Tensor = torch.empty(0, self._window, dtype=torch.long)
+        self._block = torch.empty(0, self._window, dtype=torch.long)
 
     def _read_block(self) -> None:
         self._start = {
@@ -98,8 +99,7 @@ class DocumentBatches(TokenBatches):
         pieces = [np.empty((0, self._window), np.int64)]
         n_rows = 0
         while n_rows < self._block_rows:
-            examples = self._examples.read(READ)
-            if examples:
+            if examples := self._examples.read(READ):
                 pieces.append(self._pack(examples) if self._encoder else self._cut(examples))
                 n_rows += len(pieces[-1])
                 self._rows_in_epoch += len(pieces[-1])
@@ -123,18 +123,17 @@ class DocumentBatches(TokenBatches):
         if not once:
             self.epoch += 1
             self._rows_in_epoch = 0
-            self._examples.seek(self.epoch, None)
+            self._examples.seek(self.epoch)
 
     def _pack(self, examples: list[dict[str, Any]]) -> np.ndarray:
         """Rows from what was carried over and these texts; the rest is carried over."""
         assert self._encoder is not None
         texts = [example[self._column] for example in examples]
-        for text in texts:
-            if text is not None and not isinstance(text, str):
-                raise DataError(
-                    f"source has a {type(text).__name__} in the column {self._column!r}; expected "
-                    "text."
-                )
+        if strange := [text for text in texts if not isinstance(text, str | None)]:
+            raise DataError(
+                f"source has a {type(strange[0]).__name__} in the column {self._column!r}; "
+                "expected text."
+            )
         stream = np.concatenate([self._carry, self._encoder.encode(texts)])
         if len(stream):
             check_range(stream, self._spec.d_vocab, "a document of source")
@@ -144,11 +143,9 @@ class DocumentBatches(TokenBatches):
 
     def _cut(self, examples: list[dict[str, Any]]) -> np.ndarray:
         """One row from each of these; short ones are padded if a mask says what is padding."""
-        rows = [token_row(example[self._column], self._column) for example in examples]
-        if "attention_mask" in examples[0]:
-            masks = [np.asarray(example["attention_mask"], bool) for example in examples]
-            rows = [row[mask] for row, mask in zip(rows, masks, strict=True)]
-        elif (shortest := min(map(len, rows))) < self._window:
+        masks = [example[self._mask] for example in examples] if self._mask else None
+        rows = token_rows([example[self._column] for example in examples], self._column, masks)
+        if masks is None and (shortest := min(map(len, rows))) < self._window:
             raise DataError(
                 f"source has a row of {shortest} tokens in the column {self._column!r}, shorter "
                 f"than seq_len={self._window}. Pass seq_len={shortest} or less, add a column "
@@ -169,10 +166,7 @@ class DocumentBatches(TokenBatches):
             missing -= len(pieces[-1])
         if missing == self.batch_size:
             raise StopIteration
-        rows = torch.cat(pieces)
-        if self._bos is not None:
-            rows = with_bos(rows, self._bos)
-        return Batch.of_rows(rows, self._spec.pad).rows(self._spec.rows)
+        return Batch.of_rows(self._with_bos(torch.cat(pieces)), self._spec.pad)
 
     def _position(self) -> dict[str, Any]:
         return {"start": self._start, "row": self._row, "crc32": checksum(self._block)}
@@ -190,55 +184,30 @@ class DocumentBatches(TokenBatches):
             self._row = position["row"]
 
 
-def _column(columns: list[str], text_column: str, name: str) -> str:
-    for column in ("tokens", "input_ids", text_column):
-        if column in columns:
-            return column
-    raise DataError(
-        f"source ({name}) has the columns {columns}; expected 'tokens' or 'input_ids', or the text "
-        f"column {text_column!r}. Name the column of text with text_column=."
-    )
-
-
-@contextmanager
-def readable(where: str) -> Iterator[None]:
-    """Turn what goes wrong in reading a dataset into a `DataError` that says where."""
-    from datasets.exceptions import DatasetsError
-
-    try:
-        yield
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(
-            f"source, a Hugging Face dataset, cannot be read {where}: {error}. Are all its files "
-            "complete, and is the network up?"
-        ) from error
-
-
 class _Examples:
     """Some columns of a dataset, epoch after epoch, from any position.
 
-    A `Dataset` is permuted by `order`, a stream keeps its own order. The position is that of the
-    `datasets` library, which is exact unless the stream was shuffled: a shuffle buffer is not part
-    of it. Then it is a count, and resuming draws that many examples again.
+    A `Dataset` is permuted by `order(epoch)`, a stream keeps its own order. The position is that of
+    the `datasets` library, which is exact unless the stream was shuffled: a shuffle buffer is not
+    part of it. Then it is a count, and resuming draws that many examples again.
     """
 
     def __init__(
-        self, dataset: Any, columns: list[str], order: Callable[[int, int], Tensor] | None
+        self, dataset: Any, columns: list[str], order: Callable[[int], Tensor] | None
     ) -> None:
         self._dataset, self._columns, self._order = dataset.with_format(None), columns, order
         if order is not None:
             self._dataset = self._dataset.select_columns(columns)
         self._has_position = not _is_shuffled(getattr(dataset, "_ex_iterable", None))
 
-    def seek(self, epoch: int, position: dict[str, Any] | int | None) -> None:
+    def seek(self, epoch: int, position: dict[str, Any] | int | None = None) -> None:
         """Go to a position in an epoch; None is its beginning, a number a count of examples."""
         if not isinstance(position, dict):
             position = {"count": position or 0, "dataset": None}
         # A new object each time: a loaded position would be where every later epoch begins.
         self._current = self._dataset.with_format(None)
         if self._order is not None:
-            n = len(self._current)
-            self._current = self._current.select(self._order(n, epoch)).to_iterable_dataset()
+            self._current = self._current.select(self._order(epoch)).to_iterable_dataset()
         self._current.set_epoch(epoch)
         skip = position["count"]
         if position["dataset"] is not None:
@@ -249,7 +218,7 @@ class _Examples:
 
     def read(self, n: int) -> list[dict[str, Any]]:
         """Up to `n` more examples; none at the end of the epoch."""
-        with readable(f"after {self._start['count'] + self._n_read} examples"):
+        with _reading(f"after {self._start['count'] + self._n_read} examples"):
             examples = [
                 {name: example[name] for name in self._columns}
                 for example in islice(self._iterator, n)
@@ -273,6 +242,24 @@ def _is_shuffled(iterable: Any) -> bool:
     return "Shuffled" in type(iterable).__name__ or any(map(_is_shuffled, inner))
 
 
+@contextmanager
+def _explained(what: str, advice: str) -> Iterator[None]:
+    """Turn what goes wrong in the `datasets` library into a `DataError`."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
+        raise DataError(f"{what}: {error}. {advice}") from error
+
+
+def _reading(where: str) -> Any:
+    return _explained(
+        f"source, a Hugging Face dataset, cannot be read {where}",
+        "Are all its files complete, and is the network up?",
+    )
+
+
 def is_dataset(source: Any) -> bool:
     """Whether this is one split of a Hugging Face dataset, without importing the library."""
     datasets = sys.modules.get("datasets")
@@ -289,10 +276,8 @@ def load_saved(path: Path, split: str | None = None) -> Any:
     """A dataset written by `save_to_disk`, memory-mapped."""
     import datasets
 
-    try:
+    with _explained(f"The saved dataset {path} cannot be read", "Is it complete?"):
         dataset = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"The saved dataset {path} cannot be read: {error}") from error
     if not isinstance(dataset, datasets.DatasetDict):
         return dataset
     if split not in dataset:
@@ -312,11 +297,9 @@ def load_hf(source: str) -> Any:
         name, split = name.rsplit(":", 1)
     if is_saved_dataset(Path(name)):
         return load_saved(Path(name), split)
-    try:
+    with _explained(
+        f"source is {source!r}, but datasets.load_dataset({name!r}, split={split!r}) failed",
+        "Check name, split ('hf:NAME:SPLIT') and network; for other options load it yourself and "
+        "pass the dataset.",
+    ):
         return datasets.load_dataset(name, split=split, streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"source is {source!r}, but datasets.load_dataset({name!r}, split={split!r}) failed: "
-            f"{error}. Check name, split ('hf:NAME:SPLIT') and network; for other options load it "
-            "yourself and pass the dataset."
-        ) from error

@@ -19,7 +19,7 @@ from vpd_lens.data.documents import (
     load_saved,
 )
 from vpd_lens.data.iterables import FunctionBatches, IteratorBatches
-from vpd_lens.data.text import TextEncoder, find_text_files, tokenize_files
+from vpd_lens.data.text import TextEncoder, tokenize_files
 from vpd_lens.errors import DataError
 
 
@@ -51,12 +51,12 @@ def token_batches(
     | function `f(generator, batch_size) -> Tensor` | called with a seeded `torch.Generator` |
 
     Documents are tokenised by `model.tokenizer`, each ends with EOS if the tokenizer has one, and
-    rows are cut from the packed stream without padding. Text is text: a document that mentions
-    `<eos>` gets no control token there. For a chat template, tokenise it yourself
-    (`apply_chat_template`) and pass the tokens. Datasets with a column `tokens` or `input_ids` are
-    read as rows, others as text; of rows longer than `seq_len` the first `seq_len` tokens are used.
-    Where there is an `attention_mask`, `real` of the batch says what is padding; pads are moved
-    to the right. Rows that do not fill a last batch of an epoch are left out of that epoch.
+    rows are cut from the packed stream without padding. A document that mentions `<eos>` gets no
+    control token there; for a chat template, pass the tokens of `apply_chat_template`. Datasets
+    with a column `tokens` or `input_ids` are read as rows, others as text; of rows longer than
+    `seq_len` the first `seq_len` tokens are used. Where there is an `attention_mask`, `real` of the
+    batch says what is padding; pads are moved to the right. Rows that do not fill a last batch of
+    an epoch are left out of that epoch.
 
     Args:
         source: The data; see the table.
@@ -72,8 +72,8 @@ def token_batches(
             tokens, they are used as they are. Must not be True for data that is cut already.
         text_column: The column of a dataset that holds the text.
         shuffle: False for the data's own order and no random window borders.
-        rows: Which rows of every batch to give, for one of several processes. The position
-            does not depend on it.
+        rows: Those of every batch that one of several processes wants; the position does not
+            depend on it.
 
     Returns:
         An endless iterator of `Batch`, on the CPU.
@@ -106,22 +106,10 @@ def one_pass(
 ) -> TokenBatches:
     """The data once, in its own order: every row at most once, the short last batch included.
 
-    Args:
-        data: As for `token_batches`.
-        model: As there.
-        batch_size: Rows per batch; the last may have fewer. Iterables keep their own.
-        n_batches: Stop after so many; None: at the end of the data.
-        seq_len: As there.
-        prepend_bos: As there.
-        seed: For a function, which has no end of its own.
-        state: From `state_dict`, to go on after the batches that an earlier pass has given.
-
-    Returns:
-        An iterator of `Batch`, on the CPU, with `state_dict()`.
-
-    Raises:
-        InputError: If an argument is out of range.
-        DataError: If the data cannot be read, does not fit the model, or is not that of `state`.
+    `data`, `model`, `seq_len`, `prepend_bos`, the errors and what is returned are those of
+    `token_batches`. Iterables keep their own `batch_size`. After `n_batches` the pass stops; a
+    function, which has no end of its own, is called with `seed`. `state`, from `state_dict`, goes
+    on after the batches that an earlier pass has given.
 
     Examples:
         >>> import torch
@@ -171,6 +159,6 @@ def _from_path(path: Path, spec: BatchSpec, text_column: str) -> TokenBatches:
         return ArrayBatches(load_tokens(path), spec, str(path))
     if is_saved_dataset(path):
         return DocumentBatches(load_saved(path), spec, text_column, str(path))
-    encoder = TextEncoder.of(spec)
-    tokens, description = tokenize_files(find_text_files(path), encoder, str(path))
-    return ArrayBatches(tokens, spec, description, bos=encoder.bos)
+    encoder = TextEncoder(spec)
+    tokens, description = tokenize_files(path, encoder)
+    return ArrayBatches(tokens, spec, description, encoder.bos)

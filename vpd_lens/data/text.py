@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,36 +17,12 @@ CHUNK_CHARACTERS = 1 << 20
 """Text per call of the tokenizer: enough to use its threads, little enough memory."""
 
 
-def bos_of(spec: BatchSpec) -> int:
-    """The BOS token's number; a `DataError` if there is none."""
-    bos = getattr(spec.tokenizer, "bos_token_id", None)
-    if bos is None:
-        raise DataError(
-            "prepend_bos=True, but model.tokenizer has no BOS token. Pass prepend_bos=False, or "
-            "set model.tokenizer.bos_token."
-        )
-    return int(bos)
-
-
-@dataclass(frozen=True)
 class TextEncoder:
-    """How documents become one stream of tokens.
+    """How documents become tokens: `bos` in front of every row, `eos` after every document."""
 
-    Attributes:
-        tokenizer: The model's own.
-        bos: Token in front of every row, or None.
-        eos: Token after every document, or None.
-    """
-
-    tokenizer: Any
-    bos: int | None
-    eos: int | None
-
-    @classmethod
-    def of(cls, spec: BatchSpec) -> TextEncoder:
-        """The encoder for a model and a BOS policy."""
-        tokenizer = spec.tokenizer
-        if tokenizer is None:
+    def __init__(self, spec: BatchSpec) -> None:
+        self.tokenizer = spec.tokenizer
+        if self.tokenizer is None:
             raise DataError(
                 "source is text, but the model has no tokenizer (model.tokenizer is None). Pass "
                 "tokens, or set one with model.set_tokenizer(...)."
@@ -56,8 +30,11 @@ class TextEncoder:
         wanted = spec.prepend_bos
         if wanted is None:
             default = getattr(getattr(spec.model, "cfg", None), "default_prepend_bos", True)
-            wanted = default and tokenizer.bos_token_id is not None
-        return cls(tokenizer, bos_of(spec) if wanted else None, tokenizer.eos_token_id)
+            wanted = default and self.tokenizer.bos_token_id is not None
+        self.bos: int | None = spec.bos if wanted else None
+        self.eos: int | None = self.tokenizer.eos_token_id
+        end = "no EOS between them" if self.eos is None else f"EOS ({self.eos}) after each"
+        self.eos_policy = end
 
     def encode(self, texts: Sequence[str | None]) -> np.ndarray:
         """Tokens of documents, each followed by EOS, one after the other; empty ones left out."""
@@ -90,20 +67,40 @@ class TextEncoder:
         control.discard(getattr(self.tokenizer, "unk_token_id", None))
         return [[token for token in ids if token not in control] for ids in documents]
 
-    @property
-    def eos_policy(self) -> str:
-        """What separates documents, in words."""
-        return "no EOS between them" if self.eos is None else f"EOS ({self.eos}) after each"
+
+def tokenize_files(path: Path, encoder: TextEncoder) -> tuple[np.ndarray, str]:
+    """Tokenise all files at a path that are UTF-8 text; binary ones are skipped and counted.
+
+    Returns one stream `[n_tokens]` (int32, to halve the memory) and a description of it.
+    """
+    files = _files(path)
+    pieces: list[np.ndarray] = []
+    texts: list[str] = []
+    waiting = n_skipped = 0
+    with Progress(f"Tokenising {path}", len(files), show=len(files) > 1 and FIRST) as bar:
+        for file in bar.counting(files):
+            text = _read(file)
+            n_skipped += text is None
+            texts.append(text or "")
+            waiting += len(texts[-1])
+            if waiting >= CHUNK_CHARACTERS or file is files[-1]:
+                pieces.append(encoder.encode(texts).astype(np.int32))
+                texts, waiting = [], 0
+    tokens = np.concatenate(pieces)
+    if not len(tokens):
+        raise DataError(
+            f"source is {path}, but there is no text in it ({len(files)} files, {n_skipped} "
+            "of them binary). For Parquet, Arrow or compressed files pass 'hf:DIRECTORY'."
+        )
+    skipped = f", {n_skipped} binary files skipped" if n_skipped else ""
+    return tokens, f"{path}: {len(files) - n_skipped} text files{skipped}, {encoder.eos_policy}"
 
 
-def find_text_files(path: Path) -> list[Path]:
+def _files(path: Path) -> list[Path]:
     """Files in a directory (recursively, hidden ones left out), or matching a glob, in order."""
     if path.is_dir():
-        found = [
-            file
-            for file in path.rglob("*")
-            if not any(part.startswith(".") for part in file.relative_to(path).parts)
-        ]
+        inside = [(file, file.relative_to(path).parts) for file in path.rglob("*")]
+        found = [f for f, parts in inside if not any(part.startswith(".") for part in parts)]
     elif path.exists():
         found = [path]
     else:
@@ -115,35 +112,6 @@ def find_text_files(path: Path) -> list[Path]:
             "a glob such as 'corpus/**/*.txt', or 'hf:NAME' for a Hugging Face dataset."
         )
     return files
-
-
-def tokenize_files(files: list[Path], encoder: TextEncoder, name: str) -> tuple[np.ndarray, str]:
-    """Tokenise all files that are UTF-8 text, as one stream; binary ones are skipped and counted.
-
-    Returns:
-        The stream `[n_tokens]` (int32, to halve the memory) and a description of it.
-    """
-    pieces: list[np.ndarray] = []
-    texts: list[str] = []
-    waiting = n_skipped = 0
-    with Progress(f"Tokenising {name}", len(files), show=len(files) > 1 and FIRST) as bar:
-        for file in files:
-            text = _read(file)
-            n_skipped += text is None
-            texts.append(text or "")
-            waiting += len(texts[-1])
-            if waiting >= CHUNK_CHARACTERS:
-                pieces.append(encoder.encode(texts).astype(np.int32))
-                texts, waiting = [], 0
-            bar.advance()
-    tokens = np.concatenate([*pieces, encoder.encode(texts).astype(np.int32)])
-    if not len(tokens):
-        raise DataError(
-            f"source is {name}, but there is no text in it ({len(files)} files, {n_skipped} "
-            "of them binary). For Parquet, Arrow or compressed files pass 'hf:DIRECTORY'."
-        )
-    ignored = f", {n_skipped} binary files skipped" if n_skipped else ""
-    return tokens, f"{name}: {len(files) - n_skipped} text files{ignored}, {encoder.eos_policy}"
 
 
 def _read(file: Path) -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -103,20 +102,12 @@ def evaluate(
         if pgd_steps:
             n_forwards += pgd_batches * pgd_restarts * (max(pgd_steps) + 1)
         with Progress("Evaluating", n_forwards, show=progress) as bar:
-            attack = partial(
-                pgd_curve,
-                vpd,
-                steps=pgd_steps,
-                step_size=pgd_step_size,
-                generator=measured.generator,
-                tick=bar.advance,
-            )
             for index, batch in enumerate(batches):
                 batch = batch.to(vpd.device)
-                importance, divergence = measured.add(batch, bar.advance)
-                if pgd_steps and index < pgd_batches:
-                    for _ in range(pgd_restarts):
-                        measured.curves.append(attack(batch, importance, divergence))
+                found = (batch, *measured.add(batch, bar.advance))
+                for _ in range(pgd_restarts if pgd_steps and index < pgd_batches else 0):
+                    adversary = (pgd_steps, pgd_step_size, measured.generator, bar.advance)
+                    measured.curves.append(pgd_curve(vpd, *found, *adversary))
         return measured.report(seed)
 
 
@@ -137,11 +128,7 @@ class _Measurement:
 
     @torch.no_grad()
     def add(self, batch: Batch, tick: Callable[[], Any]) -> tuple[Tensor, Divergence]:
-        """Measure one batch under all masking modes.
-
-        Returns:
-            The causal importances `[*batch, C_total]`, and the distance from the target's output.
-        """
+        """Measure one batch under all masking modes; returns what the adversary needs."""
         vpd, (tokens, real) = self.vpd, batch
         self.batch_shape = self.batch_shape or list(tokens.shape)
         output, inputs = vpd.target(tokens, **batch.mask_argument())
@@ -164,7 +151,7 @@ class _Measurement:
             if mode in WITH_HIDDEN_ERROR:
                 masked, outputs = vpd.run_recording(masks, tokens, **batch.mask_argument())
                 for site, error in hidden_errors(vpd, inputs, outputs, real).items():
-                    self.hidden.add(f"{mode}/{site}", error, n_positions)
+                    self.hidden.add((mode, site), error, n_positions)
             else:
                 masked = vpd.run(masks, tokens, **batch.mask_argument())
             self.divergences.add(name, float(divergence(masked)), n_positions)
@@ -180,14 +167,16 @@ class _Measurement:
     def report(self, seed: int) -> EvalReport:
         """What was measured."""
         vpd, errors = self.vpd, self.hidden.means()
+        steps = sorted(self.curves[0]) if self.curves else ()
+        pgd = {str(n): [curve[n] for curve in self.curves] for n in steps}
         return EvalReport(
             modes=self._mode_table(),
-            pgd=self._pgd_table(),
+            pgd={n: {"mean": sum(kl) / len(kl), "max": max(kl)} for n, kl in pgd.items()},
             l0=self.sparsity.l0(),
             alive=self.sparsity.alive(),
             n_subcomponents=dict(zip(vpd.layout.names, vpd.layout.sizes, strict=True)),
             hidden_error={
-                mode: {name: errors[f"{mode}/{name}"] for name in vpd.layout.names}
+                mode: {name: errors[mode, name] for name in vpd.layout.names}
                 for mode in WITH_HIDDEN_ERROR
             },
             delta=delta_sizes(vpd),
@@ -218,11 +207,4 @@ class _Measurement:
         for name, row in table.items():
             recovered = 1 - (means[name] - means["target"]) / lost if lost else math.nan
             row |= {"ce": means[name], "ce_recovered": recovered}
-        return table
-
-    def _pgd_table(self) -> dict[str, dict[str, float]]:
-        table = {}
-        for steps in sorted(self.curves[0]) if self.curves else ():
-            found = [curve[steps] for curve in self.curves]
-            table[str(steps)] = {"mean": sum(found) / len(found), "max": max(found)}
         return table

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,19 +37,19 @@ def reported_modes(rounding: Sequence[float]) -> dict[str, tuple[str, float]]:
 
 
 class Means:
-    """Running means by name, weighted by what each batch counts."""
+    """Running means by name, weighted by the number of positions of each batch."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.counts: dict[str, int] = defaultdict(int)
+        self.sums: dict[Any, float] = defaultdict(float)
+        self.counts: dict[Any, int] = defaultdict(int)
 
-    def add(self, name: str, value: float, weight: int) -> None:
-        """Add one batch' mean over `weight` positions."""
-        if weight:
-            self.sums[name] += value * weight
-            self.counts[name] += weight
+    def add(self, name: Any, mean: float, n_positions: int) -> None:
+        """Add the mean of one batch."""
+        if n_positions:
+            self.sums[name] += mean * n_positions
+            self.counts[name] += n_positions
 
-    def means(self) -> dict[str, float]:
+    def means(self) -> dict[Any, float]:
         """All means."""
         return {name: self.sums[name] / self.counts[name] for name in self.sums}
 
@@ -56,19 +57,16 @@ class Means:
 def predicts_next_token(model: nn.Module, tokens: Tensor, output: Tensor) -> bool:
     """Whether the cross-entropy of the next token means something.
 
-    Args:
-        model: A causal language model, or something else.
-        tokens: Its input; `[batch, pos]` of integers for a language model.
-        output: Its output; `[batch, pos, vocab]` with a logit for every token.
+    The model must be causal, `tokens` integers `[batch, pos]`, and `output` `[batch, pos, vocab]`
+    with a logit for every token.
     """
-    if tokens.is_floating_point() or tokens.ndim != 2 or output.ndim != 3:
-        return False
     cfg = getattr(model, "cfg", None)
-    if getattr(cfg, "attention_dir", "causal") != "causal" or output.shape[:2] != tokens.shape:
+    if getattr(cfg, "attention_dir", "causal") != "causal":
+        return False
+    if tokens.is_floating_point() or tokens.ndim != 2 or output.shape[:-1] != tokens.shape:
         return False
     d_vocab = getattr(cfg, "d_vocab", 0)
-    needed = d_vocab if d_vocab > 0 else int(tokens.max()) + 1
-    return output.shape[-1] >= needed
+    return output.shape[-1] >= (d_vocab if d_vocab > 0 else int(tokens.max()) + 1)
 
 
 def next_token_cross_entropy(
@@ -87,21 +85,15 @@ def next_token_cross_entropy(
 
 
 class Sparsity:
-    """L0, alive counts, the CI histogram and the mean CI of every subcomponent.
-
-    Args:
-        layout: The columns of each site.
-        thresholds: L0 counts subcomponents with importance above each.
-        device: Where the sums live.
-    """
+    """L0 above each threshold, alive counts, the CI histogram and every subcomponent's mean CI."""
 
     def __init__(self, layout: Layout, thresholds: Sequence[float], device: torch.device) -> None:
-        self.layout = layout
-        self.thresholds = thresholds
+        self.layout, self.thresholds = layout, thresholds
         self.n_positions = 0
-        self.total = torch.zeros(layout.total, device=device, dtype=torch.float64)
-        self.active = torch.zeros(len(thresholds), layout.total, device=device, dtype=torch.float64)
-        self.histogram = torch.zeros(HISTOGRAM_BINS, device=device, dtype=torch.float64)
+        zeros = partial(torch.zeros, device=device, dtype=torch.float64)
+        self.total = zeros(layout.total)
+        self.active = zeros(len(thresholds), layout.total)
+        self.histogram = zeros(HISTOGRAM_BINS)
 
     def add(
         self,
@@ -127,26 +119,22 @@ class Sparsity:
 
     def l0(self) -> dict[str, dict[str, float]]:
         """`{threshold: {site: L0, ..., layer sums, total}}`, means per position."""
-        result = {}
-        for row, threshold in zip(self.active, self.thresholds, strict=True):
-            per_site = self.layout.sum_per_site(row / self.n_positions).tolist()
-            result[f"{threshold:g}"] = grouped(self.layout.names, per_site)
-        return result
+        l0 = self.active / self.n_positions
+        return {f"{t:g}": self._grouped(row) for t, row in zip(self.thresholds, l0, strict=True)}
 
     def alive(self) -> dict[str, float]:
         """Number of subcomponents with mean CI above 1e-6: per site, layer and in all."""
-        alive = (self.mean_importance() > ALIVE).float()
-        return grouped(self.layout.names, self.layout.sum_per_site(alive).tolist())
+        return self._grouped((self.mean_importance() > ALIVE).float())
 
-
-def grouped(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
-    """Values by site, their sums by layer (`blocks.0`, ...), and their `total`."""
-    result = dict(zip(names, values, strict=True))
-    layers: dict[str, float] = defaultdict(float)
-    for name, value in zip(names, values, strict=True):
-        if name.startswith("blocks."):
-            layers[".".join(name.split(".")[:2])] += value
-    return {**result, **layers, "total": float(sum(values))}
+    def _grouped(self, values: Float[Tensor, " C_total"]) -> dict[str, float]:
+        """Sums by site and by layer (`blocks.0`, ...), and their `total`."""
+        sites = self.layout.sum_per_site(values).tolist()
+        result = dict(zip(self.layout.names, sites, strict=True))
+        layers: dict[str, float] = defaultdict(float)
+        for name, value in result.items():
+            if name.startswith("blocks."):
+                layers[".".join(name.split(".")[:2])] += value
+        return {**result, **layers, "total": float(sum(sites))}
 
 
 @torch.no_grad()
@@ -154,14 +142,9 @@ def delta_sizes(vpd: Decomposition) -> dict[str, dict[str, float]]:
     """What the subcomponents leave over, by site and in `total`.
 
     Subcomponents folded into a delta count as explained, so this is of `W - F - V U`, where F is
-    their sum, which the delta's mask switches with the rest.
-
-    Args:
-        vpd: The decomposition.
-
-    Returns:
-        `mse` per entry, `relative` = `||W - F - V U||_F / ||W||_F`, `folded` = `||F||_F / ||W||_F`;
-        the last two are NaN for a matrix of zeros that is not explained as zeros.
+    their sum, which the delta's mask switches with the rest: `mse` per entry, `relative` =
+    `||W - F - V U||_F / ||W||_F`, `folded` = `||F||_F / ||W||_F`. The last two are NaN for a matrix
+    of zeros that is not explained as zeros.
     """
     weights = [site.weight.float() for site in vpd.sites]
     references = vpd.subcomponents.references(weights)
@@ -170,16 +153,15 @@ def delta_sizes(vpd: Decomposition) -> dict[str, dict[str, float]]:
         [float(part.square().sum()) for part in (delta, w - reference, w)] + [w.numel()]
         for delta, reference, w in zip(deltas, references, weights, strict=True)
     ]
-    totals = [sum(column) for column in zip(*rows, strict=True)]
+    by_name = dict(zip(vpd.layout.names, rows, strict=True))
+    by_name["total"] = [sum(column) for column in zip(*rows, strict=True)]
     return {
         name: {
             "mse": delta / n,
             "relative": _ratio(delta, weight) ** 0.5,
             "folded": _ratio(folded, weight) ** 0.5,
         }
-        for name, (delta, folded, weight, n) in zip(
-            [*vpd.layout.names, "total"], [*rows, totals], strict=True
-        )
+        for name, (delta, folded, weight, n) in by_name.items()
     }
 
 
@@ -198,13 +180,9 @@ def hidden_errors(
 ) -> dict[str, float]:
     """Error of every site's output in a masked forward, relative to the target's mean square.
 
-    Errors of earlier sites propagate; nothing is teacher-forced.
-
-    Args:
-        vpd: The decomposition.
-        inputs: The target's input at every site, `[*batch, d_in]`: its output is `x W + b`.
-        outputs: The masked forward's output at every site, `[*batch, d_out]`.
-        real: Positions to take the mean over; None: all.
+    Errors of earlier sites propagate; nothing is teacher-forced. The target is computed from its
+    `inputs` `[*batch, d_in]` at every site, and compared with `outputs` `[*batch, d_out]` of the
+    masked forward, at the positions that are `real`.
     """
     errors = {}
     for site, x, y in zip(vpd.sites, inputs, outputs, strict=True):
@@ -228,15 +206,9 @@ def pgd_curve(
 ) -> dict[int, float]:
     """Divergence under a fresh shared adversary after each of several step counts.
 
-    Args:
-        vpd: The decomposition.
-        batch: Tokens.
-        importance: Causal importances on them.
-        divergence: Distance from the target's output.
-        steps: Step counts, along one trajectory.
-        step_size: Size of a sign step.
-        generator: Random generator of the start.
-        tick: Called after every forward.
+    They lie along one trajectory, whose start is drawn from `generator`. `divergence` is the
+    distance from the target's output, `step_size` that of a sign step; `tick` is called before
+    every forward.
     """
 
     def divergence_of(masks: AnyMasks) -> Tensor:
@@ -245,7 +217,4 @@ def pgd_curve(
 
     with vpd.frozen_subcomponents():
         start = shared_sources(importance, vpd.layout, generator)
-        _, curve = ascend(
-            divergence_of, importance, start, max(steps), step_size, checkpoints=steps
-        )
-    return curve
+        return ascend(divergence_of, importance, start, max(steps), step_size, checkpoints=steps)[1]

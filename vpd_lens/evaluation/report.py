@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console, Group
@@ -62,11 +61,7 @@ class EvalReport(BaseModel):
 
     @classmethod
     def from_json(cls, path: str | Path) -> EvalReport:
-        """Read a report that `to_json` wrote.
-
-        Raises:
-            ArtefactError: If the file is missing, damaged or not a report.
-        """
+        """Read what `to_json` wrote; an `ArtefactError` if it is missing, damaged or no report."""
         try:
             return cls.model_validate_json(Path(path).read_text())
         except (OSError, ValidationError) as error:
@@ -81,11 +76,8 @@ class EvalReport(BaseModel):
     ) -> Path:
         """Write one self-contained HTML page with tables and plots.
 
-        Args:
-            path: The file.
-            title: Heading of the page.
-            beside: Another report, whose figures are shown in a second column.
-            beside_name: What to call it, for example `"without the adversary"`.
+        `beside` is another report, whose figures are shown in a second column; `beside_name` is
+        what to call it, for example `"without the adversary"`.
         """
         from vpd_lens.evaluation.page import render
 
@@ -96,9 +88,7 @@ class EvalReport(BaseModel):
     def summary(self) -> dict[str, float]:
         """The figures one compares runs by."""
         return {
-            "kl_unmasked": self.modes["unmasked"]["kl"],
-            "kl_stochastic": self.modes["stochastic"]["kl"],
-            "kl_ci": self.modes["ci"]["kl"],
+            **{f"kl_{mode}": self.modes[mode]["kl"] for mode in ("unmasked", "stochastic", "ci")},
             **{f"kl_pgd_{steps}": value["mean"] for steps, value in self.pgd.items()},
             "l0": self.l0["0"]["total"] if "0" in self.l0 else float("nan"),
             "alive": self.alive["total"],
@@ -107,65 +97,51 @@ class EvalReport(BaseModel):
         }
 
     def tables(self, beside: EvalReport | None = None, beside_name: str = "beside") -> Group:
-        """The report as rich tables.
-
-        Args:
-            beside: Another report to show next to this one.
-            beside_name: Heading of its columns.
-        """
+        """The report as rich tables, with the figures of another report in a further column."""
         return Group(self._modes_table(beside, beside_name), self._sites_table())
 
     def _modes_table(self, beside: EvalReport | None, name: str) -> Table:
         unit = "KL" if self.divergence == "kl" else "divergence"
-        with_ce = "ce" in self.modes["zero"]
+        with_ce = ["CE", "CE recovered"] if "ce" in self.modes["zero"] else []
         table = Table(title=f"Masking modes ({self.n_positions} positions)", title_justify="left")
         table.add_column("masks")
-        table.add_column(unit, justify="right")
-        if with_ce:
-            table.add_column("CE", justify="right")
-            table.add_column("CE recovered", justify="right")
-        if beside is not None:
-            table.add_column(f"{unit}, {name}", justify="right")
+        for column in [unit, *with_ce, *([f"{unit}, {name}"] if beside else [])]:
+            table.add_column(column, justify="right")
+
+        def add(label: str, value: str, other: str, ce: list[str] | None = None) -> None:
+            ce = ce if ce is not None else [""] * len(with_ce)
+            table.add_row(label, value, *ce, *([other] if beside else []))
+
+        # Without another report, its column is not there.
+        modes, pgd = (beside.modes, beside.pgd) if beside else ({}, {})
         for mode, row in self.modes.items():
-            cells = [mode, f"{row['kl']:.4f}"]
-            if with_ce:
-                cells += [f"{row['ce']:.3f}", f"{row['ce_recovered']:.1%}"]
-            if beside is not None:
-                cells.append(f"{beside.modes[mode]['kl']:.4f}" if mode in beside.modes else "-")
-            table.add_row(*cells)
+            ce = [f"{row['ce']:.3f}", f"{row['ce_recovered']:.1%}"] if with_ce else []
+            other = f"{modes[mode]['kl']:.4f}" if mode in modes else "-"
+            add(mode, f"{row['kl']:.4f}", other, ce)
         table.add_section()
         for steps, value in self.pgd.items():
-            cells = [f"adversarial, {steps} steps", f"{value['mean']:.3f} (max {value['max']:.3f})"]
-            cells += ["", ""] if with_ce else []
-            if beside is not None:
-                cells.append(f"{beside.pgd[steps]['mean']:.3f}" if steps in beside.pgd else "-")
-            table.add_row(*cells)
+            other = f"{pgd[steps]['mean']:.3f}" if steps in pgd else "-"
+            figure = f"{value['mean']:.3f} (max {value['max']:.3f})"
+            add(f"adversarial, {steps} steps", figure, other)
         table.add_section()
+        mine, others = self.summary(), (beside or self).summary()
         for label, key in (("L0", "l0"), ("alive", "alive"), ("subcomponents", "n_subcomponents")):
-            cells = [label, f"{self.summary()[key]:.0f}"] + (["", ""] if with_ce else [])
-            if beside is not None:
-                cells.append(f"{beside.summary()[key]:.0f}")
-            table.add_row(*cells)
+            add(label, f"{mine[key]:.0f}", f"{others[key]:.0f}")
         return table
 
     def _sites_table(self) -> Table:
-        first = next(iter(self.l0))
+        threshold, l0 = next(iter(self.l0.items()))
         table = Table(title="Sites", title_justify="left")
-        columns = ("site", f"L0 (> {first})", "alive", "C", "|delta|/|W|", "hidden error (ci)")
-        for column in columns:
-            table.add_column(column, justify="left" if column == "site" else "right")
+        table.add_column("site")
+        for column in (f"L0 (> {threshold})", "alive", "C", "|delta|/|W|", "hidden error (ci)"):
+            table.add_column(column, justify="right")
         for site, count in self.n_subcomponents.items():
-            table.add_row(
-                site,
-                f"{self.l0[first][site]:.1f}",
-                f"{self.alive[site]:.0f}",
-                str(count),
-                f"{self.delta[site]['relative']:.4f}",
-                f"{self.hidden_error['ci'][site]:.3f}",
-            )
+            delta, error = self.delta[site]["relative"], self.hidden_error["ci"][site]
+            figures = (f"{l0[site]:.1f}", f"{self.alive[site]:.0f}", f"{count}", f"{delta:.4f}")
+            table.add_row(site, *figures, f"{error:.3f}")
         return table
 
-    def __rich__(self) -> Any:
+    def __rich__(self) -> Group:
         """What `rich.print(report)` shows."""
         return self.tables()
 
