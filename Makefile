@@ -5,6 +5,8 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 # Threads that spin while they wait make a step ten times as long when anything else runs.
 export OMP_WAIT_POLICY = passive
+# Tests start many processes, each of which would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-fast compat lint types docs check clean
 
@@ -12,12 +14,15 @@ quickstart: .venv/ready
 	.venv/bin/python -W ignore::DeprecationWarning examples/quickstart.py
 
 # One thread per worker: many small tensors, and threads that wait for each other are slower.
+# What trains runs without checks of types and shapes, which take longer than tiny models do.
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup tests
 test: .venv/test .venv/browser
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup tests
+	$(PYTEST) -m "not slow"
+	$(PYTEST) -m slow -o addopts="--strict-markers -ra"
 
 # For daily use: no ground truth that trains, no other processes, browsers or architectures.
 test-fast: .venv/test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not compat" tests
+	$(PYTEST) -m "not slow and not compat"
 
 compat: .venv-tl4/test
 	OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest -n 2 -m compat tests

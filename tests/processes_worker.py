@@ -16,11 +16,10 @@ from conftest import tiny_bridge
 from safetensors.torch import load_file
 from test_training import IMPORTANCE, config, state
 
-from vpd_lens.decomposition import adversary
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.masks import Sources
 from vpd_lens.errors import NonFiniteLossError, ProcessError, TrainingInterrupted
-from vpd_lens.training import losses, step, train, trainer
+from vpd_lens.training import adversary, losses, step, train, trainer
 from vpd_lens.training.distributed import ALONE, join
 from vpd_lens.training.sharding import is_sharded, sharded_importance, whole
 from vpd_lens.training.step import Stepper

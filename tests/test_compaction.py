@@ -383,6 +383,7 @@ def test_a_site_without_a_living_subcomponent_keeps_one_and_training_goes_on(tok
 RUN = {"compaction": {"window": 3, "threshold": 0.4}, "steps": 9, "seed": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "stop"), [("adamw", 2), ("muon", 3), ("adamw", 4)])
 def test_resuming_across_a_compaction_is_bit_identical(kind, stop, tokens, tmp_path, monkeypatch):
     """Interrupted before, at and after the first compaction; two more follow."""

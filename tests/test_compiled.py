@@ -34,6 +34,7 @@ def stepper(model, **changes):
     return Stepper(model.vpd, config.replaced(changes))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler on this machine"
 )

@@ -190,9 +190,6 @@ def test_the_command_line_on_two_processes(tmp_path):
     assert job.stdout.count("Decomposition: out/decomposition") == 1
     assert job.stdout.count("step 4/4") == 1
     assert {"report.html", "report.json", "decomposition"} <= set(os.listdir(tmp_path / "out"))
-    job = launch("-m", "vpd_lens", "train", "run.yaml", "--set", "batch_size=5", folder=tmp_path)
-    assert job.returncode != 0
-    assert "batch_size=5 must be a multiple of 2 processes x 1 micro_batches" in job.stderr
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():

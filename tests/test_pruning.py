@@ -51,6 +51,7 @@ def circuit(model: nn.Module) -> Any:
     return found(model, LONG)
 
 
+@pytest.mark.slow
 def test_prompts_pruned_together_are_pruned_as_if_alone(model: nn.Module) -> None:
     """Nor does the padding of the shorter one matter, or the price of a node depend on length."""
     both = found(model, [LONG, SHORT], method="ci", steps=12)
@@ -68,6 +69,7 @@ def test_nothing_counts_after_the_position(model: nn.Module) -> None:
     assert bool((circuit.of_prompt()[:3] > 0).any())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ci", "stochastic", "adversarial"])
 def test_a_higher_price_leaves_fewer_nodes(model: nn.Module, method: str) -> None:
     cheap, dear = (found(model, LONG, method=method, coefficient=c).report for c in (1e-5, 1e-1))
@@ -138,6 +140,7 @@ def test_the_report_is_what_the_masks_do(model: nn.Module, circuit: Any) -> None
     assert "before pruning" in str(circuit.report)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_circuit(model: nn.Module, circuit: Any) -> None:
     """And nothing is drawn from the global generator."""
     state = torch.get_rng_state()
@@ -236,6 +239,7 @@ def test_the_graph_of_any_prompt_of_a_circuit_explains_its_behaviour(model: nn.M
         torch.testing.assert_close(graph.importance(model.vpd), circuit.of_prompt(row))
 
 
+@pytest.mark.slow
 def test_more_steps_never_look_safer(model: nn.Module) -> None:
     report = found(model, LONG, attack_steps=(4, 1, 2), attack_restarts=2).report
     for suffix in ("", ", all"):

@@ -247,6 +247,19 @@ def test_importances_are_constant_in_the_inner_steps_and_weights_get_no_gradient
     assert all(p.grad is None for p in stepper.vpd.model.parameters())
 
 
+def test_inner_updates_mask_every_site_whatever_the_routing_of_the_loss(tokens):
+    stepper = fresh_stepper({"adversary": {"routing": "subset"}, "stochastic": {"coefficient": 0}})
+    run, routed = stepper.run, []
+
+    def remembered(masks, *args, **kwargs):
+        routed.append(masks.routed is not None)
+        return run(masks, *args, **kwargs)
+
+    stepper.run = remembered
+    stepper.step(tokens[:4], 0)
+    assert routed == [False] * stepper.config.adversary.inner_steps + [True]
+
+
 def test_only_the_subcomponents_are_clipped_by_default(tokens):
     stepper = fresh_stepper({"optimiser": {"lr": 1e-3, "clip_subcomponents": 1e-3}})
     norms = {}
@@ -302,6 +315,7 @@ def test_the_same_seed_gives_the_same_run(tokens, tmp_path):
     assert all(map(torch.equal, *runs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -408,6 +422,7 @@ def checkpoint_of(run):
     return storage.read(run / "checkpoint", CheckpointRecord).record
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_bit_identically(tokens, tmp_path):
     process = Process(tmp_path, tokens)
     error = process.stop_with(signal.SIGTERM)
@@ -431,6 +446,7 @@ def test_a_killed_process_resumes_bit_identically(tokens, tmp_path):
     assert all(map(torch.equal, state(straight.vpd), torch.load(tmp_path / "result.pt")))
 
 
+@pytest.mark.slow
 def test_ctrl_c_writes_a_checkpoint(tokens, tmp_path):
     error = Process(tmp_path, tokens).stop_with(signal.SIGINT)
     assert "TrainingInterrupted: stopped by SIGINT" in error
@@ -503,6 +519,7 @@ class TestWarnings:
         assert len([w for w in recwarn if w.category is TrainingWarning]) == 0
 
 
+@pytest.mark.slow
 def test_too_high_a_coefficient_really_warns(tokens, tmp_path):
     run = config(
         steps=40, minimality={"coefficient": 3.0}, optimiser={"lr": 1e-2}, log_every=10, seed=4
@@ -579,6 +596,7 @@ def test_bf16_masks_follow_the_fp32_step(tokens):
         assert float(narrow[name]) == float(full[name])
 
 
+@pytest.mark.slow
 def test_bf16_sources_attack_as_well(tokens):
     gains = []
     for dtype in ("float32", "bfloat16"):

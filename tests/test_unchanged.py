@@ -135,6 +135,7 @@ def differences(got: Any, expected: Any, path: str = "") -> list[str]:
     return [] if got == expected else [f"{path}: {got!r} instead of {expected!r}"]
 
 
+@pytest.mark.slow
 def test_numbers_are_what_they_were(tmp_path: Path) -> None:
     from compat.builders import has_hooked_transformer
 
