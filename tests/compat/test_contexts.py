@@ -100,7 +100,7 @@ def test_masks_that_fit_no_site_are_refused(
 
     with pytest.raises(InputError, match=message), model.vpd.masked(masks, delta=delta):
         pass
-    assert not model.vpd.forwards.state.contexts
+    assert model.vpd.forwards.state.context is None
 
 
 @pytest.mark.parametrize("leading", [(3, 1), (2, 4), (1, 5), (1, 2, 6)])

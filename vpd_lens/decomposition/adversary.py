@@ -21,15 +21,8 @@ def shared_sources(
     """Sources from U(0, 1), one per subcomponent and delta for the whole batch.
 
     An adversary that shares its sources over batch and positions must find systematic defects
-    rather than the noise of one datapoint.
-
-    Args:
-        importance: Gives number of dimensions, dtype and device.
-        layout: The columns of each site.
-        generator: Random generator on that device.
-
-    Returns:
-        `[1, ..., C_total]` and `[1, ..., n_sites]`.
+    rather than the noise of one datapoint. Shapes `[1, ..., C_total]` and `[1, ..., n_sites]`, with
+    the number of dimensions, dtype and device (the generator's, too) of `importance`.
     """
     one = (1,) * (importance.ndim - 1)
     return uniform_sources(importance.new_empty(*one, layout.total), layout, generator)
@@ -61,24 +54,23 @@ def ascend(
     g, sources = importance.detach(), start
     curve: dict[int, float] = {}
     for step in range(n_steps):
-        components = sources.components.detach().requires_grad_()
-        delta = sources.delta.detach().requires_grad_(moves is None)
-        loss = loss_of(Sources(components, delta).over(g))
+        leaves = [sources.components.detach().requires_grad_()]
+        delta = sources.delta.detach()
+        if moves is None:
+            leaves.append(delta.requires_grad_())
+        loss = loss_of(Sources(leaves[0], delta).over(g))
         if step in checkpoints:
             curve[step] = float(loss.detach())
+        slopes = torch.autograd.grad(loss, leaves)
+        moved = [
+            (leaf.detach() + step_size * slope.sign()).clamp_(0, 1)
+            for leaf, slope in zip(leaves, slopes, strict=True)
+        ]
         if moves is None:
-            slope, delta_slope = torch.autograd.grad(loss, [components, delta])
-            moved = _stepped(components, slope, step_size)
-            sources = Sources(moved, _stepped(delta, delta_slope, step_size))
+            sources = Sources(*moved)
         else:
-            (slope,) = torch.autograd.grad(loss, [components])
-            moved = _stepped(components, slope, step_size)
-            sources = Sources(torch.where(moves, moved, components.detach()), delta)
+            sources = Sources(torch.where(moves, moved[0], leaves[0].detach()), delta)
     if n_steps in checkpoints:
         with torch.no_grad():
             curve[n_steps] = float(loss_of(sources.over(g)))
     return sources, curve
-
-
-def _stepped(sources: Tensor, slope: Tensor, step_size: float) -> Tensor:
-    return (sources.detach() + step_size * slope.sign()).clamp_(0, 1)

@@ -8,7 +8,7 @@ the input can be computed first. `remove` undoes all of it.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from vpd_lens.decomposition.forward import Forwards
 from vpd_lens.decomposition.handle import Decomposition
 from vpd_lens.decomposition.subcomponents import CountSpec, resolve_counts
 from vpd_lens.errors import AttachError
-from vpd_lens.sites import Site, find_sites, model_kind, self_check
+from vpd_lens.sites import find_sites, model_kind, self_check
 from vpd_lens.sites.discovery import SiteSelection
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,31 +42,24 @@ def attach(
     """Attach an untrained decomposition; see `vpd_lens.decompose`."""
     _require_attachable(model)
     chosen = find_sites(model, sites)
-    _require_one_device(chosen)
-    half = chosen[0].weight.dtype in (torch.float16, torch.bfloat16)
+    weight = chosen[0].weight
+    devices = {site.weight.device for site in chosen}
+    if len(devices) > 1:
+        raise AttachError(
+            f"the weights to decompose are on several devices ({sorted(map(str, devices))}). Load "
+            "the model on one (no device_map, n_devices=1), or choose sites that share one."
+        )
     if check:
+        half = weight.dtype in (torch.float16, torch.bfloat16)
         self_check(model, chosen, _tiny_forward(model, example), 5e-2 if half else 1e-4)
     counts = resolve_counts(chosen, n_subcomponents)
     if divergence is None:
         divergence = "mse" if model_kind(model) == "module" else "kl"
     with torch.inference_mode(False):
-        vpd = Decomposition(
-            model, chosen, counts, importance or CausalImportanceConfig(), divergence, seed
-        )
-        vpd.to(chosen[0].weight.device)
-        mount(vpd)
+        function = importance or CausalImportanceConfig()
+        vpd = Decomposition(model, chosen, counts, function, divergence, seed)
+        vpd.__dict__["attachment"] = Attachment(vpd.to(weight.device))
     return model
-
-
-def mount(vpd: Decomposition) -> None:
-    """Hang a decomposition on its model, which `remove` undoes."""
-    wrapped = {
-        "forward": vpd._forward,
-        "generate": vpd._generate,
-        "generate_stream": vpd._generate_stream,
-        "run_with_cache": vpd._run_with_cache,
-    }
-    vpd.__dict__["attachment"] = Attachment(vpd.model, vpd.sites, vpd.forwards, wrapped, vpd)
 
 
 def decomposition_of(model: nn.Module) -> Decomposition:
@@ -83,15 +76,9 @@ def decomposition_of(model: nn.Module) -> Decomposition:
 
 
 def remove(model: Model) -> Model:
-    """Take a decomposition off and restore the model completely.
+    """Take a decomposition off and restore the model completely, as it was before `decompose`.
 
     Weights that were trainable before are trainable again.
-
-    Args:
-        model: A decomposed model.
-
-    Returns:
-        The same model, as it was before `decompose`.
 
     Raises:
         AttachError: If the model carries no decomposition.
@@ -102,10 +89,7 @@ def remove(model: Model) -> Model:
 
 @contextmanager
 def removed_if_untrained(model: nn.Module) -> Iterator[None]:
-    """Take the decomposition off again if the block fails before any training step.
-
-    So that a corrected call finds the model as it was.
-    """
+    """Take the decomposition off again if the block fails before any training step."""
     try:
         yield
     except BaseException:
@@ -125,24 +109,6 @@ def _require_attachable(model: nn.Module) -> None:
             "This model is compiled (torch.compile), and its hooks would be compiled away. "
             "Decompose the model itself and compile it afterwards."
         )
-    _require_working_cache(model)
-
-
-def _require_one_device(sites: Sequence[Site]) -> None:
-    devices = {site.weight.device for site in sites}
-    if len(devices) > 1:
-        raise AttachError(
-            f"the weights to decompose are on several devices ({sorted(map(str, devices))}). Load "
-            "the model on one (no device_map, n_devices=1), or choose sites that share one."
-        )
-
-
-def _require_working_cache(model: nn.Module) -> None:
-    """Refuse the releases of transformers under which bridges lose their key-value cache.
-
-    Raises:
-        AttachError: If `model` is a bridge and transformers is 5.24 or newer.
-    """
     version = importlib.metadata.version("transformers")
     if model_kind(model) == "bridge" and tuple(map(int, version.split(".")[:2])) >= (5, 24):
         raise AttachError(
@@ -168,49 +134,41 @@ def _tiny_forward(model: nn.Module, example: Tensor | None) -> Callable[[], Any]
 
 
 class Attachment:
-    """The reversible changes that a decomposition makes to its model.
-
-    Args:
-        model: The model.
-        sites: Its sites.
-        forwards: What the sites' hooks call.
-        wrapped: What takes the place of `forward`, `generate`, ..., by name.
-        handle: Stored as `model.vpd`.
+    """The reversible changes that a decomposition makes to its model, made when it is created.
 
     Attributes:
-        original: The model's own entry points, by name.
+        original: The model's own entry points, by name, in whose place are the decomposition's.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        sites: Sequence[Site],
-        forwards: Forwards,
-        wrapped: dict[str, Callable[..., Any]],
-        handle: nn.Module,
-    ) -> None:
-        self.model = model
+    def __init__(self, vpd: Decomposition) -> None:
+        self.model = model = vpd.model
         self.handles: list[RemovableHandle] = []
         self.mounted: list[tuple[nn.Module, str]] = []
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        owned = [name for name in wrapped if hasattr(type(model), name)]
-        self.original = {name: getattr(model, name) for name in owned}
-        self.previous = {name: model.__dict__[name] for name in wrapped if name in model.__dict__}
+        self.original = {
+            name: getattr(model, name) for name in _ENTRIES if hasattr(type(model), name)
+        }
+        self.previous = {name: model.__dict__[name] for name in _ENTRIES if name in model.__dict__}
+        forwards = vpd.forwards
         forwards.original = self.original["forward"]
         model.requires_grad_(False)
-        for index, site in enumerate(sites):
+        for index, site in enumerate(vpd.sites):
             self._mount(site.mount, site.hooks)
-            self.handles += site.attach(
-                partial(forwards.read, index), partial(forwards.edit, index)
-            )
+            read, edit = partial(forwards.read, index), partial(forwards.edit, index)
+            self.handles += site.attach(read, edit)
             if site.results is not None:
                 edit_heads = partial(forwards.edit_heads, index)
                 self.handles.append(site.results.register_forward_pre_hook(edit_heads))
         if model_kind(model) != "module":
-            self.handles += self._hook_ends(forwards)
-        model.__dict__.update({name: wrapped[name] for name in self.original})
-        model.__dict__["vpd"] = handle
-        refresh_hook_names(model)
+            if (unembed := model._modules.get("unembed")) is not None:
+                forwards.ends = True
+                self.handles.append(unembed.register_forward_pre_hook(forwards.note_end))
+            for point in _embedding_points(model):
+                watched = partial(_require_grad_if_watched, model, forwards)
+                self.handles.append(point.register_forward_pre_hook(watched))
+        model.__dict__.update({name: getattr(vpd, f"_{name}") for name in self.original})
+        model.__dict__["vpd"] = vpd
+        _refresh_hook_names(model)
 
     def detach(self) -> None:
         """Restore the model completely."""
@@ -224,19 +182,7 @@ class Attachment:
         for parameter in self.trainable:
             parameter.requires_grad_()
         del self.model.__dict__["vpd"]
-        refresh_hook_names(self.model)
-
-    def _hook_ends(self, forwards: Forwards) -> list[RemovableHandle]:
-        """Hooks at the beginning of the residual stream and before the unembedding."""
-        handles = []
-        unembed = self.model._modules.get("unembed")
-        if unembed is not None:
-            forwards.ends = True
-            handles.append(unembed.register_forward_pre_hook(forwards.note_end))
-        for point in _embedding_points(self.model):
-            watched = partial(_require_grad_if_watched, self.model, forwards)
-            handles.append(point.register_forward_pre_hook(watched))
-        return handles
+        _refresh_hook_names(self.model)
 
     def _mount(self, path: str, hooks: nn.Module) -> None:
         parent = self.model
@@ -249,6 +195,10 @@ class Attachment:
             parent = child
         nn.Module.add_module(parent, "vpd", hooks)
         self.mounted.append((parent, "vpd"))
+
+
+# What a user calls on a model, and a decomposition has a method of its own for.
+_ENTRIES = ("forward", "generate", "generate_stream", "run_with_cache")
 
 
 def _embedding_points(model: nn.Module) -> list[nn.Module]:
@@ -276,7 +226,7 @@ def _require_grad_if_watched(
         x.requires_grad_()
 
 
-def refresh_hook_names(model: Any) -> None:
+def _refresh_hook_names(model: Any) -> None:
     """Let the model notice hook points that were added or removed."""
     kind = model_kind(model)
     if kind == "bridge":

@@ -19,20 +19,12 @@ from vpd_lens.decomposition.masks import Masks, Sources
 from vpd_lens.errors import VPDError
 from vpd_lens.sites import model_kind
 
-# Arguments that concern what a forward returns or remembers, not what the target computes.
-_OF_THE_CALL = (
-    "past_kv_cache",
-    "past_key_values",
-    "cache",
-    "use_cache",
-    "use_past_kv_cache",
-    "stop_at_layer",
-    "loss_per_token",
-    "labels",
-)
-# Arguments that describe only the last positions of a sequence whose beginning lies in a cache.
-_OF_THE_LAST = ("position_ids", "cache_position")
 _CACHES = ("past_kv_cache", "past_key_values", "cache")
+# Arguments that concern what a forward returns or remembers, not what the target computes.
+_OF_THE_CALL = {*_CACHES, "use_cache", "use_past_kv_cache", "stop_at_layer"}
+_OF_THE_CALL |= {"loss_per_token", "labels"}
+# Arguments that describe only the last positions of a sequence whose beginning lies in a cache.
+_OF_THE_LAST = {"position_ids", "cache_position"}
 
 
 def whole_call(
@@ -40,12 +32,9 @@ def whole_call(
 ) -> tuple[tuple, dict[str, Any]]:
     """The arguments of a whole, uncached forward of the target that returns logits.
 
-    Args:
-        args: Positional arguments of a forward.
-        kwargs: Its keyword arguments.
-        generating: Whether they belong to the last positions of a longer sequence.
+    When `generating`, those given belong to the last positions of a longer sequence.
     """
-    dropped = _OF_THE_CALL + _OF_THE_LAST if generating else _OF_THE_CALL
+    dropped = _OF_THE_CALL | _OF_THE_LAST if generating else _OF_THE_CALL
     clean = {name: value for name, value in kwargs.items() if name not in dropped}
     if "return_type" in clean or len(args) > 1:
         clean["return_type"] = "logits"
@@ -73,11 +62,6 @@ def real_positions(
 
     Read off `attention_mask`, off texts of unequal length, or, for token tensors of a
     HookedTransformer whose tokenizer pads on the left, as the model itself does it.
-
-    Args:
-        model: A HookedTransformer, a TransformerBridge or any other module.
-        args: Positional arguments of its forward.
-        kwargs: Its keyword arguments.
     """
     for name in ("attention_mask", "one_zero_attention_mask"):
         mask = kwargs.get(name)
@@ -94,7 +78,11 @@ def real_positions(
         and isinstance(x, Tensor)
         and not x.is_floating_point()
     ):
-        return _as_the_model_does(model, torch.atleast_2d(x), kwargs)
+        from transformer_lens import utils
+
+        bos = kwargs.get("prepend_bos")
+        bos = bos if isinstance(bos, bool) else getattr(model.cfg, "default_prepend_bos", True)
+        return utils.get_attention_mask(tokenizer, torch.atleast_2d(x), bos).bool()
     return None
 
 
@@ -110,15 +98,6 @@ def _of_texts(model: nn.Module, texts: list[str], kwargs: dict[str, Any]) -> Ten
     return rows >= longest - n if side == "left" else rows < n
 
 
-def _as_the_model_does(model: Any, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    from transformer_lens import utils
-
-    bos = kwargs.get("prepend_bos")
-    prepend = bos if isinstance(bos, bool) else getattr(model.cfg, "default_prepend_bos", True)
-    mask = utils.get_attention_mask(model.tokenizer, tokens, prepend)
-    return mask.bool()
-
-
 def right_padding(model: nn.Module, real: Bool[Tensor, "batch pos"]) -> dict[str, Tensor]:
     """What tells a model's forward that rows are padded on the right.
 
@@ -128,9 +107,8 @@ def right_padding(model: nn.Module, real: Bool[Tensor, "batch pos"]) -> dict[str
     arguments = {"attention_mask": real.long()}
     positioned = getattr(model, "_accepts_derived_position_ids", None)
     if positioned is not None and positioned():
-        arguments["position_ids"] = torch.arange(real.shape[1], device=real.device).expand(
-            real.shape
-        )
+        positions = torch.arange(real.shape[1], device=real.device)
+        arguments["position_ids"] = positions.expand(real.shape)
     return arguments
 
 
@@ -156,47 +134,31 @@ class Generation:
     def whole_call(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The arguments of an uncached forward on everything up to this call's last position.
 
-        Args:
-            args: Positional arguments of the call, the first being tokens or residual.
-            kwargs: Its keyword arguments.
-
         Raises:
             VPDError: If the call neither repeats the whole sequence nor adds one token to it.
         """
-        self.history = self._extended(args[0] if args else kwargs["input"])
+        x = args[0] if args else kwargs["input"]
+        before = self.history
+        if before is not None and x.shape[1] != before.shape[1] + 1:
+            if x.shape[1] != 1:
+                raise VPDError(
+                    f"generation passed {x.shape[1]} positions after {before.shape[1]}; masked "
+                    "generation needs the whole sequence or its last token at each step."
+                )
+            x = torch.cat([before, x], dim=1)
+        self.history = x
         rest = {name: value for name, value in kwargs.items() if name != "input"}
-        return whole_call((self.history,), rest, generating=True)
+        return whole_call((x,), rest, generating=True)
 
     def remember(self, new: Masks, args: tuple, kwargs: dict[str, Any]) -> Masks:
-        """Keep the masks of the new positions.
-
-        Args:
-            new: Those, `[batch, new, C_total]`.
-            args: Positional arguments of the call.
-            kwargs: Its keyword arguments.
-
-        Returns:
-            The masks of the positions that the call passes.
-        """
+        """Keep the masks `[batch, new, C_total]` of new positions; return those of the call's."""
+        parts = [new.components, new.delta, new.routed]
         if self.used is not None:
-            new = Masks(
-                torch.cat([self.used.components, new.components], dim=1),
-                torch.cat([self.used.delta, new.delta], dim=1),
-                None
-                if self.used.routed is None or new.routed is None
-                else torch.cat([self.used.routed, new.routed], dim=1),
-            )
-        self.used = new
-        last = slice(-(args[0] if args else kwargs["input"]).shape[1], None)
-        routed = None if new.routed is None else new.routed[:, last]
-        return Masks(new.components[:, last], new.delta[:, last], routed)
-
-    def _extended(self, x: Tensor) -> Tensor:
-        if self.history is None or x.shape[1] == self.history.shape[1] + 1:
-            return x
-        if x.shape[1] == 1:
-            return torch.cat([self.history, x], dim=1)
-        raise VPDError(
-            f"generation passed {x.shape[1]} positions after {self.history.shape[1]}; masked "
-            "generation needs the whole sequence or its last token at each step."
-        )
+            used = (self.used.components, self.used.delta, self.used.routed)
+            parts = [
+                None if old is None or part is None else torch.cat([old, part], dim=1)
+                for old, part in zip(used, parts, strict=True)
+            ]
+        self.used = Masks(*parts)  # type: ignore[arg-type]
+        n = (args[0] if args else kwargs["input"]).shape[1]
+        return Masks(*(None if part is None else part[:, -n:] for part in parts))  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ The target's share is computed once per step; many masked outputs are compared w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -96,14 +96,13 @@ class _TargetDistribution:
             z = logits[chunk].float()
             self.log_norm[chunk] = z.logsumexp(-1)
             p = (z - self.log_norm[chunk, None]).exp_()
-            mean_logit = torch.linalg.vecdot(p, z)
-            self.negative_entropy[chunk] = mean_logit - self.log_norm[chunk]
+            self.negative_entropy[chunk] = torch.linalg.vecdot(p, z) - self.log_norm[chunk]
             if self.kept is not logits:
                 self.kept[chunk] = p
 
-    def chunks(self) -> Iterator[slice]:
-        for start in range(0, len(self.log_norm), self.rows):
-            yield slice(start, start + self.rows)
+    def chunks(self) -> list[slice]:
+        starts = range(0, len(self.log_norm), self.rows)
+        return [slice(start, start + self.rows) for start in starts]
 
     def p(self, chunk: slice) -> Float[Tensor, "rows vocab"]:
         if self.kept.dtype == torch.float32:
@@ -122,10 +121,7 @@ class _TargetDistribution:
 
 
 class _KLFromTarget(torch.autograd.Function):
-    """Mean KL over rows; its gradient by the logits is `(softmax(z) - p) / n`.
-
-    With weights, `sum_i w_i KL_i`, and `w_i` in the place of `1 / n`.
-    """
+    """Mean KL over rows, with gradient `(softmax(z) - p) / n`; weights `w_i` replace `1 / n`."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: _TargetDistribution) -> Tensor:

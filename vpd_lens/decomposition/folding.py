@@ -46,11 +46,9 @@ class Columns:
                     f"the columns chosen of site {index} are {columns[:8]}...; give at least one, "
                     f"ascending, below the site's {size} subcomponents."
                 )
-        starts = [sum(sizes[:index]) for index in range(len(sizes))]
         self.by_site = [torch.tensor(columns, device=device) for columns in lists]
-        self.joined: Int[Tensor, " kept"] = torch.cat(
-            [columns + start for columns, start in zip(self.by_site, starts, strict=True)]
-        )
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        self.joined = torch.cat([c + start for c, start in zip(self.by_site, starts, strict=True)])
 
     def of(self, site: int | None) -> Int[Tensor, " kept"]:
         """Those of one site; `None`: of all sites side by side."""
@@ -59,13 +57,9 @@ class Columns:
 
 @torch.no_grad()
 def fold(vpd: Decomposition, keep: Columns) -> None:
-    """Fold every subcomponent but some into the delta of its site.
+    """Fold every subcomponent but those to `keep` into the delta of its site, in place.
 
     Parameters stay the same objects and change their shape.
-
-    Args:
-        vpd: Changed in place.
-        keep: Who stays.
     """
     parts = vpd.subcomponents
     for index, folded in enumerate(parts.folded):
@@ -84,14 +78,11 @@ def fold(vpd: Decomposition, keep: Columns) -> None:
 
 @torch.no_grad()
 def unfold(vpd: Decomposition) -> None:
-    """Bring what was folded back into its columns, with importance 0 on every input.
+    """Bring what was folded back into its columns, in place, with importance 0 on every input.
 
     The sum `V U` is again what it was before the folding, as far as the rest has not been
     trained since, and every subcomponent has a mask of its own. To look, not to train on:
     the parameters of the importance function that belonged to what was folded are gone.
-
-    Args:
-        vpd: Changed in place.
     """
     parts = vpd.subcomponents
     sizes = parts.original_sizes

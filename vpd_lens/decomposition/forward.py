@@ -14,21 +14,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from einops import einsum, rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from vpd_lens.decomposition.masks import (
-    AnyMasks,
-    Layout,
-    SiteMasks,
-    SourceMasks,
-    edited_site,
-    masked_site,
-)
+from vpd_lens.decomposition.masks import AnyMasks, Layout, Masks, edited_site, masked_site
 from vpd_lens.decomposition.modes import MaskContext
 from vpd_lens.decomposition.subcomponents import Subcomponents
 from vpd_lens.errors import InputError, VPDError
@@ -54,50 +47,45 @@ class Pass:
         edited: Which sites have been masked so far.
         by_head: Sites whose masks were applied to the result of every head.
         finished: Whether the forward has reached the model's end.
-        own: Whether it runs through the decomposition; `False` for whatever else calls the model.
     """
 
     inputs: list[Tensor | None]
-    masks: list[SiteMasks] | None = None
+    masks: list[Masks] | None = None
     frozen: bool = False
     outputs: list[Tensor | None] | None = None
     edited: list[bool] = field(default_factory=list)
     by_head: set[int] = field(default_factory=set)
     finished: bool = False
-    own: bool = True
 
 
-@dataclass
-class _State:
-    """What one thread does with one decomposition."""
+class _State(threading.local):
+    """What one thread does with one decomposition; `idle` is the pass of any other call."""
 
-    idle: Pass
-    contexts: list[MaskContext] = field(default_factory=list)
-    current: Pass | None = None
-    generation: Any = None
-    frozen: bool = False
-    undisturbed: bool = False
+    def __init__(self, n_sites: int) -> None:
+        self.n_sites = n_sites
+        self.idle = Pass([None] * n_sites)
+        self.context: MaskContext | None = None
+        self.current: Pass | None = None
+        self.generation: Any = None
+        self.frozen = self.undisturbed = False
 
+    def __reduce__(self) -> tuple[type[_State], tuple[int]]:
+        """A copy is outside of all blocks."""
+        return _State, (self.n_sites,)
 
-class _PerThread(threading.local):
-    def __init__(self) -> None:
-        self.states: WeakKeyDictionary[Forwards, _State] = WeakKeyDictionary()
-
-
-_HERE = _PerThread()
+    @property
+    def masked(self) -> bool:
+        """Whether the innermost `masked` block changes the model."""
+        return self.context is not None and self.context.mode != "target"
 
 
 class Forwards:
     """Runs a model under masks, through the hooks that its sites have on it.
 
-    Args:
-        model: The base model.
-        sites: Its decomposed matrices, in forward order.
-        subcomponents: Their `V` and `U`.
-
     Attributes:
         original: The model's own `forward`, which attaching wraps.
         ends: Whether a hook tells when the model's end is reached.
+        state: What this thread does with the decomposition.
     """
 
     def __init__(self, model: nn.Module, sites: list[Site], subcomponents: Subcomponents) -> None:
@@ -106,104 +94,74 @@ class Forwards:
         self.subcomponents = subcomponents
         self.original: Callable[..., Any] = model.forward
         self.ends = False
-
-    @property
-    def state(self) -> _State:
-        """What this thread does with the decomposition."""
-        state = _HERE.states.get(self)
-        if state is None:
-            state = _State(Pass([None] * len(self.sites), own=False))
-            _HERE.states[self] = state
-        return state
+        self.state = _State(len(sites))
 
     @property
     def layout(self) -> Layout:
         """Names and sizes of the sites."""
         return self.subcomponents.layout
 
-    # ---------------------------------------------------------------- running
-
     def run(
         self, masks: AnyMasks | None, args: tuple, kwargs: Mapping[str, Any], record: bool = False
     ) -> tuple[Any, Pass]:
-        """One forward of the model under fixed masks, and its pass.
+        """One forward of the model under fixed masks (`None`: the target), and its pass.
 
-        Args:
-            masks: The masks, broadcast over leading dimensions of size 1; `None`: the target.
-            args: Passed to the model.
-            kwargs: Passed to the model.
-            record: Keep every site's output.
+        Masks are broadcast over leading dimensions of size 1; `record` keeps every site's output.
 
         Raises:
             InputError: If the masks do not fit the input's batch and positions.
             VPDError: If the forward pass went around a masked matrix.
         """
-        n, state = len(self.sites), self.state
-        current = Pass([None] * n, frozen=state.frozen, finished=not self.ends)
+        n = len(self.sites)
+        current = Pass([None] * n, frozen=self.state.frozen, finished=not self.ends)
         if masks is not None:
-            masks = masks.computed() if isinstance(masks, SourceMasks) else masks
+            masks = masks if isinstance(masks, Masks) else masks.computed()
             current.masks, current.edited = masks.per_site(self.layout), [False] * n
         if record:
             current.outputs = [None] * n
-        with self.within(current), self._keeping_activations():
+        repeated = _set(self._recomputing(), "gradient_checkpointing", False)
+        with self.during(current=current), repeated:
             output = self.original(*args, **kwargs)
         if masks is not None:
             self._require_all_edited(current, kwargs)
         return output, current
 
     @contextmanager
-    def within(self, current: Pass) -> Iterator[None]:
-        """Let the hooks of this thread see a pass."""
-        state = self.state
-        before, state.current = state.current, current
+    def during(self, **values: Any) -> Iterator[None]:
+        """A block in which this thread's state has other values."""
+        state = self.state.__dict__  # of this thread
+        before = {name: state[name] for name in values}
+        state.update(values)
         try:
             yield
         finally:
-            state.current = before
+            state.update(before)
 
     @contextmanager
     def undisturbed(self, again: bool = False) -> Iterator[None]:
         """Forwards inside are in evaluation mode, without the temporary hooks of a user.
 
         Permanent hooks stay, being part of the model, and so do hooks added inside. Afterwards
-        everything is as before, in the same order.
-
-        Args:
-            again: Inside another such block, silence the hooks that were added there, too.
+        everything is as before, in the same order. With `again`, a block inside another silences
+        the hooks that were added there, too.
         """
-        state = self.state
-        if state.undisturbed and not again:
+        if self.state.undisturbed and not again:
             yield
             return
         modules = self._modules()
-        training = [module for module in modules if module.training]
         silenced = [entry for module in modules for entry in _temporary_hooks(module)]
-        for module in training:
-            module.training = False
         before = [(hooks, list(hooks.items())) for hooks, _ in silenced]
         for hooks, numbers in silenced:
             for number in numbers:
                 hooks.pop(number, None)
-        inside, state.undisturbed = state.undisturbed, True
+        training = [module for module in modules if module.training]
         try:
-            yield
+            with self.during(undisturbed=True), _set(training, "training", False):
+                yield
         finally:
-            state.undisturbed = inside
             for hooks, items in before:
                 hooks.clear()
                 hooks.update(items)
-            for module in training:
-                module.training = True
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Forwards inside record no gradient for `V` and `U`."""
-        state = self.state
-        before, state.frozen = state.frozen, True
-        try:
-            yield
-        finally:
-            state.frozen = before
 
     def _modules(self) -> list[nn.Module]:
         """All modules of the model; a bridge does not register all those of the one it wraps."""
@@ -211,23 +169,12 @@ class Forwards:
         inner = wrapped.modules() if isinstance(wrapped, nn.Module) else ()
         return list(dict.fromkeys([*self.model.modules(), *inner]))
 
-    @contextmanager
-    def _keeping_activations(self) -> Iterator[None]:
-        """Switch off Hugging Face's gradient checkpointing, whose repetitions know no masks."""
-        state = self.state
-        if state.undisturbed or not torch.is_grad_enabled():  # then nothing is recomputed
-            yield
-            return
-        recomputing = [
-            m for m in self._modules() if m.training and m.__dict__.get("gradient_checkpointing")
-        ]
-        for module in recomputing:
-            module.gradient_checkpointing = False  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            for module in recomputing:
-                module.gradient_checkpointing = True  # type: ignore[assignment]
+    def _recomputing(self) -> list[nn.Module]:
+        """Modules with Hugging Face's gradient checkpointing, whose repetitions know no masks."""
+        if self.state.undisturbed or not torch.is_grad_enabled():  # then nothing is recomputed
+            return []
+        flag = "gradient_checkpointing"
+        return [m for m in self._modules() if m.training and m.__dict__.get(flag)]
 
     def _require_all_edited(self, current: Pass, kwargs: Mapping[str, Any]) -> None:
         """A flag switched on after attaching may bypass a matrix; its masks would do nothing."""
@@ -241,7 +188,7 @@ class Forwards:
                 f"masks are active, but the forward pass went around {missed}. {FLAGS_HINT}"
             )
 
-    # ------------------------------------------------------- what hooks call
+    # What hooks call
 
     def read(self, index: int, x: Tensor) -> None:
         """See the input of a site."""
@@ -251,73 +198,100 @@ class Forwards:
     def edit(self, index: int, y: Tensor) -> Tensor | None:
         """The new output of a site, or `None` where it stays what the model computed."""
         state = self.state
-        current = state.current
-        if current is None:
-            self._refuse_unseen_masks(state.contexts)
-            current = state.idle
+        if state.current is None and state.masked:
+            raise VPDError(
+                "masks are active, but the model runs without passing through model.forward "
+                "(hf_generate, a submodule called by hand). Call the model itself, or leave "
+                "the masked(...) block."
+            )
+        current = state.current or state.idle
         edited = self._new_output(current, index, y)
         if current.outputs is not None:
             current.outputs[index] = y if edited is None else edited
-        if current.masks is not None or not current.own:
+        if current.masks is not None or current is state.idle:
             current.inputs[index] = None
         return edited
 
     def edit_heads(self, index: int, _module: nn.Module, args: tuple) -> tuple[Tensor] | None:
         """The results of a site's heads under masks, `[*batch, head, d_out]`.
 
-        HookedTransformer computes them with `use_attn_result` on, and adds them up itself. Head h
-        writes `m_delta z_h W_h + ((m - m_delta) * (z_h V_h)) U`.
+        HookedTransformer computes them with `use_attn_result` on, and adds them up itself.
         """
         current = self.state.current
         if current is None or current.masks is None:
             return None
         (results,) = args
-        z = current.inputs[index]
-        assert z is not None
-        v, u = (part.to(z.dtype) for part in self._directions(current, index))
-        v = rearrange(v, "(head d) c -> head d c", head=results.shape[-2])
-        z = rearrange(z, "... (head d) -> ... head d", head=results.shape[-2])
-        acts = einsum(z, v, "... head d, head d c -> ... head c")
-        seen = self._shown(index, acts.sum(-2), current.masks[index])
-        if seen.acts_edited:
+        x = current.inputs[index]
+        assert x is not None
+        v, u = self._directions(current, index)
+        acts = _head_acts(x, v, results.shape[-2])
+        (_, mask, delta), edited, _ = self._shown(index, acts.sum(-2), current.masks[index])
+        if edited[0]:
             raise VPDError(
                 f"hook_acts of {self.layout.names[index]} was edited, which says nothing of single "
                 "heads. Call model.set_use_attn_result(False), or edit hook_mask."
             )
-        mask, delta = (t.to(z.dtype).unsqueeze(-2) for t in (seen.mask, seen.delta))
         current.by_head.add(index)
-        return (delta * results + ((mask - delta) * acts) @ u,)
+        return (_masked_heads(results, acts, u, mask, delta),)
+
+    @torch.no_grad()
+    def compute_head_results(self, cache: Any) -> None:
+        """Put `blocks.*.attn.hook_result`, `[*batch, head, d_model]`, into a masked run's cache.
+
+        TransformerLens multiplies a cached `z` by the model's `W_O`; under masks the matrix of the
+        site `attn.o` is another one at every position. From what the cache holds of the site, heads
+        are computed that add up to the attention's output under masks, too.
+
+        Raises:
+            InputError: If it lacks a layer's `hook_z` or the masks of its site `attn.o`.
+        """
+        model: Any = self.model
+        for layer in range(model.cfg.n_layers):
+            name = f"blocks.{layer}.attn"
+            z = cache["z", layer, "attn"]
+            # Under this name a bridge may show the sum of all heads, which has no head axis.
+            known = cache.cache_dict.get(f"{name}.hook_result")
+            if known is not None and known.ndim == z.ndim:
+                continue
+            if f"{name}.o" not in self.layout.names:
+                result = einsum(z, model.blocks[layer].attn.W_O, "... h d, h d out -> ... h out")
+            else:
+                points = [f"{name}.o.vpd.{point}" for point in ("hook_mask", "hook_delta_mask")]
+                if missing := [point for point in points if point not in cache.cache_dict]:
+                    raise InputError(
+                        f"the heads of a masked run need {missing} in the cache; cache them too."
+                    )
+                mask, delta = (cache.cache_dict[point] for point in points)
+                index, heads = self.layout.names.index(f"{name}.o"), z.shape[-2]
+                weight = rearrange(self.sites[index].weight, "(h d) out -> h d out", h=heads)
+                kept = einsum(z, weight, "... h d, h d out -> ... h out")
+                acts = _head_acts(z.flatten(-2), self.subcomponents.v[index], heads)
+                result = _masked_heads(kept, acts, self.subcomponents.u[index], mask, delta)
+            cache.cache_dict[f"{name}.hook_result"] = result
 
     def note_end(self, _module: nn.Module, _args: tuple) -> None:
         """See that the forward has reached the model's end."""
         if (current := self.state.current) is not None:
             current.finished = True
 
-    def _refuse_unseen_masks(self, contexts: Sequence[MaskContext]) -> None:
-        if contexts and contexts[-1].mode != "target":
-            raise VPDError(
-                "masks are active, but the model runs without passing through model.forward "
-                "(hf_generate, a submodule called by hand). Call the model itself, or leave "
-                "the masked(...) block."
-            )
-
     def _new_output(self, current: Pass, index: int, y: Tensor) -> Tensor | None:
         hooks = self.sites[index].hooks
         if current.masks is None:
-            if not hooks.masks_are_watched():
-                return hooks.hook_out(y) if has_listeners(hooks.hook_out) else None
-            return hooks.hook_out(self._watched(current, index, y, None))  # type: ignore[no-any-return]
+            if hooks.masks_are_watched():
+                y = self._watched(current, index, y, None)
+            elif not has_listeners(hooks.hook_out):
+                return None
+            return hooks.hook_out(y)  # type: ignore[no-any-return]
         masks = current.masks[index]
         current.edited[index] = True
-        if index in current.by_head:
-            return hooks.hook_out(y)  # type: ignore[no-any-return]
-        self._require_fit(index, masks, y)
-        if hooks.masks_are_watched():
-            y = self._watched(current, index, y, masks)
-        else:
-            v, u = self._directions(current, index)
-            x = self._input_of(current, index, y)
-            y = masked_site(x, y, v, u, masks, self.sites[index].bias)
+        if index not in current.by_head:
+            self._require_fit(index, masks, y)
+            if hooks.masks_are_watched():
+                y = self._watched(current, index, y, masks)
+            else:
+                x = self._input_of(current, index, y)
+                v, u = self._directions(current, index)
+                y = masked_site(x, y, v, u, masks, self.sites[index].bias)
         return hooks.hook_out(y)  # type: ignore[no-any-return]
 
     def _input_of(self, current: Pass, index: int, y: Tensor) -> Tensor:
@@ -329,10 +303,9 @@ class Forwards:
             )
         return x
 
-    def _require_fit(self, index: int, masks: SiteMasks, y: Tensor) -> None:
+    def _require_fit(self, index: int, masks: Masks, y: Tensor) -> None:
         batch = y.shape[:-1]
-        for mask in (masks.components, masks.delta):
-            given = mask.shape[:-1]
+        for given in (masks.components.shape[:-1], masks.delta.shape[:-1]):
             pairs = zip(reversed(given), reversed(batch), strict=False)
             if len(given) > len(batch) or any(got not in (1, need) for got, need in pairs):
                 raise InputError(
@@ -345,79 +318,80 @@ class Forwards:
         v, u = self.subcomponents.v[index], self.subcomponents.u[index]
         return (v.detach(), u.detach()) if current.frozen else (v, u)
 
-    def _watched(self, current: Pass, index: int, y: Tensor, masks: SiteMasks | None) -> Tensor:
+    def _watched(self, current: Pass, index: int, y: Tensor, masks: Masks | None) -> Tensor:
         """The site's output when someone listens to its activations or masks."""
-        hooks = self.sites[index].hooks
         v, u = self._directions(current, index)
         x = self._input_of(current, index, y)
-        acts = x.to(y.dtype) @ v.to(y.dtype)
-        shown = self._shown(index, acts, masks)
-        points = (hooks.hook_acts, hooks.hook_mask, hooks.hook_delta_mask)
-        backward = torch.is_grad_enabled() and any(point._backward_hooks for point in points)
+        clean = x.to(y.dtype) @ v.to(y.dtype)
+        (acts, mask, delta), edited, backward = self._shown(index, clean.clone(), masks)
         # The untouched path: hooks that only look leave the model's own output in place.
-        if masks is None and not shown.edited and not backward:
+        if masks is None and not any(edited) and not backward:
             return y
-        clean = x.to(y.dtype) @ v.to(y.dtype) if shown.acts_overwritten else acts
-        bias = self.sites[index].bias
-        return edited_site(y, u, clean, shown.acts, shown.mask, shown.delta, bias)
+        return edited_site(y, u, clean, acts, mask, delta, self.sites[index].bias)
 
-    def _shown(self, index: int, acts: Tensor, masks: SiteMasks | None) -> _Shown:
-        """Activations and masks after the hooks of a site have seen them."""
+    def _shown(
+        self, index: int, acts: Tensor, masks: Masks | None
+    ) -> tuple[list[Tensor], list[bool], bool]:
+        """Activations, mask and delta's mask after a site's hooks have seen them.
+
+        Then: which of the three were edited, and whether a hook waits for gradients.
+        """
         hooks = self.sites[index].hooks
-        batch = acts.shape[:-1]
+        points = (hooks.hook_acts, hooks.hook_mask, hooks.hook_delta_mask)
         if masks is None:
-            mask, delta = acts.new_ones(acts.shape), acts.new_ones(*batch, 1)
+            mask, delta = torch.ones_like(acts), acts.new_ones(*acts.shape[:-1], 1)
         else:
             # Copies, because a hook may write to them in place.
             mask = masks.components.expand(acts.shape).clone()
-            delta = masks.delta.expand(*batch, 1).clone()
+            delta = masks.delta.expand(*acts.shape[:-1], 1).clone()
             if masks.routed is not None:
                 mask = torch.where(masks.routed, mask, 1)
                 delta = torch.where(masks.routed, delta, 1)
-        for hook, leaf in ((hooks.hook_mask, mask), (hooks.hook_delta_mask, delta)):
-            if hook._backward_hooks and torch.is_grad_enabled() and not leaf.requires_grad:
-                leaf.requires_grad_()
-        before = [_Snapshot(t) for t in (acts, mask, delta)]
-        after = hooks.hook_acts(acts), hooks.hook_mask(mask), hooks.hook_delta_mask(delta)
-        overwritten = [snapshot.changed() for snapshot in before]
-        replaced = [new is not old for new, old in zip(after, (acts, mask, delta), strict=True)]
-        return _Shown(
-            *after, overwritten[0], overwritten[0] or replaced[0], any(overwritten + replaced)
-        )
+        values = (acts, mask, delta)
+        backward = [bool(p._backward_hooks) and torch.is_grad_enabled() for p in points]
+        for value, listened in zip(values[1:], backward[1:], strict=True):
+            if listened and not value.requires_grad:
+                value.requires_grad_()
+        # Inference tensors (HookedTransformer.generate) count no versions; copies stand for them.
+        before = [value.clone() if value.is_inference() else value._version for value in values]
+        after = [point(value) for point, value in zip(points, values, strict=True)]
+        edited = [
+            new is not old
+            or (not torch.equal(old, was) if isinstance(was, Tensor) else old._version != was)
+            for new, old, was in zip(after, values, before, strict=True)
+        ]
+        return after, edited, any(backward)
 
 
-class _Shown(NamedTuple):
-    """What the hooks of a site made of its activations and masks.
-
-    Attributes:
-        acts: Activations `[*batch, C]`.
-        mask: Masks of the subcomponents `[*batch, C]`.
-        delta: The delta's mask `[*batch, 1]`.
-        acts_overwritten: Whether a hook wrote into the activations that it was given.
-        acts_edited: Whether it did so, or returned others.
-        edited: Whether any of the three is another one.
-    """
-
-    acts: Tensor
-    mask: Tensor
-    delta: Tensor
-    acts_overwritten: bool
-    acts_edited: bool
-    edited: bool
+def _head_acts(x: Tensor, v: Tensor, n_heads: int) -> Float[Tensor, "*batch head C"]:
+    """Activations `z_h V_h` of every head of a site `attn.o`, from its input `[*batch, d_in]`."""
+    z = rearrange(x, "... (head d) -> ... head d", head=n_heads)
+    v = rearrange(v.to(x.dtype), "(head d) c -> head d c", head=n_heads)
+    return einsum(z, v, "... head d, head d c -> ... head c")
 
 
-class _Snapshot:
-    """Notices edits of a tensor in place."""
+def _masked_heads(
+    results: Float[Tensor, "*batch head d_out"],
+    acts: Float[Tensor, "*batch head C"],
+    u: Float[Tensor, "C d_out"],
+    mask: Float[Tensor, "*batch C"],
+    delta: Float[Tensor, "*batch 1"],
+) -> Float[Tensor, "*batch head d_out"]:
+    """`m_delta z_h W_h + ((m - m_delta) * (z_h V_h)) U`, whose sum over heads is the output."""
+    mask, delta = (t.to(acts.dtype).unsqueeze(-2) for t in (mask, delta))
+    return delta * results + ((mask - delta) * acts) @ u.to(acts.dtype)
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        # Inference tensors (HookedTransformer.generate) count no versions.
-        self.version = tensor.clone() if tensor.is_inference() else tensor._version
 
-    def changed(self) -> bool:
-        if isinstance(self.version, Tensor):
-            return not torch.equal(self.version, self.tensor)
-        return self.version != self.tensor._version
+@contextmanager
+def _set(modules: Sequence[nn.Module], flag: str, value: bool) -> Iterator[None]:
+    """A block in which a flag of some modules has another value."""
+    for module in modules:
+        setattr(module, flag, value)
+    try:
+        yield
+    finally:
+        for module in modules:
+            setattr(module, flag, not value)
 
 
 def _temporary_hooks(module: nn.Module) -> Iterator[tuple[Any, list[int]]]:

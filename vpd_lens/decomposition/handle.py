@@ -21,8 +21,7 @@ from vpd_lens.config import CausalImportanceConfig
 from vpd_lens.decomposition.adversary import ascend, shared_sources
 from vpd_lens.decomposition.call import Generation, cached_positions, real_positions, whole_call
 from vpd_lens.decomposition.divergence import CustomDivergence, Divergence, DivergenceKind
-from vpd_lens.decomposition.forward import FLAGS_HINT, Forwards, Pass
-from vpd_lens.decomposition.head_results import compute_head_results
+from vpd_lens.decomposition.forward import FLAGS_HINT, Forwards
 from vpd_lens.decomposition.importance import build_importance, lower_leaky
 from vpd_lens.decomposition.masks import AnyMasks, Layout, Masks, Sources
 from vpd_lens.decomposition.modes import MODES, MaskContext, masks_from_tensors
@@ -38,18 +37,11 @@ class Decomposition(nn.Module):
     Made by `vpd_lens.decompose`, found as `model.vpd`. The base model's weights are never
     changed; `vpd_lens.remove` takes everything off again.
 
-    Args:
-        model: The model to decompose.
-        sites: Its sites.
-        counts: Number of subcomponents of each.
-        importance: Which causal importance function.
-        divergence: What "the same output" means: `"kl"` for logits, `"mse"`, or a callable.
-        seed: Seed of the initialisation.
-
     Attributes:
         sites: The decomposed matrices, in forward order.
         subcomponents: `V` and `U`.
         importance: The causal importance function.
+        divergence: What "the same output" means: `"kl"` for logits, `"mse"`, or a callable.
         attachment: What attaching changed about the model; made by `attach`.
         trained_steps: Training steps behind this decomposition; 0 if it is untrained.
         training_config: The `VPDConfig` it was trained with, as a dictionary.
@@ -71,7 +63,10 @@ class Decomposition(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        width, depth = _target_size(model, sites)
+        # Residual width and depth of the target size the importance function.
+        cfg = getattr(model, "cfg", None)
+        width = int(getattr(cfg, "d_model", None) or max(site.shape[0] for site in sites))
+        depth = int(getattr(cfg, "n_layers", None) or 1)
         generator = torch.Generator().manual_seed(seed)
         self.subcomponents = Subcomponents(sites, counts, generator)
         d_inputs = [site.shape[0] for site in sites]
@@ -111,18 +106,19 @@ class Decomposition(nn.Module):
 
     def v(self, name: str) -> Float[Tensor, "d_in C"]:
         """Read directions of a site."""
-        return self._on_device().v[self._index(name)]
+        _ = self.device
+        return self.subcomponents.v[self._index(name)]
 
     def u(self, name: str) -> Float[Tensor, "C d_out"]:
         """Write directions of a site."""
-        return self._on_device().u[self._index(name)]
+        _ = self.device
+        return self.subcomponents.u[self._index(name)]
 
     @torch.no_grad()
     def delta(self, name: str) -> Float[Tensor, "d_in d_out"]:
         """What the subcomponents leave over: `W - V U`."""
-        index = self._index(name)
-        parts, weight = self._on_device(), self.sites[index].weight.float()
-        return torch.addmm(weight, parts.v[index], parts.u[index], alpha=-1)
+        weight = self.site(name).weight.float()
+        return torch.addmm(weight, self.v(name), self.u(name), alpha=-1)
 
     def original_indices(self, name: str) -> list[int]:
         """The column number that each subcomponent of a site had before others were folded.
@@ -136,10 +132,6 @@ class Decomposition(nn.Module):
         from vpd_lens.decomposition.saving import save
 
         return save(self, path, metrics)
-
-    def _on_device(self) -> Subcomponents:
-        _ = self.device
-        return self.subcomponents
 
     def _index(self, name: str) -> int:
         if name not in self.layout.names:
@@ -203,12 +195,8 @@ class Decomposition(nn.Module):
         else:
             given = masks_from_tensors(mode, delta, self.layout, self.device)
             context = MaskContext("given", given=given)
-        contexts = self.forwards.state.contexts
-        contexts.append(context)
-        try:
+        with self.forwards.during(context=context):
             yield self
-        finally:
-            contexts.pop()
 
     # ------------------------------------------------- forwards for analyses
 
@@ -222,7 +210,7 @@ class Decomposition(nn.Module):
 
     def frozen_subcomponents(self) -> AbstractContextManager[None]:
         """A block in which forwards record no gradient for `V` and `U`."""
-        return self.forwards.frozen()
+        return self.forwards.during(frozen=True)
 
     def run(self, masks: AnyMasks | None, *args: Any, **kwargs: Any) -> Any:
         """One forward of the model under fixed masks, in evaluation mode, without user hooks.
@@ -231,9 +219,6 @@ class Decomposition(nn.Module):
             masks: The masks, broadcast over leading dimensions of size 1; `None`: the target.
             *args: Passed to the model.
             **kwargs: Passed to the model.
-
-        Returns:
-            The model's output.
 
         Raises:
             InputError: If the masks do not fit the input's batch and positions.
@@ -247,18 +232,13 @@ class Decomposition(nn.Module):
     def run_recording(
         self, masks: AnyMasks | None, *args: Any, **kwargs: Any
     ) -> tuple[Any, list[Tensor]]:
-        """Like `run`, without gradients, and with every site's output as written.
-
-        Args:
-            masks: The masks, or `None` for the target model.
-            *args: Passed to the model.
-            **kwargs: Passed to the model.
-        """
+        """Like `run`, without gradients, and with every site's output as written."""
         _ = self.device
         with self.undisturbed():
             output, done = self.forwards.run(masks, args, kwargs, record=True)
         return output, [y for y in done.outputs or () if y is not None]
 
+    @torch.no_grad()
     def target(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
         """One forward of the target model: its output and every site's input `[*batch, d_in]`.
 
@@ -268,18 +248,25 @@ class Decomposition(nn.Module):
             VPDError: If some site was not reached.
         """
         _ = self.device
-        with torch.no_grad(), self.forwards.undisturbed(again=True):
+        with self.forwards.undisturbed(again=True):
             output, done = self.forwards.run(None, args, kwargs)
-        return output, self._inputs_of(done)
+        missing = [n for n, x in zip(self.layout.names, done.inputs, strict=True) if x is None]
+        inputs = [x for x in done.inputs if x is not None]
+        if missing:
+            raise VPDError(
+                f"the forward pass never reached {missing}, so causal importances cannot be "
+                "computed. Run the whole model (no stop_at_layer) and leave split-qkv flags off."
+            )
+        if len({x.shape[:-1] for x in inputs}) > 1:
+            raise VPDError(f"the sites' inputs differ in batch or positions. {FLAGS_HINT}")
+        return output, inputs
 
     def pre_importance(
         self, inputs: Sequence[Tensor], real: Bool[Tensor, "*batch"] | None = None
     ) -> Float[Tensor, "*batch C_total"]:
-        """Pre-sigmoid causal importances `z` from every site's input, in fp32.
+        """Pre-sigmoid causal importances `z` from every site's input (see `target`), in fp32.
 
-        Args:
-            inputs: The input of every site, as from `target`.
-            real: Positions that are no padding, which the others' importances do not depend on.
+        Those of `real` positions do not depend on the others, which are padding.
         """
         real = None if real is None else real.to(inputs[0].device)
         return self.importance(inputs, self.subcomponents, real).float()
@@ -301,18 +288,6 @@ class Decomposition(nn.Module):
     def _importance(self, inputs: Sequence[Tensor], real: Tensor | None) -> Tensor:
         return lower_leaky(self.pre_importance(inputs, real))
 
-    def _inputs_of(self, done: Pass) -> list[Tensor]:
-        missing = [n for n, x in zip(self.layout.names, done.inputs, strict=True) if x is None]
-        inputs = [x for x in done.inputs if x is not None]
-        if missing:
-            raise VPDError(
-                f"the forward pass never reached {missing}, so causal importances cannot be "
-                "computed. Run the whole model (no stop_at_layer) and leave split-qkv flags off."
-            )
-        if len({x.shape[:-1] for x in inputs}) > 1:
-            raise VPDError(f"the sites' inputs differ in batch or positions. {FLAGS_HINT}")
-        return inputs
-
     # -------------------------------------------------- the wrapped forwards
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -320,45 +295,44 @@ class Decomposition(nn.Module):
         if state.current is not None:
             return self.forwards.original(*args, **kwargs)
         _ = self.device
-        context = state.contexts[-1] if state.contexts else None
-        if context is None or context.mode == "target":
-            output, done = self.forwards.run(None, args, kwargs)
-            self._fire_importance(done, args, kwargs)
-            return output
-        return self.forwards.run(self._masks_for(context, args, kwargs), args, kwargs)[0]
-
-    def _fire_importance(self, done: Pass, args: tuple, kwargs: dict[str, Any]) -> None:
-        """After an unmasked forward: `hook_ci`, if anyone listens and every site was reached.
-
-        Not after the continuation of a cached sequence, of which the function has not seen all.
-        """
+        if state.masked:
+            return self.forwards.run(self._masks_for(state.context, args, kwargs), args, kwargs)[0]
+        output, done = self.forwards.run(None, args, kwargs)
         inputs = [x for x in done.inputs if x is not None]
-        if len(inputs) < len(self.sites) or not self._importance_watched():
-            return
-        if cached_positions(kwargs) == 0:
+        if len(inputs) == len(self.sites) and self._importance_watched(kwargs):
             real = real_positions(self.model, args, kwargs)
             self._through_hooks(lower_leaky(self.pre_importance(inputs, real)))
+        return output
 
-    def _importance_watched(self) -> bool:
-        return any(has_listeners(site.hooks.hook_ci) for site in self.sites)
+    def _importance_watched(self, kwargs: dict[str, Any]) -> bool:
+        """Whether anyone listens to `hook_ci` where the function sees the whole sequence."""
+        listened = any(has_listeners(site.hooks.hook_ci) for site in self.sites)
+        return listened and cached_positions(kwargs) == 0
 
     def _through_hooks(self, importance: Tensor) -> Tensor:
-        if not self._importance_watched():
+        if not any(has_listeners(site.hooks.hook_ci) for site in self.sites):
             return importance
-        parts = self.layout.split(importance)
-        return torch.cat(
-            [s.hooks.hook_ci(part) for s, part in zip(self.sites, parts, strict=True)], dim=-1
-        )
+        parts = zip(self.sites, self.layout.split(importance), strict=True)
+        return torch.cat([site.hooks.hook_ci(part) for site, part in parts], dim=-1)
 
     def _masks_for(self, context: MaskContext, args: tuple, kwargs: dict[str, Any]) -> Masks:
         """The masks of this forward; importances come from a clean forward of the target."""
-        generation = self.forwards.state.generation
+        generation: Generation | None = self.generation
         if not context.needs_importance:
-            if self._importance_watched() and cached_positions(kwargs) == 0:
+            if self._importance_watched(kwargs):
                 whole, named = whole_call(args, kwargs, generation is not None)
                 self._through_hooks(self.causal_importance(*whole, **named))
             return context.masks(torch.zeros(self.layout.total, device=self.device), self.layout)
-        whole, named = self._whole_call(context, args, kwargs)
+        if generation is not None:
+            whole, named = generation.whole_call(args, kwargs)
+        elif n := cached_positions(kwargs):
+            raise VPDError(
+                f"masks {context.mode!r} follow from the whole sequence, but {n} of its positions "
+                "lie in a key-value cache that was handed in. Use model.generate, pass the whole "
+                "sequence without a cache, or give explicit masks."
+            )
+        else:
+            whole, named = whole_call(args, kwargs)
         output, inputs = self.target(*whole, **named)
         real = real_positions(self.model, whole, named)
         importance = self._importance(inputs, real)
@@ -368,26 +342,14 @@ class Decomposition(nn.Module):
         importance = self._through_hooks(importance)
         if context.mode != "adversarial":
             masks = context.masks(importance, self.layout, real)
-        elif generation is None:
-            masks = self.find_adversary(context, importance, output, whole, named).masks(importance)
         else:
-            if generation.sources is None:
-                generation.sources = self.find_adversary(context, importance, output, whole, named)
-            masks = generation.sources.masks(importance)
+            sources = None if generation is None else generation.sources
+            if sources is None:
+                sources = self.find_adversary(context, importance, output, whole, named)
+            if generation is not None:
+                generation.sources = sources
+            masks = sources.masks(importance)
         return masks if generation is None else generation.remember(masks, args, kwargs)
-
-    def _whole_call(
-        self, context: MaskContext, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
-        if self.generation is not None:
-            return self.generation.whole_call(args, kwargs)
-        if n := cached_positions(kwargs):
-            raise VPDError(
-                f"masks {context.mode!r} follow from the whole sequence, but {n} of its positions "
-                "lie in a key-value cache that was handed in. Use model.generate, pass the whole "
-                "sequence without a cache, or give explicit masks."
-            )
-        return whole_call(args, kwargs)
 
     def find_adversary(
         self, context: MaskContext, importance: Tensor, output: Tensor, args: tuple, kwargs: dict
@@ -413,39 +375,21 @@ class Decomposition(nn.Module):
             )
         return sources
 
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        with self._generating():
-            return self.attachment.original["generate"](*args, **kwargs)
-
-    def _generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        with self._generating():
-            yield from self.attachment.original["generate_stream"](*args, **kwargs)
-
-    def _run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
-        output, cache = self.attachment.original["run_with_cache"](*args, **kwargs)
-        contexts = self.forwards.state.contexts
-        if contexts and contexts[-1].mode != "target" and hasattr(cache, "compute_head_results"):
-            cache.compute_head_results = partial(compute_head_results, self.forwards, cache)
-        return output, cache
-
     @property
     def generation(self) -> Generation | None:
         """What the `generate` under way in this thread has seen so far; `None` outside one."""
         return self.forwards.state.generation
 
-    @contextmanager
-    def _generating(self) -> Iterator[None]:
-        state = self.forwards.state
-        before, state.generation = state.generation, Generation()
-        try:
-            yield
-        finally:
-            state.generation = before
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        with self.forwards.during(generation=Generation()):
+            return self.attachment.original["generate"](*args, **kwargs)
 
+    def _generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        with self.forwards.during(generation=Generation()):
+            yield from self.attachment.original["generate_stream"](*args, **kwargs)
 
-def _target_size(model: nn.Module, sites: Sequence[Site]) -> tuple[int, int]:
-    """Residual width and depth of the target, for the size of the importance function."""
-    cfg = getattr(model, "cfg", None)
-    width = getattr(cfg, "d_model", None) or max(site.shape[0] for site in sites)
-    depth = getattr(cfg, "n_layers", None) or 1
-    return int(width), int(depth)
+    def _run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        output, cache = self.attachment.original["run_with_cache"](*args, **kwargs)
+        if self.forwards.state.masked and hasattr(cache, "compute_head_results"):
+            cache.compute_head_results = partial(self.forwards.compute_head_results, cache)
+        return output, cache

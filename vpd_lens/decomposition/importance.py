@@ -17,29 +17,22 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from vpd_lens.config import CausalImportanceConfig
 from vpd_lens.decomposition.subcomponents import PerSubcomponent, Subcomponents
 from vpd_lens.errors import ConfigError
 
+Inputs = Sequence[Float[Tensor, "*batch _d_in"]]
+
 
 class TransformerImportance(nn.Module):
     """VPD's causal importance function: a pre-norm bidirectional transformer over all sites.
 
-    Each site's input is RMS-normalised on its own and all are concatenated, projected to
-    `d_model`, passed through the blocks and projected to `C_total`. Because attention looks both
-    ways, importance at a position depends on later tokens: it is not a causal quantity.
-
-    Args:
-        d_inputs: Input width of each site.
-        c_total: Number of subcomponents.
-        d_model: Width.
-        n_blocks: Depth.
-        n_heads: Attention heads.
-        d_ffn: Feed-forward width.
-        rope_base: Base of the rotary embedding.
-        generator: Random generator (CPU) of the initialisation.
+    Each site's input (of width `d_inputs`) is RMS-normalised on its own and all are concatenated,
+    projected to `d_model`, passed through the blocks and projected to `C_total`. Because attention
+    looks both ways, importance at a position depends on later tokens: it is not a causal quantity.
+    The generator of the initialisation is one of the CPU.
     """
 
     def __init__(
@@ -51,7 +44,7 @@ class TransformerImportance(nn.Module):
         n_heads: int,
         d_ffn: int,
         rope_base: float = 10_000.0,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> None:
         super().__init__()
         if d_model % (2 * n_heads) != 0:
@@ -67,21 +60,20 @@ class TransformerImportance(nn.Module):
 
     def forward(
         self,
-        inputs: Sequence[Float[Tensor, "*batch _d_in"]],
+        inputs: Inputs,
         subcomponents: Subcomponents,
         real: Bool[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "*batch C_total"]:
-        """Pre-sigmoid importances from inputs `[batch, pos, d_in]` or `[batch, d_in]`.
+        """Pre-sigmoid importances from every site's input, `[batch, pos, d_in]` or `[batch, d_in]`.
 
-        Args:
-            inputs: The input of every site.
-            subcomponents: Not looked at.
-            real: Positions that are tokens and not padding: no other position reads from the
-                rest, so that padding changes nothing. `None`: all are.
+        `real` says which positions are tokens and not padding: no other position reads from the
+        rest, so that padding changes nothing. `None`: all are. The subcomponents do not matter.
         """
         dtype = self.project_in.weight.dtype
-        normed = _normalise_each(inputs, dtype)
-        z = self.project_in(normed)
+        # q, k and v read the same tensor: normalise it once.
+        distinct = {id(x): x for x in inputs}
+        normed = {i: F.rms_norm(x.to(dtype), x.shape[-1:]) for i, x in distinct.items()}
+        z = self.project_in(torch.cat([normed[id(x)] for x in inputs], dim=-1))
         flat = z.ndim == 2
         z = z.unsqueeze(1) if flat else z
         seen = None
@@ -99,29 +91,14 @@ class TransformerImportance(nn.Module):
         return _rows(self.project_out, None)
 
 
-def _normalise_each(inputs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    # q, k and v read the same tensor: normalise it once.
-    normed: dict[int, Tensor] = {}
-    for x in inputs:
-        if id(x) not in normed:
-            normed[id(x)] = F.rms_norm(x.to(dtype), x.shape[-1:])
-    return torch.cat([normed[id(x)] for x in inputs], dim=-1)
-
-
 class _Block(nn.Module):
     def __init__(
-        self,
-        d_model: int,
-        n_heads: int,
-        d_ffn: int,
-        rope_base: float,
-        generator: torch.Generator | None,
+        self, d_model: int, n_heads: int, d_ffn: int, rope_base: float, generator: Generator | None
     ) -> None:
         super().__init__()
-        self.n_heads = n_heads
-        self.rope_base = rope_base
-        self.qkv = _uniform_linear(d_model, 3 * d_model, generator, bias=False)
-        self.out = _uniform_linear(d_model, d_model, generator, bias=False)
+        self.n_heads, self.rope_base = n_heads, rope_base
+        self.qkv = _linear(d_model, 3 * d_model, generator, gain=None)
+        self.out = _linear(d_model, d_model, generator, gain=None)
         self.up = _linear(d_model, d_ffn, generator, gain=math.sqrt(2))
         self.down = _linear(d_ffn, d_model, generator)
 
@@ -152,33 +129,24 @@ def _rotate(x: Float[Tensor, "b h t d"], base: float) -> Float[Tensor, "b h t d"
 class PerSubcomponentMLP(nn.Module):
     """SPD's toy causal importance function: one MLP per subcomponent, on its own activation.
 
-    Args:
-        c_total: Number of subcomponents.
-        hidden: Hidden width of each MLP; 0: an affine function, `w act + b`.
-        generator: Random generator (CPU) of the initialisation.
+    Its hidden width is `hidden`; at 0 it is the affine function `w act + b`.
     """
 
-    def __init__(self, c_total: int, hidden: int, generator: torch.Generator | None = None) -> None:
+    def __init__(self, c_total: int, hidden: int, generator: Generator | None = None) -> None:
         super().__init__()
         self.affine = hidden == 0
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
-
         if self.affine:
-            self.w = nn.Parameter(normal(c_total) * math.sqrt(2))
+            self.w = nn.Parameter(torch.randn(c_total, generator=generator) * math.sqrt(2))
             self.b = nn.Parameter(torch.zeros(c_total))
             return
-        self.w_in = nn.Parameter(normal(c_total, hidden) * math.sqrt(2))
-        self.b_in = nn.Parameter(torch.zeros(c_total, hidden))
-        self.w_out = nn.Parameter(normal(c_total, hidden) / math.sqrt(hidden))
+        w_in = torch.randn(c_total, hidden, generator=generator) * math.sqrt(2)
+        w_out = torch.randn(c_total, hidden, generator=generator) / math.sqrt(hidden)
+        self.w_in, self.b_in = nn.Parameter(w_in), nn.Parameter(torch.zeros(c_total, hidden))
+        self.w_out = nn.Parameter(w_out)
         self.b_out = nn.Parameter(torch.zeros(c_total))
 
     def forward(
-        self,
-        inputs: Sequence[Float[Tensor, "*batch _d_in"]],
-        subcomponents: Subcomponents,
-        real: Tensor | None = None,
+        self, inputs: Inputs, subcomponents: Subcomponents, real: Tensor | None = None
     ) -> Float[Tensor, "*batch C_total"]:
         """Pre-sigmoid importances; gradients reach `V` through the activations."""
         acts = subcomponents.acts(inputs)
@@ -197,21 +165,14 @@ class PerSubcomponentMLP(nn.Module):
 
 
 class SharedMLP(nn.Module):
-    """One MLP per site, from the site's input to all its subcomponents' importances.
-
-    Args:
-        d_inputs: Input width of each site.
-        sizes: Number of subcomponents of each site.
-        hidden: Hidden width; 0: an affine function.
-        generator: Random generator (CPU) of the initialisation.
-    """
+    """One MLP per site, from its input to its subcomponents' importances; affine at `hidden` 0."""
 
     def __init__(
         self,
         d_inputs: Sequence[int],
         sizes: Sequence[int],
         hidden: int,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> None:
         super().__init__()
 
@@ -224,10 +185,7 @@ class SharedMLP(nn.Module):
         self.mlps = nn.ModuleList(mlp(d, c) for d, c in zip(d_inputs, sizes, strict=True))
 
     def forward(
-        self,
-        inputs: Sequence[Float[Tensor, "*batch _d_in"]],
-        subcomponents: Subcomponents,
-        real: Tensor | None = None,
+        self, inputs: Inputs, subcomponents: Subcomponents, real: Tensor | None = None
     ) -> Float[Tensor, "*batch C_total"]:
         """Pre-sigmoid importances."""
         return torch.cat(
@@ -251,23 +209,17 @@ def _rows(layer: nn.Linear, site: int | None) -> list[PerSubcomponent]:
 
 
 def _linear(
-    d_in: int, d_out: int, generator: torch.Generator | None, gain: float = 1.0
+    d_in: int, d_out: int, generator: Generator | None, gain: float | None = 1.0
 ) -> nn.Linear:
-    # Drawn twice, as in version 0.1: a seed goes on meaning the same start.
-    layer = _uniform_linear(d_in, d_out, generator)
-    nn.init.normal_(layer.weight, std=gain / math.sqrt(d_in), generator=generator)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def _uniform_linear(
-    d_in: int, d_out: int, generator: torch.Generator | None, bias: bool = True
-) -> nn.Linear:
-    """PyTorch's own initialisation, from a generator instead of the global random state."""
-    layer = nn.Linear(d_in, d_out, bias=bias, device="meta").to_empty(device="cpu")
+    """A layer with weights `N(0, gain^2 / d_in)` and bias 0; no gain: PyTorch's own, no bias."""
+    layer = nn.Linear(d_in, d_out, bias=gain is not None, device="meta").to_empty(device="cpu")
     bound = 1 / math.sqrt(d_in)
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    if gain is not None:
+        # Drawn twice, as in version 0.1: a seed goes on meaning the same start.
+        nn.init.normal_(layer.weight, std=gain / math.sqrt(d_in), generator=generator)
+        nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -280,17 +232,9 @@ def build_importance(
     sizes: Sequence[int],
     target_width: int,
     target_depth: int,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> ImportanceFunction:
     """The causal importance function that `config` describes, its gaps filled from the target.
-
-    Args:
-        config: Kind and size.
-        d_inputs: Input width of each site.
-        sizes: Number of subcomponents of each site.
-        target_width: The target's residual width.
-        target_depth: The target's number of layers.
-        generator: Random generator (CPU) of the initialisation.
 
     Raises:
         ConfigError: If the width does not fit the heads.
@@ -361,13 +305,6 @@ def lower_leaky(z: Float[Tensor, "*shape"], alpha: float = LEAK) -> Float[Tensor
     Backward: 1 on `(0, 1]`, 0 above 1; at `z <= 0` the gradient passes times `alpha` only if it
     is negative, that is, only if descent would raise `z`. The forward value is never negative:
     negative masks made training unstable in SPD.
-
-    Args:
-        z: Pre-sigmoid causal importances.
-        alpha: The leak.
-
-    Returns:
-        Causal importances in `[0, 1]`.
     """
     return _LowerLeaky.apply(z, alpha)  # type: ignore[no-any-return]
 
@@ -375,12 +312,7 @@ def lower_leaky(z: Float[Tensor, "*shape"], alpha: float = LEAK) -> Float[Tensor
 def upper_leaky(z: Float[Tensor, "*shape"], alpha: float = LEAK) -> Float[Tensor, "*shape"]:
     """Hard sigmoid for the minimality losses: `clamp(z, 0, 1)` up to 1, slope `alpha` above.
 
-    Args:
-        z: Pre-sigmoid causal importances.
-        alpha: The slope above 1.
-
-    Returns:
-        Values in `[0, inf)`; those above 1 keep a gradient that pulls them back.
+    Values above 1 keep a gradient that pulls them back.
     """
     positive = z.clamp(min=0)
     # Below 1 the second line lies above the first, beyond 1 below it.

@@ -23,12 +23,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns of a concatenated tensor belong to which site.
-
-    Attributes:
-        names: Site names, in forward order.
-        sizes: Number of subcomponents `C_l` of each site.
-    """
+    """Which columns of a concatenated tensor belong to which site: names and sizes `C_l`."""
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -60,12 +55,11 @@ class Layout:
 
 @dataclass
 class Masks:
-    """The masks of one forward pass.
+    """The masks of one forward pass; leading dimensions of size 1 are broadcast.
 
     Attributes:
-        components: Mask `m` of every subcomponent, `[*batch, C_total]`; leading dimensions of
-            size 1 are broadcast.
-        delta: Mask of every delta, `[*batch, n_sites]`.
+        components: Mask `m` of every subcomponent.
+        delta: Mask of every delta.
         routed: Which sites are masked at each position; elsewhere they keep their original
             weight, as if all their masks were 1. `None`: all are.
     """
@@ -75,30 +69,14 @@ class Masks:
     routed: Bool[Tensor, "*batch n_sites"] | None = None
 
     def per_site(self, layout: Layout) -> list[SiteMasks]:
-        """The masks of each site, as views.
-
-        Args:
-            layout: The columns of each site.
-        """
+        """The masks of each site, as views."""
         deltas = self.delta.split(1, dim=-1)
         routed = [None] * layout.n_sites if self.routed is None else self.routed.split(1, dim=-1)
-        parts = zip(layout.split(self.components), deltas, routed, strict=True)
-        return [SiteMasks(*part) for part in parts]
+        return list(map(Masks, layout.split(self.components), deltas, routed))
 
 
-@dataclass
-class SiteMasks:
-    """The masks of one site.
-
-    Attributes:
-        components: `[*batch, C]`.
-        delta: `[*batch, 1]`.
-        routed: `[*batch, 1]` or `None`.
-    """
-
-    components: Float[Tensor, "*batch C"]
-    delta: Float[Tensor, "*batch 1"]
-    routed: Bool[Tensor, "*batch 1"] | None
+# Those of one site: `[*batch, C]`, `[*batch, 1]` and, if not all is routed, `[*batch, 1]`.
+SiteMasks = Masks
 
 
 @dataclass
@@ -108,8 +86,7 @@ class SourceMasks:
     Attributes:
         importance: Causal importances `g`.
         components: Source `r` of every subcomponent; dimensions of size 1 are shared.
-        delta: Mask of every delta: its own source, its importance being 0.
-        routed: As in `Masks`.
+        delta, routed: As in `Masks`.
     """
 
     importance: Float[Tensor, "*batch C_total"]
@@ -124,31 +101,18 @@ class SourceMasks:
 
 @dataclass
 class Sources:
-    """What decides masks between `g` and 1.
-
-    Attributes:
-        components: Source of every subcomponent, `[*batch, C_total]`.
-        delta: Source of every delta, `[*batch, n_sites]`.
-    """
+    """What decides masks between `g` and 1: a source `r` of every subcomponent and delta."""
 
     components: Float[Tensor, "*batch C_total"]
     delta: Float[Tensor, "*batch n_sites"]
 
     def over(self, importance: Float[Tensor, "*batch C_total"]) -> SourceMasks:
-        """`m = g + (1 - g) r`, not computed yet; the delta's importance is 0.
-
-        Args:
-            importance: Causal importances `g`.
-        """
+        """What `masks` returns, not computed yet."""
         delta = self.delta.expand(*importance.shape[:-1], -1)
         return SourceMasks(importance, self.components, delta)
 
     def masks(self, importance: Float[Tensor, "*batch C_total"]) -> Masks:
-        """`m = g + (1 - g) r`; the delta's mask is its own source, its importance being 0.
-
-        Args:
-            importance: Causal importances `g`.
-        """
+        """`m = g + (1 - g) r`; the delta's mask is its own source, its importance being 0."""
         return self.over(importance).computed()
 
 
@@ -163,12 +127,9 @@ def uniform_sources(
 ) -> Sources:
     """Sources `r ~ U(0, 1)`, independently for every subcomponent and every delta.
 
-    Args:
-        importance: Gives shape, dtype and device.
-        layout: The columns of each site.
-        generator: Random generator on that device.
-        real: Draw at these positions only and leave 0 at the others (padding), so that a
-            sequence meets the same numbers in a padded batch as alone.
+    `importance` gives shape, dtype and device, which is the generator's too. With `real`, they are
+    drawn at these positions only and left 0 at the others (padding), so that a sequence meets the
+    same numbers in a padded batch as alone.
     """
     g = importance
     if real is not None:
@@ -211,39 +172,26 @@ class _Interpolate(torch.autograd.Function):
 def interpolate(
     importance: Float[Tensor, "*batch C"], sources: Float[Tensor, "*#batch C"]
 ) -> Float[Tensor, "*batch C"]:
-    """Masks from causal importances and sources: `m = g + (1 - g) r` (VPD, definition of masks).
+    """Masks `m = g + (1 - g) r` in `[g, 1]` (VPD, definition of masks).
 
-    Args:
-        importance: Causal importances `g` in `[0, 1]`.
-        sources: Sources `r` in `[0, 1]`; dimensions of size 1 are shared.
-
-    Returns:
-        Masks in `[g, 1]`.
+    Dimensions of size 1 of the sources are shared.
     """
     return _Interpolate.apply(importance, sources.expand_as(importance))  # type: ignore[no-any-return]
 
 
 def uniform_k_subset(
-    shape: tuple[int, ...],
-    device: torch.device,
-    generator: torch.Generator | None = None,
+    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None = None
 ) -> Bool[Tensor, "*batch n_sites"]:
     """Route a random subset of sites at every position (VPD, uniform-k-subset routing).
 
     For every position independently `k ~ U{1..n_sites}`, then a uniformly random subset of `k`
-    sites. A site is routed with probability `(n_sites + 1) / (2 n_sites)`; no position is
-    without any.
-
-    Args:
-        shape: `(*batch, n_sites)`, for language models `(batch, pos, n_sites)`.
-        device: Where the result lives.
-        generator: Random generator on that device.
+    sites: one is routed with probability `(n_sites + 1) / (2 n_sites)`, and none nowhere.
+    `shape` is `(*batch, n_sites)`, for language models `(batch, pos, n_sites)`.
     """
     *batch, n_sites = shape
     k = torch.randint(1, n_sites + 1, (*batch, 1), device=device, generator=generator)
     noise = torch.rand(*batch, n_sites, device=device, generator=generator)
-    rank = noise.argsort(-1).argsort(-1)
-    return rank < k
+    return noise.argsort(-1).argsort(-1) < k
 
 
 class _MaskedSite(torch.autograd.Function):
@@ -306,23 +254,12 @@ def masked_site(
     masks: SiteMasks,
     bias: Float[Tensor, " d_out"] | None,
 ) -> Float[Tensor, "*batch d_out"]:
-    """A site's output under masks (the identity at the top of this file).
+    """A site's output under masks, `x (V diag(m) U + m_delta Delta) + bias`, in the dtype of `y`.
 
-    Computation runs in the dtype of `y`; masks and subcomponents are cast to it.
-
-    Args:
-        x: The matrix' input.
-        y: The unmasked output `x W + b`.
-        v: Read directions.
-        u: Write directions.
-        masks: Masks of the subcomponents and the delta; where the site is not routed, all 1.
-        bias: The bias contained in `y`, never masked.
-
-    Returns:
-        `x (V diag(m) U + m_delta Delta) + bias`.
+    Computed by the identity at the top of this file from the input `x` and the unmasked output
+    `y = x W + bias`. The bias is never masked.
     """
-    dtype = y.dtype
-    batch = y.shape[:-1]
+    dtype, batch = y.dtype, y.shape[:-1]
 
     def rows(t: Tensor) -> Tensor:
         return t.expand(*batch, t.shape[-1]).reshape(-1, t.shape[-1])
@@ -349,19 +286,10 @@ def edited_site(
     delta_mask: Float[Tensor, "*batch 1"],
     bias: Float[Tensor, " d_out"] | None,
 ) -> Float[Tensor, "*batch d_out"]:
-    """The same output when a hook may have replaced the subcomponent activations.
+    """The same output when hooks may have replaced activations `x V` or masks.
 
     The delta's share is computed from the activations before the edit, so an intervention is
     never cancelled by the delta.
-
-    Args:
-        y: The unmasked output `x W + b`.
-        u: Write directions.
-        acts: Activations `x V` of the model.
-        edited_acts: Activations after the hooks on `hook_acts`.
-        mask: Mask of each subcomponent, after the hooks on `hook_mask`.
-        delta_mask: Mask of the delta, after the hooks on `hook_delta_mask`.
-        bias: The bias contained in `y`.
     """
     delta = delta_mask.to(y.dtype)
     kept = y * delta if bias is None else torch.lerp(bias.to(y.dtype), y, delta)

@@ -47,11 +47,11 @@ def masks_of(
     threshold: float = 0.0,
     real: Bool[Tensor, "*batch"] | None = None,
 ) -> Masks:
-    """The masks of a mode that needs no search, given the causal importances.
+    """The masks of a mode that needs no search, given the causal importances `g`.
 
     Args:
         mode: Any row of the table above but `target` and `adversarial`.
-        importance: Causal importances `g`; only their shape counts for `unmasked` and `zero`.
+        importance: Only its shape counts for `unmasked` and `zero`.
         layout: The columns of each site.
         generator: Random generator; `None` uses torch's global one.
         threshold: For `rounded`.
@@ -72,11 +72,9 @@ def masks_of(
         components = g
     elif mode == "rounded":
         components = (g > threshold).to(g.dtype)
-    elif mode == "random" and real is None:
-        components = torch.empty_like(g).uniform_(generator=generator)
     elif mode == "random":
-        drawn = torch.empty_like(g[real]).uniform_(generator=generator)
-        components = torch.zeros_like(g).index_put_((real,), drawn)
+        components, drawn = torch.zeros_like(g), ... if real is None else real
+        components[drawn] = torch.empty_like(g[drawn]).uniform_(generator=generator)
     elif mode == "zero":
         components = torch.zeros_like(g)
     else:
@@ -86,16 +84,7 @@ def masks_of(
 
 @dataclass
 class MaskContext:
-    """One `with vpd.masked(...)` block.
-
-    Attributes:
-        mode: One of `MODES`, or `"given"` for explicit tensors.
-        threshold: For `rounded`.
-        n_steps: Ascent steps, for `adversarial`.
-        step_size: Size of a sign step, for `adversarial`.
-        generator: Source of randomness; `None` uses torch's global one.
-        given: Explicit masks.
-    """
+    """One `with vpd.masked(...)` block; its mode is `"given"` for explicit masks."""
 
     mode: str
     threshold: float = 0.0
@@ -112,13 +101,7 @@ class MaskContext:
     def masks(
         self, importance: Tensor, layout: Layout, real: Bool[Tensor, "*batch"] | None = None
     ) -> Masks:
-        """The masks of the block: those given, or those of its mode.
-
-        Args:
-            importance: Causal importances `[*batch, C_total]`.
-            layout: The columns of each site.
-            real: Positions that are no padding.
-        """
+        """The masks of the block: those given, or those of its mode."""
         if self.given is not None:
             return self.given
         return masks_of(self.mode, importance, layout, self.generator, self.threshold, real)
@@ -149,38 +132,35 @@ def masks_from_tensors(
                 f"{(layout.total, layout.n_sites)}."
             )
         return tensors
-    if isinstance(delta, Mapping) and (strange := sorted(set(delta) - set(layout.names))):
-        raise InputError(f"delta: no site named {strange}; sites: {list(layout.names)}.")
+    names = layout.names
+    for argument, given in (("delta", delta), ("masks", tensors)):
+        if isinstance(given, Mapping) and (unknown := sorted(set(given) - set(names))):
+            raise InputError(f"{argument}: no site named {unknown}; sites: {list(names)}.")
     if isinstance(tensors, Mapping):
-        unknown = sorted(set(tensors) - set(layout.names))
-        if unknown:
-            raise InputError(f"masks: no site named {unknown}; sites: {list(layout.names)}.")
+        sizes = dict(zip(names, layout.sizes, strict=True))
         for name, mask in tensors.items():
-            expected = layout.sizes[layout.names.index(name)]
-            if mask.shape[-1] != expected:
+            if mask.shape[-1] != sizes[name]:
                 raise InputError(
                     f"masks[{name!r}] has shape {tuple(mask.shape)}; its last dimension must be "
-                    f"the site's {expected} subcomponents."
+                    f"the site's {sizes[name]} subcomponents."
                 )
         batch = torch.broadcast_shapes(*(m.shape[:-1] for m in tensors.values()))
+        one = torch.ones(1)
         parts = [
-            tensors[name].to(device).float().expand(*batch, size)
-            if name in tensors
-            else torch.ones(*batch, size, device=device)
-            for name, size in zip(layout.names, layout.sizes, strict=True)
+            tensors.get(name, one).to(device).float().expand(*batch, size)
+            for name, size in sizes.items()
         ]
         components = torch.cat(parts, dim=-1)
-    else:
-        if tensors.shape[-1] != layout.total:
-            raise InputError(
-                f"masks has shape {tuple(tensors.shape)}; its last dimension must be C_total = "
-                f"{layout.total}."
-            )
+    elif tensors.shape[-1] == layout.total:
         components = tensors.to(device).float()
-    batch = components.shape[:-1]
-    values = delta if isinstance(delta, Mapping) else dict.fromkeys(layout.names, delta)
+    else:
+        raise InputError(
+            f"masks has shape {tuple(tensors.shape)}; its last dimension must be C_total = "
+            f"{layout.total}."
+        )
+    values = delta if isinstance(delta, Mapping) else dict.fromkeys(names, delta)
     columns = [
-        torch.as_tensor(values.get(name, 1.0), device=device).float().expand(batch)
-        for name in layout.names
+        torch.as_tensor(values.get(name, 1.0), device=device).float().expand(components.shape[:-1])
+        for name in names
     ]
     return Masks(components, torch.stack(columns, dim=-1))

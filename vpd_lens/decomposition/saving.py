@@ -37,15 +37,10 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def save(vpd: Decomposition, path: str | Path, metrics: dict[str, Any] | None = None) -> Path:
-    """Write a decomposition to a folder, whole or not at all.
+    """Write a decomposition to a folder, whole or not at all, and return the folder.
 
-    Args:
-        vpd: The decomposition.
-        path: The folder; an earlier one there is replaced only once the new one is complete.
-        metrics: Anything measured, stored in the record.
-
-    Returns:
-        The folder.
+    An earlier one there is replaced only once the new one is complete. `metrics`, anything
+    measured, are stored in the record.
 
     Raises:
         ArtefactError: If something else is there, or it cannot be written.
@@ -58,24 +53,19 @@ def save(vpd: Decomposition, path: str | Path, metrics: dict[str, Any] | None = 
         training=vpd.training_config,
         metrics=metrics or {},
     )
-    tensors = {
-        "subcomponents": subcomponent_tensors(vpd),
-        "causal_importance": vpd.importance.state_dict(),
-    }
+    function = vpd.importance.state_dict()
+    tensors = {"subcomponents": subcomponent_tensors(vpd), "causal_importance": function}
     card = _model_card(record)
     return storage.write(path, record, tensors, lambda new: (new / "README.md").write_text(card))
 
 
 def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
-    """Attach a saved decomposition to the model it was made from.
+    """Attach a saved decomposition, as `model.vpd`, to the model it was made from.
 
     Args:
         path: The folder that `vpd.save` wrote, or the output of a finished training run.
         model: The base model, processed and in the dtype as it was then.
         divergence: The output divergence, needed if a custom one was used in training.
-
-    Returns:
-        The same model, with `model.vpd`.
 
     Raises:
         ArtefactError: If a file is missing, damaged or newer than this library, or a decomposed
@@ -113,10 +103,10 @@ def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
 
 def base_model_record(vpd: Decomposition) -> BaseModelRecord:
     """What identifies a decomposition's model, as it is now."""
-    cfg = getattr(vpd.model, "cfg", None)
+    cfg, version = getattr(vpd.model, "cfg", None), importlib.metadata.version
     return BaseModelRecord(
-        transformer_lens_version=importlib.metadata.version("transformer-lens"),
-        torch_version=importlib.metadata.version("torch"),
+        transformer_lens_version=version("transformer-lens"),
+        torch_version=version("torch"),
         model_class=type(vpd.model).__name__,
         kind=model_kind(vpd.model),
         model_name=getattr(cfg, "model_name", None),
@@ -168,9 +158,7 @@ def subcomponents_record(vpd: Decomposition) -> dict[str, Any]:
 def recorded_shapes(record: SubcomponentsRecord, vpd: Decomposition) -> tuple[Shapes, Shapes]:
     """The shapes of the recorded subcomponents, and of the importance function's parameters.
 
-    Args:
-        record: Says how many there are.
-        vpd: A decomposition of the same sites, whatever is folded in it.
+    In the decomposition, one of the same sites, other subcomponents may be folded.
     """
     subcomponents: Shapes = {}
     for site, original in zip(vpd.sites, record.indices, strict=True):
@@ -203,13 +191,7 @@ def subcomponent_tensors(vpd: Decomposition) -> dict[str, Tensor]:
 def load_subcomponents(
     vpd: Decomposition, tensors: dict[str, Tensor], record: SubcomponentsRecord
 ) -> None:
-    """Copy `V` and `U` of every site in place, and what was folded.
-
-    Args:
-        vpd: A decomposition of the same sizes.
-        tensors: As from `subcomponent_tensors`, of the shapes that the record says.
-        record: Which columns they are.
-    """
+    """Copy in place what `subcomponent_tensors` gave of a decomposition of the same sizes."""
     parts = vpd.subcomponents
     for index, (name, original) in enumerate(zip(record.sites, record.indices, strict=True)):
         parts.v[index].copy_(tensors[f"{name}.V"])

@@ -22,27 +22,20 @@ CountSpec = int | str | Mapping[str, int] | Callable[[Any], int]
 class NamedMatrix(Protocol):
     """What the counting rules look at: a `Site`, or a matrix that exists on paper only."""
 
-    @property
-    def name(self) -> str:
-        """Name of the site."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(d_in, d_out)`."""
-        ...
+    name: str
+    shape: tuple[int, int]
 
 
-# Subcomponents per d_model (attention) or d_mlp (MLP) in the paper's 67M model: d_model 768,
-# d_mlp 3072; q, k 512; v, o 1024; up 3072; down 3584.
+# Subcomponents in the paper's 67M model, relative to a dimension of the matrix (0: d_in, 1: d_out):
+# d_model 768, d_mlp 3072; q, k 512; v, o 1024; up 3072; down 3584.
 _PAPER_RATIO = {
-    "q": 2 / 3,
-    "k": 2 / 3,
-    "v": 4 / 3,
-    "o": 4 / 3,
-    "in": 1.0,
-    "gate": 1.0,
-    "out": 7 / 6,
+    "q": (2 / 3, 1),
+    "k": (2 / 3, 1),
+    "v": (4 / 3, 1),
+    "o": (4 / 3, 1),
+    "in": (1.0, 1),
+    "gate": (1.0, 1),
+    "out": (7 / 6, 0),
 }
 
 
@@ -53,16 +46,11 @@ def paper_count(site: NamedMatrix) -> int:
     key-value heads, fewer subcomponents); o 4/3 d_model, MLP inputs d_mlp, MLP outputs 7/6 d_mlp.
     Other matrices get 4/3 of their smaller dimension.
     """
-    d_in, d_out = site.shape
     part = site.name.rsplit(".", 1)[-1]
-    ratio = _PAPER_RATIO.get(part, 4 / 3)
-    if part in ("q", "k", "v", "o", "gate", "in"):
-        width = d_out
-    elif part == "out":
-        width = d_in
-    else:
-        width = min(d_in, d_out)
-    return _multiple_of_8(ratio * width)
+    if part not in _PAPER_RATIO:
+        return _multiple_of_8(4 / 3 * min(site.shape))
+    ratio, dim = _PAPER_RATIO[part]
+    return _multiple_of_8(ratio * site.shape[dim])
 
 
 def faithful_count(site: NamedMatrix) -> int:
@@ -93,14 +81,17 @@ def resolve_counts(sites: Sequence[NamedMatrix], spec: CountSpec) -> tuple[int, 
                 f"n_subcomponents={spec!r} is not known; give 'paper', 'faithful', an int, a dict "
                 "of patterns or a callable."
             )
-        counts = [rules[spec](site) for site in sites]
-    elif isinstance(spec, int):
+        spec = rules[spec]
+    if isinstance(spec, int):
         counts = [spec] * len(sites)
     elif isinstance(spec, Mapping):
         unused = [p for p in spec if not any(re.search(p, site.name) for site in sites)]
         if unused:
             raise ConfigError(f"n_subcomponents: the patterns {unused} match no site.")
-        counts = [_first_match(spec, site) for site in sites]
+        counts = [
+            next((n for p, n in spec.items() if re.search(p, site.name)), paper_count(site))
+            for site in sites
+        ]
     else:
         counts = [spec(site) for site in sites]
     for site, count in zip(sites, counts, strict=True):
@@ -109,13 +100,6 @@ def resolve_counts(sites: Sequence[NamedMatrix], spec: CountSpec) -> tuple[int, 
                 f"n_subcomponents for {site.name} is {count!r}; it must be at least 1."
             )
     return tuple(counts)
-
-
-def _first_match(spec: Mapping[str, int], site: NamedMatrix) -> int:
-    for pattern, count in spec.items():
-        if re.search(pattern, site.name):
-            return count
-    return paper_count(site)
 
 
 class PerSubcomponent(NamedTuple):
@@ -137,14 +121,11 @@ class PerSubcomponent(NamedTuple):
 class Folded(nn.Module):
     """Subcomponents of one site that were folded into its delta: kept, never trained again.
 
-    Attributes:
-        v: Their read directions `[d_in, F]`.
-        u: Their write directions `[F, d_out]`.
-        indices: Their column numbers from before anything was folded.
+    `indices` are their column numbers from before anything was folded.
     """
 
-    v: Tensor
-    u: Tensor
+    v: Float[Tensor, "d_in F"]
+    u: Float[Tensor, "F d_out"]
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
@@ -156,10 +137,7 @@ class Folded(nn.Module):
 class Subcomponents(nn.Module):
     """`V` and `U` of every site, kept in fp32.
 
-    Args:
-        sites: The decomposed sites.
-        counts: Number of subcomponents of each.
-        generator: Random generator (CPU) of the initialisation.
+    Initialised from a generator of the CPU.
 
     Attributes:
         v: Read directions, one `[d_in, C]` per site, initialised N(0, 1/d_in).
@@ -175,15 +153,13 @@ class Subcomponents(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = Layout(tuple(site.name for site in sites), tuple(counts))
-        v, u = [], []
+        self.v, self.u = nn.ParameterList(), nn.ParameterList()
         for site, count in zip(sites, counts, strict=True):
             d_in, d_out = site.shape
-            v.append(nn.Parameter(torch.randn(d_in, count, generator=generator) / math.sqrt(d_in)))
-            u.append(
-                nn.Parameter(torch.randn(count, d_out, generator=generator) / math.sqrt(count))
-            )
-        self.v = nn.ParameterList(v)
-        self.u = nn.ParameterList(u)
+            v = torch.randn(d_in, count, generator=generator) / math.sqrt(d_in)
+            u = torch.randn(count, d_out, generator=generator) / math.sqrt(count)
+            self.v.append(nn.Parameter(v))
+            self.u.append(nn.Parameter(u))
         self.original = [list(range(count)) for count in counts]
         self.folded: Sequence[Folded] = nn.ModuleList(Folded(*site.shape) for site in sites)  # type: ignore[assignment]
 
@@ -195,18 +171,11 @@ class Subcomponents(nn.Module):
 
     def per_subcomponent(self) -> list[PerSubcomponent]:
         """`V` has a column and `U` a row per subcomponent."""
-        sites = range(self.layout.n_sites)
-        return [
-            *(PerSubcomponent(self.v[i], 1, i) for i in sites),
-            *(PerSubcomponent(self.u[i], 0, i) for i in sites),
-        ]
+        sides = ((self.v, 1), (self.u, 0))
+        return [PerSubcomponent(p, dim, i) for side, dim in sides for i, p in enumerate(side)]
 
     def references(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """`W_l - F_l`, F the sum of what was folded: what `V_l U_l` should add up to, in fp32.
-
-        Args:
-            weights: The base weights `W_l`.
-        """
+        """`W_l - F_l`, F the sum of what was folded: what `V_l U_l` should add up to, in fp32."""
         return [
             torch.addmm(w.float(), folded.v, folded.u, alpha=-1)
             if folded.indices
@@ -215,29 +184,16 @@ class Subcomponents(nn.Module):
         ]
 
     def deltas(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """`Delta_l = W_l - V_l U_l` of every site, `[d_in, d_out]`, in fp32.
-
-        Args:
-            weights: The base weights `W_l`.
-        """
-        return [
-            torch.addmm(w.float(), v, u, alpha=-1)
-            for w, v, u in zip(weights, self.v, self.u, strict=True)
-        ]
+        """`Delta_l = W_l - V_l U_l` of every site, `[d_in, d_out]`, in fp32."""
+        parts = zip(weights, self.v, self.u, strict=True)
+        return [torch.addmm(w.float(), v, u, alpha=-1) for w, v, u in parts]
 
     def acts(
         self, inputs: Sequence[Float[Tensor, "*batch _d_in"]]
     ) -> Float[Tensor, "*batch C_total"]:
-        """Subcomponent activations `a = x V` of all sites.
-
-        Args:
-            inputs: The input of every site.
-        """
+        """Subcomponent activations `a = x V` of all sites, from the input of each."""
         return torch.cat([x.to(v.dtype) @ v for x, v in zip(inputs, self.v, strict=True)], -1)
 
-
-_WRITES_TO_AXES = ("q", "k", "v", "in", "gate")
-_READS_FROM_AXES = ("o", "out")
 
 # Size of the subcomponents beyond the number of axes, relative to the random initialisation.
 _REST = 0.3
@@ -251,18 +207,13 @@ def align(subcomponents: Subcomponents, sites: Sequence[Site]) -> None:
     written along one axis; one that reads from them (o, out) the sum of its rows. The first
     `C_l` of these rank-1 matrices become the first subcomponents, their norm shared evenly between
     V and U; further subcomponents keep their random directions, made small. With at least one
-    subcomponent per axis `V U` is nearly `W` before any training.
-
-    Args:
-        subcomponents: Changed in place.
-        sites: Their sites.
+    one subcomponent per axis `V U` is nearly `W` before any training.
     """
-    parts = [site.name.rsplit(".", 1)[-1] for site in sites]
-    for site, part, v, u in zip(sites, parts, subcomponents.v, subcomponents.u, strict=True):
-        weight = site.weight.to(v)
-        if part in _WRITES_TO_AXES:
+    for site, v, u in zip(sites, subcomponents.v, subcomponents.u, strict=True):
+        weight, part = site.weight.to(v), site.name.rsplit(".", 1)[-1]
+        if part in ("q", "k", "v", "in", "gate"):
             _along_columns(v, u, weight)
-        elif part in _READS_FROM_AXES:
+        elif part in ("o", "out"):
             _along_columns(u.T, v.T, weight.T)
 
 

@@ -9,13 +9,12 @@ every point that can carry them, the nearest one winning, and outputs at `hook_o
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
 
 from einops import rearrange
 from torch import Tensor, nn
 
 from vpd_lens.errors import AttachError
-from vpd_lens.sites.site import InputPoint, Site
+from vpd_lens.sites.site import InputPoint, Site, is_linear, linear_weight
 
 
 def bridge_sites(model: nn.Module) -> list[Site]:
@@ -35,20 +34,19 @@ def bridge_sites(model: nn.Module) -> list[Site]:
             )
     sites: list[Site] = []
     for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
-        attn = _child(block, "attn")
-        if attn is not None:
-            for letter in "qkvo":
-                module = _child(attn, letter)
-                if module is not None:
-                    sites.append(_site(f"blocks.{index}.attn.{letter}", attn, module))
-        mlp = _child(block, "mlp")
-        if mlp is not None and not is_mixture(mlp):
-            for part in ("gate", "in", "out"):
-                module = _child(mlp, part)
-                if module is not None:
-                    sites.append(_site(f"blocks.{index}.mlp.{part}", mlp, module, block.hook_in))
-    unembed = _child(model, "unembed")
-    if unembed is not None:
+        for container, parts in (("attn", "qkvo"), ("mlp", ("gate", "in", "out"))):
+            parent = block._modules.get(container)
+            if parent is None or is_mixture(parent):
+                continue
+            frame = block.hook_in if container == "mlp" else None
+            # `in` is a Python keyword and bridges forward unknown attributes to the wrapped
+            # module, so only registered children count.
+            sites += [
+                _site(f"blocks.{index}.{container}.{part}", parent, module, frame)
+                for part in parts
+                if (module := parent._modules.get(part)) is not None
+            ]
+    if (unembed := model._modules.get("unembed")) is not None:
         sites.append(_site("unembed", model, unembed))
     return sites
 
@@ -56,12 +54,6 @@ def bridge_sites(model: nn.Module) -> list[Site]:
 def is_mixture(mlp: nn.Module) -> bool:
     """Whether an MLP component is a mixture of experts."""
     return "moe" in type(mlp).__name__.lower()
-
-
-def _child(module: nn.Module, name: str) -> nn.Module | None:
-    # `in` is a Python keyword and bridges forward unknown attributes to the wrapped module, so
-    # only registered children count.
-    return module._modules.get(name)
 
 
 def _site(
@@ -75,13 +67,11 @@ def _site(
             "of no subcomponent, even while it is still zero. Merge it first (merge_and_unload) or "
             "remove it."
         )
-    inputs = []
+    inputs = [InputPoint(linear, "argument", 0)]
     # Processed gated MLPs skip the `in` and `gate` modules but still fire the container's hook.
-    if part in ("in", "gate"):
-        inputs.append(InputPoint(container.hook_in, "output"))
-    if part == "out":
-        inputs.append(InputPoint(module.hook_in, "output"))
-    inputs.append(InputPoint(linear, "argument", 0))
+    if part in ("in", "gate", "out"):
+        hook = module.hook_in if part == "out" else container.hook_in
+        inputs.insert(0, InputPoint(hook, "output"))
     return Site(
         name=name,
         read_weight=partial(_weight, container, module, part),
@@ -97,27 +87,18 @@ def _weight(container: nn.Module, module: nn.Module, part: str) -> Tensor:
     processed = getattr(container, f"_processed_W_{part}", None)
     if processed is not None and getattr(container, "_use_processed_weights", False):
         return processed.T
-    linear = module.original_component
-    if type(linear).__name__ == "Conv1D":
-        return cast(Tensor, linear.weight)
-    if isinstance(linear, nn.Linear):
-        return linear.weight.T
-    return _accessor_weight(container, part)
-
-
-def _accessor_weight(container: nn.Module, part: str) -> Tensor:
+    if is_linear(module.original_component):
+        return linear_weight(module.original_component)
     weight = getattr(container, f"W_{part.upper() if part in 'qkvo' else part}")
     if weight.ndim == 2:
         return weight
-    if part == "o":
-        return rearrange(weight, "head d_head d_out -> (head d_head) d_out")
-    return rearrange(weight, "head d_in d_head -> d_in (head d_head)")
+    heads_first = "head d_head d_out -> (head d_head) d_out"
+    return rearrange(weight, heads_first if part == "o" else "head d_in d -> d_in (head d)")
 
 
 def _bias(container: nn.Module, module: nn.Module, part: str) -> Tensor | None:
-    if getattr(container, "_use_processed_weights", False) and hasattr(
-        container, f"_processed_b_{part}"
-    ):
-        return getattr(container, f"_processed_b_{part}")
+    processed = f"_processed_b_{part}"
+    if getattr(container, "_use_processed_weights", False) and hasattr(container, processed):
+        return getattr(container, processed)
     bias = getattr(module.original_component, "bias", None)
     return None if bias is None else bias.flatten()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vpd_lens.errors import AttachError, did_you_mean
 from vpd_lens.sites.bridge import bridge_sites, is_mixture
 from vpd_lens.sites.hooked_transformer import hooked_transformer_sites
-from vpd_lens.sites.site import InputPoint, Site, relative_error, weight_of
+from vpd_lens.sites.site import InputPoint, Site, is_linear, linear_weight, relative_error
 
 SiteSelection = str | Sequence[str] | Sequence[Site]
 
@@ -26,11 +26,8 @@ def model_kind(model: nn.Module) -> str:
     """
     if hasattr(model, "adapter") and hasattr(model, "original_model"):
         return "bridge"
-    if all(name in model._modules for name in ("blocks", "unembed")) and hasattr(
-        model, "hook_dict"
-    ):
-        return "hooked_transformer"
-    return "module"
+    blocks = "blocks" in model._modules and "unembed" in model._modules
+    return "hooked_transformer" if blocks and hasattr(model, "hook_dict") else "module"
 
 
 def find_sites(model: nn.Module, select: SiteSelection = "all") -> list[Site]:
@@ -47,21 +44,21 @@ def find_sites(model: nn.Module, select: SiteSelection = "all") -> list[Site]:
     """
     if not isinstance(select, str) and len(select) > 0 and isinstance(select[0], Site):
         return list(select)  # type: ignore[arg-type]
-    kind = model_kind(model)
-    if kind == "bridge":
-        available = bridge_sites(model)
-    elif kind == "hooked_transformer":
-        available = hooked_transformer_sites(model)
-    else:
-        available = module_sites(model)
+    find = {"bridge": bridge_sites, "hooked_transformer": hooked_transformer_sites}
+    available = find.get(model_kind(model), module_sites)(model)
     if select == "all":
-        if kind == "bridge":
+        if model_kind(model) == "bridge":
             _refuse_experts(model)
         chosen = [site for site in available if site.name != "unembed"]
     elif isinstance(select, str):
         chosen = [site for site in available if re.search(select, site.name)]
     else:
-        chosen = _by_name(available, [str(name) for name in select])
+        names, known = [str(name) for name in select], {site.name for site in available}
+        missing = [name for name in names if name not in known]
+        if missing:
+            hints = "".join(_meant(name, known) for name in missing)
+            raise AttachError(f"No site named {missing}{hints}. Available: {_listing(available)}.")
+        chosen = [site for site in available if site.name in names]
     if not chosen:
         raise AttachError(
             f"sites={select!r} matches no site of this {type(model).__name__}. "
@@ -70,26 +67,9 @@ def find_sites(model: nn.Module, select: SiteSelection = "all") -> list[Site]:
     return chosen
 
 
-def _by_name(available: list[Site], names: list[str]) -> list[Site]:
-    known = {site.name for site in available}
-    missing = [name for name in names if name not in known]
-    if missing:
-        hints = "".join(_meant(name, known) for name in missing)
-        raise AttachError(f"No site named {missing}{hints}. Available: {_listing(available)}.")
-    return [site for site in available if site.name in names]
-
-
 # What TransformerLens calls the tensor of a site.
-_TENSORS = {
-    "W_Q": "attn.q",
-    "W_K": "attn.k",
-    "W_V": "attn.v",
-    "W_O": "attn.o",
-    "W_in": "mlp.in",
-    "W_gate": "mlp.gate",
-    "W_out": "mlp.out",
-    "W_U": "unembed",
-}
+_TENSORS = {"W_Q": "attn.q", "W_K": "attn.k", "W_V": "attn.v", "W_O": "attn.o", "W_U": "unembed"}
+_TENSORS |= {"W_in": "mlp.in", "W_gate": "mlp.gate", "W_out": "mlp.out"}
 
 
 def _meant(name: str, known: set[str]) -> str:
@@ -133,56 +113,46 @@ def self_check(model: nn.Module, sites: list[Site], forward: Any, tolerance: flo
     Raises:
         AttachError: Listing every site that failed and why.
     """
-    seen: dict[str, Tensor] = {}
     problems = [
         f"{site.name}: its weight is quantised ({dtype}); load the model in fp32 or bf16"
         for site in sites
         if not (dtype := site.weight.dtype).is_floating_point
     ]
-    if problems:
-        raise AttachError(_report(model, sites, problems))
+    seen: dict[str, Tensor] = {}
     fired: set[str] = set()
 
-    def reader(site: Site) -> Any:
-        return lambda x: seen.__setitem__(site.name, x)
+    def check(site: Site, y: Tensor) -> None:
+        fired.add(site.name)
+        if problem := _mismatch(site, seen.get(site.name), y, tolerance):
+            problems.append(f"{site.name}: {problem}")
 
-    def checker(site: Site) -> Any:
-        def check(y: Tensor) -> None:
-            fired.add(site.name)
-            x = seen.get(site.name)
-            if x is None:
-                problems.append(f"{site.name}: its output appeared before any input was seen")
-                return
-            problem = _mismatch(site, x, y, tolerance)
-            if problem:
-                problems.append(f"{site.name}: {problem}")
-
-        return check
-
-    handles = [h for site in sites for h in site.attach(reader(site), checker(site))]
-    try:
-        forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    problems += [
-        f"{site.name}: its hooks did not fire; the matrix is bypassed (split-qkv or result flags, "
-        "fused experts, or a module that is never called)"
-        for site in sites
-        if site.name not in fired
-    ]
+    if not problems:
+        handles = [
+            handle
+            for site in sites
+            for handle in site.attach(partial(seen.__setitem__, site.name), partial(check, site))
+        ]
+        try:
+            forward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        problems += [
+            f"{site.name}: its hooks did not fire; the matrix is bypassed (split-qkv or result "
+            "flags, fused experts, or a module that is never called)"
+            for site in sites
+            if site.name not in fired
+        ]
     if problems:
-        raise AttachError(_report(model, sites, problems))
+        raise AttachError(
+            f"{len(problems)} of {len(sites)} sites of this {type(model).__name__} failed the "
+            "self-check, so nothing was attached:\n  " + "\n  ".join(problems)
+        )
 
 
-def _report(model: nn.Module, sites: list[Site], problems: list[str]) -> str:
-    return (
-        f"{len(problems)} of {len(sites)} sites of this {type(model).__name__} failed the "
-        "self-check, so nothing was attached:\n  " + "\n  ".join(problems)
-    )
-
-
-def _mismatch(site: Site, x: Tensor, y: Tensor, tolerance: float) -> str | None:
+def _mismatch(site: Site, x: Tensor | None, y: Tensor, tolerance: float) -> str | None:
+    if x is None:
+        return "its output appeared before any input was seen"
     weight = site.weight
     if x.shape[-1] != weight.shape[0] or y.shape[-1] != weight.shape[1]:
         return (
@@ -199,20 +169,15 @@ def _mismatch(site: Site, x: Tensor, y: Tensor, tolerance: float) -> str | None:
 
 def module_sites(model: nn.Module) -> list[Site]:
     """Every `nn.Linear` and `Conv1D` of `model`, named by its module path, in module order."""
-    sites = []
-    for name, module in model.named_modules():
-        try:
-            read_weight = weight_of(module)
-        except TypeError:
-            continue
-        sites.append(
-            Site(
-                name=name,
-                read_weight=read_weight,
-                read_bias=partial(getattr, module, "bias"),
-                inputs=[InputPoint(module, "argument", 0)],
-                output=module,
-                output_kind="output",
-            )
+    return [
+        Site(
+            name=name,
+            read_weight=partial(linear_weight, module),
+            read_bias=partial(getattr, module, "bias"),
+            inputs=[InputPoint(module, "argument", 0)],
+            output=module,
+            output_kind="output",
         )
-    return sites
+        for name, module in model.named_modules()
+        if is_linear(module)
+    ]

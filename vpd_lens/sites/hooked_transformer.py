@@ -7,8 +7,8 @@ attention and MLP modules, which is what the matrices really multiply.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
-from typing import cast
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -30,16 +30,9 @@ def hooked_transformer_sites(model: nn.Module) -> list[Site]:
         if getattr(block, "mlp", None) is not None and not model.cfg.attn_only:
             sites += _mlp_sites(f"blocks.{index}.mlp", block.mlp)
     unembed = model.unembed
-    sites.append(
-        Site(
-            name="unembed",
-            read_weight=partial(getattr, unembed, "W_U"),
-            read_bias=partial(getattr, unembed, "b_U"),
-            inputs=[InputPoint(unembed.hook_in, "output")],
-            output=unembed.hook_out,
-        )
-    )
-    return sites
+    weight, bias = partial(getattr, unembed, "W_U"), partial(getattr, unembed, "b_U")
+    into = InputPoint(unembed.hook_in, "output")
+    return [*sites, Site("unembed", weight, bias, [into], unembed.hook_out)]
 
 
 def _refuse_unsupported(model: nn.Module) -> None:
@@ -61,26 +54,25 @@ def _refuse_unsupported(model: nn.Module) -> None:
         raise AttachError("The weights are 4-bit quantised. Load the model in fp32 or bf16.")
 
 
-def _attention_sites(prefix: str, attn: nn.Module) -> list[Site]:
-    def projection(letter: str) -> Site:
-        upper = letter.upper()
+def _attention_sites(prefix: str, attn: nn.Module) -> Iterator[Site]:
+    for letter, source in (("q", "query_input"), ("k", "key_input"), ("v", "value_input")):
         # Grouped-query attention stores k and v once per group under an underscored name; the
         # plain name is a property that repeats them.
-        stored = f"_W_{upper}" if f"_W_{upper}" in attn._parameters else f"W_{upper}"
-        bias = f"_b_{upper}" if f"_b_{upper}" in attn._parameters else f"b_{upper}"
-        source = {"q": "query_input", "k": "key_input", "v": "value_input"}[letter]
-        return Site(
+        weight, bias = (
+            name if (name := f"_{kind}_{letter.upper()}") in attn._parameters else name[1:]
+            for kind in "Wb"
+        )
+        yield Site(
             name=f"{prefix}.{letter}",
-            read_weight=partial(_reading_heads, attn, stored),
-            read_bias=partial(_flat, attn, bias),
+            read_weight=partial(_heads, attn, weight, "head d_in d_head -> d_in (head d_head)"),
+            read_bias=partial(_heads, attn, bias, "head d_head -> (head d_head)"),
             inputs=[InputPoint(attn, "argument", source)],
             output=getattr(attn, f"hook_{letter}"),
             has_heads=True,
         )
-
-    output = Site(
+    yield Site(
         name=f"{prefix}.o",
-        read_weight=partial(_writing_heads, attn),
+        read_weight=partial(_heads, attn, "W_O", "head d_head d_out -> (head d_head) d_out"),
         read_bias=partial(getattr, attn, "b_O"),
         inputs=[InputPoint(attn.hook_z, "output")],
         output=attn,
@@ -88,47 +80,26 @@ def _attention_sites(prefix: str, attn: nn.Module) -> list[Site]:
         results=attn.hook_result,
         has_heads=True,
     )
-    return [projection("q"), projection("k"), projection("v"), output]
 
 
-def _reading_heads(attn: nn.Module, name: str) -> Tensor:
-    return rearrange(getattr(attn, name), "head d_in d_head -> d_in (head d_head)")
+def _heads(attn: nn.Module, name: str, shapes: str) -> Tensor:
+    return rearrange(getattr(attn, name), shapes)
 
 
-def _writing_heads(attn: nn.Module) -> Tensor:
-    return rearrange(cast(Tensor, attn.W_O), "head d_head d_out -> (head d_head) d_out")
-
-
-def _flat(attn: nn.Module, name: str) -> Tensor:
-    return getattr(attn, name).flatten()
-
-
-def _mlp_sites(prefix: str, mlp: nn.Module) -> list[Site]:
-    gated = hasattr(mlp, "W_gate")
-    into = InputPoint(mlp, "argument", 0)
-    sites = []
+def _mlp_sites(prefix: str, mlp: nn.Module) -> Iterator[Site]:
+    gated, into = hasattr(mlp, "W_gate"), [InputPoint(mlp, "argument", 0)]
     if gated:
-        sites.append(
-            Site(f"{prefix}.gate", partial(getattr, mlp, "W_gate"), no_bias, [into], mlp.hook_pre)
-        )
+        weight = partial(getattr, mlp, "W_gate")
+        yield Site(f"{prefix}.gate", weight, no_bias, into, mlp.hook_pre)
     # A gated MLP adds b_in after the product with the gate, so it is not part of this output.
-    sites.append(
-        Site(
-            name=f"{prefix}.in",
-            read_weight=partial(getattr, mlp, "W_in"),
-            read_bias=no_bias if gated else partial(getattr, mlp, "b_in"),
-            inputs=[into],
-            output=mlp.hook_pre_linear if gated else mlp.hook_pre,
-        )
+    bias = no_bias if gated else partial(getattr, mlp, "b_in")
+    output = mlp.hook_pre_linear if gated else mlp.hook_pre
+    yield Site(f"{prefix}.in", partial(getattr, mlp, "W_in"), bias, into, output)
+    yield Site(
+        name=f"{prefix}.out",
+        read_weight=partial(getattr, mlp, "W_out"),
+        read_bias=partial(getattr, mlp, "b_out"),
+        inputs=[InputPoint(mlp.hook_post, "output")],
+        output=mlp,
+        output_kind="output",
     )
-    sites.append(
-        Site(
-            name=f"{prefix}.out",
-            read_weight=partial(getattr, mlp, "W_out"),
-            read_bias=partial(getattr, mlp, "b_out"),
-            inputs=[InputPoint(mlp.hook_post, "output")],
-            output=mlp,
-            output_kind="output",
-        )
-    )
-    return sites

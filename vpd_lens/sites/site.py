@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 from jaxtyping import Float, Num
@@ -37,19 +37,13 @@ class SiteHooks(nn.Module):
         from transformer_lens.hook_points import HookPoint
 
         super().__init__()
-        self.hook_acts = HookPoint()
-        self.hook_ci = HookPoint()
-        self.hook_mask = HookPoint()
-        self.hook_delta_mask = HookPoint()
+        self.hook_acts, self.hook_ci = HookPoint(), HookPoint()
+        self.hook_mask, self.hook_delta_mask = HookPoint(), HookPoint()
         self.hook_out = HookPoint()
 
     def masks_are_watched(self) -> bool:
         """Whether anyone listens to the activations or masks of this site."""
-        return (
-            has_listeners(self.hook_acts)
-            or has_listeners(self.hook_mask)
-            or has_listeners(self.hook_delta_mask)
-        )
+        return any(map(has_listeners, (self.hook_acts, self.hook_mask, self.hook_delta_mask)))
 
 
 def has_listeners(hook_point: nn.Module) -> bool:
@@ -65,7 +59,7 @@ class InputPoint:
         module: The module whose call carries the input.
         kind: `"argument"`, the module's positional or keyword argument (read just before the
             module runs), or `"output"`, the module's output after every other hook on it has run.
-        argument: Position or keyword of the argument, when `kind` is `"argument"`.
+        argument: Its position or keyword.
     """
 
     module: nn.Module
@@ -131,39 +125,55 @@ class Site:
     def attach(self, read: ReadInput, edit: EditOutput) -> list[RemovableHandle]:
         """Call `read(x)` on the matrix' input and let `edit(y)` replace its output.
 
-        Hooks are bound methods and partials, never closures, so that `copy.deepcopy` of the
-        model binds the copy's hooks to the copy.
-
-        Args:
-            read: Receives the input `[*batch, d_in]`, heads flattened.
-            edit: Receives the output `[*batch, d_out]`, heads flattened; returns the new
-                output, or `None` to leave it.
-
-        Returns:
-            Handles that undo the registration.
+        `read` receives the input `[*batch, d_in]`; `edit` the output `[*batch, d_out]`, heads
+        flattened, and returns the new output, or `None` to leave it. The handles undo it.
         """
+        # Bound methods and partials, never closures: `copy.deepcopy` of the model binds the copy's
+        # hooks to the copy.
         d_in, d_out = self.shape
         handles: list[RemovableHandle] = []
         if self.frame is not None:
             handles.append(self.frame.register_forward_pre_hook(self._remember_rows))
         for point in self.inputs:
-            handles += _watch_input(point, partial(self._on_input, read, d_in))
-        edited = partial(self._on_output, edit, d_out)
+            if point.kind == "argument":
+                see = partial(self._read_argument, read, d_in, point.argument)
+                handles.append(point.module.register_forward_pre_hook(see, with_kwargs=True))
+                continue
+            last = point.module.register_forward_hook(partial(self._read_output, read, d_in))
+            # A user's hook registered later would run later and could change what the matrix sees,
+            # so ours is moved to the end of the queue each time the hook point is entered.
+            to_end = point.module.register_forward_pre_hook(partial(_move_last, last.id))
+            handles += [last, to_end]
         if self.output_kind == "output":
-            handles.append(self.output.register_forward_hook(partial(_replace_output, edited)))
-        else:
-            handles.append(self.output.register_forward_pre_hook(partial(_replace_input, edited)))
-        return handles
+            replace = partial(self._edit_output, edit, d_out)
+            return [*handles, self.output.register_forward_hook(replace)]
+        replace = partial(self._edit_argument, edit, d_out)
+        return [*handles, self.output.register_forward_pre_hook(replace)]
 
     def _remember_rows(self, _module: nn.Module, args: tuple) -> None:
         self._rows = args[0].shape[:-1]
 
-    def _on_input(self, read: ReadInput, d_in: int, x: Tensor) -> None:
-        read(self._in_rows(x, d_in))
+    def _read_argument(
+        self, read: ReadInput, width: int, argument: int | str, _m: nn.Module, args: tuple, kw: dict
+    ) -> None:
+        read(self._in_rows(kw[argument] if isinstance(argument, str) else args[argument], width))
 
-    def _on_output(self, edit: EditOutput, d_out: int, y: Tensor) -> Tensor | None:
-        new = edit(self._in_rows(y, d_out))
+    def _read_output(
+        self, read: ReadInput, width: int, _module: nn.Module, _args: tuple, x: Tensor
+    ) -> None:
+        read(self._in_rows(x, width))
+
+    def _edit_output(
+        self, edit: EditOutput, width: int, _module: nn.Module, _args: tuple, y: Tensor
+    ) -> Tensor | None:
+        new = edit(self._in_rows(y, width))
         return None if new is None else new.reshape(y.shape)
+
+    def _edit_argument(
+        self, edit: EditOutput, width: int, module: nn.Module, args: tuple
+    ) -> tuple | None:
+        new = self._edit_output(edit, width, module, args, args[0])
+        return None if new is None else (new, *args[1:])
 
     def _in_rows(self, x: Tensor, width: int) -> Tensor:
         if self.has_heads and x.ndim == 4 and x.shape[-2] * x.shape[-1] == width:
@@ -171,55 +181,18 @@ class Site:
         return x if self._rows is None else x.reshape(*self._rows, width)
 
 
-def _replace_output(edited: EditOutput, _module: nn.Module, _args: tuple, y: Tensor) -> Any:
-    return edited(y)
-
-
-def _replace_input(edited: EditOutput, _module: nn.Module, args: tuple) -> Any:
-    new = edited(args[0])
-    return None if new is None else (new, *args[1:])
-
-
-def _watch_input(point: InputPoint, see: ReadInput) -> list[RemovableHandle]:
-    module = point.module
-    if point.kind == "argument":
-        hook = partial(_see_argument, see, point.argument)
-        return [module.register_forward_pre_hook(hook, with_kwargs=True)]
-    last = module.register_forward_hook(partial(_see_output, see))
-    # A user's hook registered later would run later and could change what the matrix sees, so
-    # ours is moved to the end of the queue each time the hook point is entered.
-    return [last, module.register_forward_pre_hook(partial(_move_last, last.id))]
-
-
-def _see_argument(
-    see: ReadInput, argument: int | str, _module: nn.Module, args: tuple, kwargs: dict
-) -> None:
-    see(kwargs[argument] if isinstance(argument, str) else args[argument])
-
-
-def _see_output(see: ReadInput, _module: nn.Module, _args: tuple, x: Tensor) -> None:
-    see(x)
-
-
 def _move_last(hook_id: int, module: nn.Module, _args: tuple) -> None:
     module._forward_hooks.move_to_end(hook_id)
 
 
-def weight_of(module: nn.Module) -> Callable[[], Tensor]:
-    """Weight reader for `nn.Linear` (`[out, in]`) and Hugging Face `Conv1D` (`[in, out]`).
-
-    Raises:
-        TypeError: If `module` is of another class.
-    """
-    if isinstance(module, nn.Linear):
-        return partial(_transposed_weight, module)
-    if type(module).__name__ == "Conv1D":
-        return partial(getattr, module, "weight")
-    raise TypeError(f"{type(module).__name__} is neither nn.Linear nor Conv1D")
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is an `nn.Linear` or a Hugging Face `Conv1D`."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _transposed_weight(module: nn.Linear) -> Tensor:
-    return module.weight.T
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight `[d_in, d_out]` of either, which an `nn.Linear` keeps as `[out, in]`."""
+    return cast(Tensor, module.weight.T if isinstance(module, nn.Linear) else module.weight)
 
 
 def no_bias() -> None:

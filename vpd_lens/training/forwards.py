@@ -89,7 +89,8 @@ class RecomputedForwards:
     def _again(self, current: Pass) -> Iterator[None]:
         """What the hooks saw in the forward pass, for the time of its repetition."""
         n = len(self.vpd.sites)
-        with self.vpd.forwards.within(replace(current, inputs=[None] * n, edited=[False] * n)):
+        again = replace(current, inputs=[None] * n, edited=[False] * n)
+        with self.vpd.forwards.during(current=again):
             yield
 
 
