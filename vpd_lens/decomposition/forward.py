@@ -59,7 +59,12 @@ class Pass:
 
 
 class _State(threading.local):
-    """What one thread does with one decomposition; `idle` is the pass of any other call."""
+    """What one thread does with one decomposition.
+
+    Attributes:
+        idle: The pass of whatever calls the model otherwise than through the decomposition.
+        context: The innermost `masked` block, if it changes the model.
+    """
 
     def __init__(self, n_sites: int) -> None:
         self.n_sites = n_sites
@@ -72,11 +77,6 @@ class _State(threading.local):
     def __reduce__(self) -> tuple[type[_State], tuple[int]]:
         """A copy is outside of all blocks."""
         return _State, (self.n_sites,)
-
-    @property
-    def masked(self) -> bool:
-        """Whether the innermost `masked` block changes the model."""
-        return self.context is not None and self.context.mode != "target"
 
 
 class Forwards:
@@ -198,7 +198,7 @@ class Forwards:
     def edit(self, index: int, y: Tensor) -> Tensor | None:
         """The new output of a site, or `None` where it stays what the model computed."""
         state = self.state
-        if state.current is None and state.masked:
+        if state.current is None and state.context is not None:
             raise VPDError(
                 "masks are active, but the model runs without passing through model.forward "
                 "(hf_generate, a submodule called by hand). Call the model itself, or leave "

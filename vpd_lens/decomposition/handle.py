@@ -63,6 +63,7 @@ class Decomposition(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        sites = list(sites)
         # Residual width and depth of the target size the importance function.
         cfg = getattr(model, "cfg", None)
         width = int(getattr(cfg, "d_model", None) or max(site.shape[0] for site in sites))
@@ -71,9 +72,8 @@ class Decomposition(nn.Module):
         self.subcomponents = Subcomponents(sites, counts, generator)
         d_inputs = [site.shape[0] for site in sites]
         self.importance = build_importance(importance, d_inputs, counts, width, depth, generator)
-        self.__dict__["model"] = model
-        self.__dict__["sites"] = list(sites)
-        self.__dict__["forwards"] = Forwards(model, self.sites, self.subcomponents)
+        forwards = Forwards(model, sites, self.subcomponents)
+        self.__dict__.update(model=model, sites=sites, forwards=forwards)
         self.importance_config = importance
         self.divergence: DivergenceKind | CustomDivergence = divergence
         self.trained_steps = 0
@@ -188,13 +188,14 @@ class Decomposition(nn.Module):
         generator = None
         if seed is not None:
             generator = torch.Generator(device=self.device).manual_seed(seed)
-        if isinstance(mode, str):
-            if mode not in MODES:
-                raise InputError(f"mode={mode!r} is not one of {', '.join(MODES)}.")
-            context = MaskContext(mode, threshold, n_steps, step_size, generator)
-        else:
+        context = None  # the target's
+        if not isinstance(mode, str):
             given = masks_from_tensors(mode, delta, self.layout, self.device)
             context = MaskContext("given", given=given)
+        elif mode not in MODES:
+            raise InputError(f"mode={mode!r} is not one of {', '.join(MODES)}.")
+        elif mode != "target":
+            context = MaskContext(mode, threshold, n_steps, step_size, generator)
         with self.forwards.during(context=context):
             yield self
 
@@ -203,8 +204,7 @@ class Decomposition(nn.Module):
     def undisturbed(self) -> AbstractContextManager[None]:
         """A block in which the model is in evaluation mode and a user's temporary hooks are silent.
 
-        `run`, `target` and what builds on them do so by themselves; around hooks of your own,
-        added inside, the block keeps those and silences the rest.
+        `run`, `target` and what builds on them have their own. Hooks added inside stay active.
         """
         return self.forwards.undisturbed()
 
@@ -215,10 +215,8 @@ class Decomposition(nn.Module):
     def run(self, masks: AnyMasks | None, *args: Any, **kwargs: Any) -> Any:
         """One forward of the model under fixed masks, in evaluation mode, without user hooks.
 
-        Args:
-            masks: The masks, broadcast over leading dimensions of size 1; `None`: the target.
-            *args: Passed to the model.
-            **kwargs: Passed to the model.
+        Masks are broadcast over leading dimensions of size 1; `None` runs the target. The other
+        arguments are passed to the model.
 
         Raises:
             InputError: If the masks do not fit the input's batch and positions.
@@ -271,21 +269,15 @@ class Decomposition(nn.Module):
         real = None if real is None else real.to(inputs[0].device)
         return self.importance(inputs, self.subcomponents, real).float()
 
+    @torch.no_grad()
     def causal_importance(self, *args: Any, **kwargs: Any) -> Float[Tensor, "*batch C_total"]:
         """Causal importances `g` in [0, 1] of all subcomponents on an input of the model.
 
-        Args:
-            *args: Passed to the model.
-            **kwargs: Passed to the model; padding in an `attention_mask` is left out of account.
-
-        Returns:
-            Concatenated over sites; `layout.split` or `layout.columns` separates them.
+        Concatenated over sites; `layout.split` or `layout.columns` separates them. The arguments
+        are the model's; padding in an `attention_mask` is left out of account.
         """
         _, inputs = self.target(*args, **kwargs)
-        return self._importance(inputs, real_positions(self.model, args, kwargs))
-
-    @torch.no_grad()
-    def _importance(self, inputs: Sequence[Tensor], real: Tensor | None) -> Tensor:
+        real = real_positions(self.model, args, kwargs)
         return lower_leaky(self.pre_importance(inputs, real))
 
     # -------------------------------------------------- the wrapped forwards
@@ -295,8 +287,8 @@ class Decomposition(nn.Module):
         if state.current is not None:
             return self.forwards.original(*args, **kwargs)
         _ = self.device
-        if state.masked:
-            return self.forwards.run(self._masks_for(state.context, args, kwargs), args, kwargs)[0]
+        if (context := state.context) is not None:
+            return self.forwards.run(self._masks_for(context, args, kwargs), args, kwargs)[0]
         output, done = self.forwards.run(None, args, kwargs)
         inputs = [x for x in done.inputs if x is not None]
         if len(inputs) == len(self.sites) and self._importance_watched(kwargs):
@@ -335,7 +327,8 @@ class Decomposition(nn.Module):
             whole, named = whole_call(args, kwargs)
         output, inputs = self.target(*whole, **named)
         real = real_positions(self.model, whole, named)
-        importance = self._importance(inputs, real)
+        with torch.no_grad():
+            importance = lower_leaky(self.pre_importance(inputs, real))
         if generation is not None:
             importance = importance[:, generation.n_used :]
             real = None if real is None else real[:, generation.n_used :]
@@ -390,6 +383,7 @@ class Decomposition(nn.Module):
 
     def _run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         output, cache = self.attachment.original["run_with_cache"](*args, **kwargs)
-        if self.forwards.state.masked and hasattr(cache, "compute_head_results"):
+        masked = self.forwards.state.context is not None
+        if masked and hasattr(cache, "compute_head_results"):
             cache.compute_head_results = partial(self.forwards.compute_head_results, cache)
         return output, cache

@@ -115,11 +115,8 @@ def masks_from_tensors(
 ) -> Masks:
     """Masks from what a user passes: a `Masks`, one concatenated tensor, or tensors by site name.
 
-    Args:
-        tensors: `[*batch, C_total]`, or `{site: [*batch, C]}`; sites left out stay unmasked.
-        delta: The deltas' mask, one number for all or a mapping by site; those left out are 1.
-        layout: The columns of each site.
-        device: Where the masks live.
+    Shapes are `[*batch, C_total]` or `{site: [*batch, C]}`; sites left out stay unmasked. The mask
+    `delta` of the deltas is one number for all or a mapping by site; those left out are 1.
 
     Raises:
         InputError: If a site does not exist or a last dimension does not fit.

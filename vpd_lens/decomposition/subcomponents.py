@@ -23,7 +23,11 @@ class NamedMatrix(Protocol):
     """What the counting rules look at: a `Site`, or a matrix that exists on paper only."""
 
     name: str
-    shape: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(d_in, d_out)`."""
+        ...
 
 
 # Subcomponents in the paper's 67M model, relative to a dimension of the matrix (0: d_in, 1: d_out):
