@@ -6,17 +6,13 @@ from collections.abc import Callable, Collection
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Generator, Tensor
 
 from vpd_lens.decomposition.masks import AnyMasks, Layout, Sources, uniform_sources
 
-LossOf = Callable[[AnyMasks], Tensor]
-
 
 def shared_sources(
-    importance: Float[Tensor, "*batch C_total"],
-    layout: Layout,
-    generator: torch.Generator | None = None,
+    importance: Float[Tensor, "*batch C_total"], layout: Layout, generator: Generator | None = None
 ) -> Sources:
     """Sources from U(0, 1), one per subcomponent and delta for the whole batch.
 
@@ -29,7 +25,7 @@ def shared_sources(
 
 
 def ascend(
-    loss_of: LossOf,
+    loss_of: Callable[[AnyMasks], Tensor],
     importance: Float[Tensor, "*batch C_total"],
     start: Sources,
     n_steps: int,

@@ -105,16 +105,12 @@ class _Block(nn.Module):
     def forward(
         self, z: Float[Tensor, "batch pos d"], seen: Bool[Tensor, "batch 1 pos pos"] | None
     ) -> Float[Tensor, "batch pos d"]:
-        z = z + self._attend(F.rms_norm(z, z.shape[-1:]), seen)
-        return z + self.down(F.gelu(self.up(F.rms_norm(z, z.shape[-1:]))))
-
-    def _attend(self, z: Tensor, seen: Tensor | None) -> Tensor:
-        q, k, v = rearrange(
-            self.qkv(z), "b t (three h d) -> three b h t d", three=3, h=self.n_heads
-        )
+        qkv, heads = self.qkv(F.rms_norm(z, z.shape[-1:])), "b t (three h d) -> three b h t d"
+        q, k, v = rearrange(qkv, heads, three=3, h=self.n_heads)
         q, k = _rotate(q, self.rope_base), _rotate(k, self.rope_base)
         mixed = F.scaled_dot_product_attention(q, k, v.contiguous(), attn_mask=seen)
-        return self.out(rearrange(mixed, "b h t d -> b t (h d)"))  # type: ignore[no-any-return]
+        z = z + self.out(rearrange(mixed, "b h t d -> b t (h d)"))
+        return z + self.down(F.gelu(self.up(F.rms_norm(z, z.shape[-1:]))))
 
 
 def _rotate(x: Float[Tensor, "b h t d"], base: float) -> Float[Tensor, "b h t d"]:

@@ -81,13 +81,7 @@ SiteMasks = Masks
 
 @dataclass
 class SourceMasks:
-    """Masks `m = g + (1 - g) r` that are not computed yet.
-
-    Attributes:
-        importance: Causal importances `g`.
-        components: Source `r` of every subcomponent; dimensions of size 1 are shared.
-        delta, routed: As in `Masks`.
-    """
+    """Masks `m = g + (1 - g) r`, not computed yet; sources share their dimensions of size 1."""
 
     importance: Float[Tensor, "*batch C_total"]
     components: Float[Tensor, "*#batch C_total"]

@@ -23,12 +23,7 @@ from torch import Tensor, nn
 from vpd_lens import storage
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.handle import Decomposition
-from vpd_lens.description import (
-    BaseModelRecord,
-    DecompositionRecord,
-    Indices,
-    SubcomponentsRecord,
-)
+from vpd_lens.description import BaseModelRecord, DecompositionRecord, Indices, SubcomponentsRecord
 from vpd_lens.errors import ArtefactError
 from vpd_lens.sites import model_kind
 
@@ -224,10 +219,8 @@ def fingerprint(vpd: Decomposition) -> str:
 
 def _model_card(record: DecompositionRecord) -> str:
     base = record.base_model
-    rows = "\n".join(
-        f"| `{name}` | {size} |"
-        for name, size in zip(record.sites, record.n_subcomponents, strict=True)
-    )
+    sizes = zip(record.sites, record.n_subcomponents, strict=True)
+    rows = "\n".join(f"| `{name}` | {size} |" for name, size in sizes)
     return (
         f"# VPD decomposition of {base.model_name or base.model_class}\n\n"
         f"Trained for {record.trained_steps} steps with vpd_lens "

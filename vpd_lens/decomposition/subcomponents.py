@@ -32,15 +32,8 @@ class NamedMatrix(Protocol):
 
 # Subcomponents in the paper's 67M model, relative to a dimension of the matrix (0: d_in, 1: d_out):
 # d_model 768, d_mlp 3072; q, k 512; v, o 1024; up 3072; down 3584.
-_PAPER_RATIO = {
-    "q": (2 / 3, 1),
-    "k": (2 / 3, 1),
-    "v": (4 / 3, 1),
-    "o": (4 / 3, 1),
-    "in": (1.0, 1),
-    "gate": (1.0, 1),
-    "out": (7 / 6, 0),
-}
+_PAPER_RATIO = {"q": (2 / 3, 1), "k": (2 / 3, 1), "v": (4 / 3, 1), "o": (4 / 3, 1)}
+_PAPER_RATIO |= {"in": (1.0, 1), "gate": (1.0, 1), "out": (7 / 6, 0)}
 
 
 def paper_count(site: NamedMatrix) -> int:
@@ -199,10 +192,6 @@ class Subcomponents(nn.Module):
         return torch.cat([x.to(v.dtype) @ v for x, v in zip(inputs, self.v, strict=True)], -1)
 
 
-# Size of the subcomponents beyond the number of axes, relative to the random initialisation.
-_REST = 0.3
-
-
 @torch.no_grad()
 def align(subcomponents: Subcomponents, sites: Sequence[Site]) -> None:
     """Set subcomponent `j` of every site to what the weight does at neuron or head dimension `j`.
@@ -211,7 +200,7 @@ def align(subcomponents: Subcomponents, sites: Sequence[Site]) -> None:
     written along one axis; one that reads from them (o, out) the sum of its rows. The first
     `C_l` of these rank-1 matrices become the first subcomponents, their norm shared evenly between
     V and U; further subcomponents keep their random directions, made small. With at least one
-    one subcomponent per axis `V U` is nearly `W` before any training.
+    subcomponent per axis `V U` is nearly `W` before any training.
     """
     for site, v, u in zip(sites, subcomponents.v, subcomponents.u, strict=True):
         weight, part = site.weight.to(v), site.name.rsplit(".", 1)[-1]
@@ -224,8 +213,8 @@ def align(subcomponents: Subcomponents, sites: Sequence[Site]) -> None:
 def _along_columns(
     v: Float[Tensor, "d_in C"], u: Float[Tensor, "C d_out"], weight: Float[Tensor, "d_in d_out"]
 ) -> None:
-    v *= _REST
-    u *= _REST
+    v *= 0.3  # subcomponents beyond the number of axes, relative to the random initialisation
+    u *= 0.3
     n = min(weight.shape[1], v.shape[1])
     scale = weight[:, :n].norm(dim=0).sqrt().clamp(min=1e-6)
     v[:, :n] = weight[:, :n] / scale

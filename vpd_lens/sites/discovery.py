@@ -74,16 +74,14 @@ _TENSORS |= {"W_in": "mlp.in", "W_gate": "mlp.gate", "W_out": "mlp.out"}
 
 def _meant(name: str, known: set[str]) -> str:
     tensor = name.rsplit(".", 1)[-1]
-    if tensor in _TENSORS:
-        return f"; {tensor} is {_TENSORS[tensor]} here"
-    return did_you_mean(name, known)
+    meant = _TENSORS.get(tensor)
+    return f"; {tensor} is {meant} here" if meant else did_you_mean(name, known)
 
 
-def _listing(sites: list[Site], limit: int = 14) -> str:
+def _listing(sites: list[Site]) -> str:
     names = [site.name for site in sites]
-    if len(names) > limit:
-        return ", ".join(names[:limit]) + f", ... ({len(names)} in all)"
-    return ", ".join(names) or "none"
+    rest = f", ... ({len(names)} in all)" if len(names) > 14 else ""
+    return ", ".join(names[:14]) + rest or "none"
 
 
 def _refuse_experts(model: nn.Module) -> None:

@@ -23,19 +23,6 @@ def hooked_transformer_sites(model: nn.Module) -> list[Site]:
     Raises:
         AttachError: If the model has MoE experts, split-qkv inputs or quantised weights.
     """
-    _refuse_unsupported(model)
-    sites: list[Site] = []
-    for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
-        sites += _attention_sites(f"blocks.{index}.attn", block.attn)
-        if getattr(block, "mlp", None) is not None and not model.cfg.attn_only:
-            sites += _mlp_sites(f"blocks.{index}.mlp", block.mlp)
-    unembed = model.unembed
-    weight, bias = partial(getattr, unembed, "W_U"), partial(getattr, unembed, "b_U")
-    into = InputPoint(unembed.hook_in, "output")
-    return [*sites, Site("unembed", weight, bias, [into], unembed.hook_out)]
-
-
-def _refuse_unsupported(model: nn.Module) -> None:
     cfg = model.cfg
     if getattr(cfg, "num_experts", None):
         raise AttachError(
@@ -52,6 +39,15 @@ def _refuse_unsupported(model: nn.Module) -> None:
             )
     if getattr(cfg, "load_in_4bit", False):
         raise AttachError("The weights are 4-bit quantised. Load the model in fp32 or bf16.")
+    sites: list[Site] = []
+    for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        sites += _attention_sites(f"blocks.{index}.attn", block.attn)
+        if getattr(block, "mlp", None) is not None and not cfg.attn_only:
+            sites += _mlp_sites(f"blocks.{index}.mlp", block.mlp)
+    unembed = model.unembed
+    weight, bias = partial(getattr, unembed, "W_U"), partial(getattr, unembed, "b_U")
+    into = InputPoint(unembed.hook_in, "output")
+    return [*sites, Site("unembed", weight, bias, [into], unembed.hook_out)]
 
 
 def _attention_sites(prefix: str, attn: nn.Module) -> Iterator[Site]:
