@@ -35,17 +35,10 @@ def ascend(
 ) -> tuple[Sources, dict[int, float]]:
     """Sources that raise a loss: `r <- clamp(r + step sign(grad), 0, 1)`, `n_steps` times.
 
-    Args:
-        loss_of: The loss under masks, differentiable in them.
-        importance: Causal importances, held constant.
-        start: Where the sources start; their shape says what shares one.
-        n_steps: Ascent steps.
-        step_size: Size of each.
-        moves: Which sources move; the others, and the deltas', stay as they start. `None`: all.
-        checkpoints: Step counts at which to record the loss reached so far.
-
-    Returns:
-        The final sources, and the loss at each checkpoint, in the unit of `loss_of`.
+    The loss is differentiable in the masks that it is given; causal importances are held constant.
+    What shares a source is said by the shape of the `start`. If only some sources move, the others,
+    and the deltas', stay as they start. Returned with the loss reached at each of the `checkpoints`
+    (numbers of steps), in its own unit.
     """
     g, sources = importance.detach(), start
     curve: dict[int, float] = {}

@@ -117,12 +117,14 @@ class Generation:
 
     Attributes:
         history: The whole input so far, `[batch, pos]` tokens or `[batch, pos, d_model]`.
+        n_passed: How many of its positions the current call passes.
         used: Masks of its positions, but for those that are new.
         sources: Those that `adversarial` masks found on the prompt, kept for what follows.
     """
 
     def __init__(self) -> None:
         self.history: Tensor | None = None
+        self.n_passed = 0
         self.used: Masks | None = None
         self.sources: Sources | None = None
 
@@ -138,7 +140,7 @@ class Generation:
             VPDError: If the call neither repeats the whole sequence nor adds one token to it.
         """
         x = args[0] if args else kwargs["input"]
-        before = self.history
+        self.n_passed, before = x.shape[1], self.history
         if before is not None and x.shape[1] != before.shape[1] + 1:
             if x.shape[1] != 1:
                 raise VPDError(
@@ -150,7 +152,7 @@ class Generation:
         rest = {name: value for name, value in kwargs.items() if name != "input"}
         return whole_call((x,), rest, generating=True)
 
-    def remember(self, new: Masks, args: tuple, kwargs: dict[str, Any]) -> Masks:
+    def remember(self, new: Masks) -> Masks:
         """Keep the masks `[batch, new, C_total]` of new positions; return those of the call's."""
         parts = [new.components, new.delta, new.routed]
         if self.used is not None:
@@ -160,5 +162,5 @@ class Generation:
                 for old, part in zip(used, parts, strict=True)
             ]
         self.used = Masks(*parts)  # type: ignore[arg-type]
-        n = (args[0] if args else kwargs["input"]).shape[1]
+        n = self.n_passed
         return Masks(*(None if part is None else part[:, -n:] for part in parts))  # type: ignore[arg-type]

@@ -27,10 +27,7 @@ def per_subcomponent(vpd: Decomposition) -> list[PerSubcomponent]:
 class Columns:
     """Some of the subcomponents of every site, as column numbers on a device.
 
-    Args:
-        sizes: Number of subcomponents of every site.
-        chosen: The chosen ones of every site, at least one of each, ascending.
-        device: Where the numbers are needed.
+    Of each site, which has `sizes` in all, at least one is `chosen`; they are ascending.
 
     Raises:
         InputError: If a site has none, or numbers that do not ascend within its size.

@@ -342,7 +342,7 @@ class Decomposition(nn.Module):
             if generation is not None:
                 generation.sources = sources
             masks = sources.masks(importance)
-        return masks if generation is None else generation.remember(masks, args, kwargs)
+        return masks if generation is None else generation.remember(masks)
 
     def find_adversary(
         self, context: MaskContext, importance: Tensor, output: Tensor, args: tuple, kwargs: dict

@@ -49,13 +49,9 @@ def masks_of(
 ) -> Masks:
     """The masks of a mode that needs no search, given the causal importances `g`.
 
-    Args:
-        mode: Any row of the table above but `target` and `adversarial`.
-        importance: Only its shape counts for `unmasked` and `zero`.
-        layout: The columns of each site.
-        generator: Random generator; `None` uses torch's global one.
-        threshold: For `rounded`.
-        real: Positions that are no padding; numbers are drawn for these only.
+    That is any row of the table above but `target` and `adversarial`. Of the importances only the
+    shape counts for `unmasked` and `zero`. Numbers are drawn from the generator (`None`: torch's
+    global one) for `real` positions only, those that are no padding.
 
     Raises:
         InputError: If the mode is another one.

@@ -57,10 +57,8 @@ def save(vpd: Decomposition, path: str | Path, metrics: dict[str, Any] | None = 
 def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
     """Attach a saved decomposition, as `model.vpd`, to the model it was made from.
 
-    Args:
-        path: The folder that `vpd.save` wrote, or the output of a finished training run.
-        model: The base model, processed and in the dtype as it was then.
-        divergence: The output divergence, needed if a custom one was used in training.
+    The folder is one that `vpd.save` wrote, or the output of a finished training run. The model is
+    processed and in the dtype as it was then. A custom divergence of the training is needed again.
 
     Raises:
         ArtefactError: If a file is missing, damaged or newer than this library, or a decomposed

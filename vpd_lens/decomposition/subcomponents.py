@@ -62,11 +62,9 @@ def _multiple_of_8(x: int | float) -> int:
 def resolve_counts(sites: Sequence[NamedMatrix], spec: CountSpec) -> tuple[int, ...]:
     """Number of subcomponents of every site.
 
-    Args:
-        sites: The sites, in forward order.
-        spec: An int for all; `"paper"` (`paper_count`) or `"faithful"` (`faithful_count`); a
-            mapping from regular expressions to ints, the first match in the name winning and
-            `paper_count` for the rest; or a callable from a `Site` to an int.
+    Given as an int for all; `"paper"` (`paper_count`) or `"faithful"` (`faithful_count`); a mapping
+    from regular expressions to ints, the first match in the name winning and `paper_count` for the
+    rest; or a callable from a `Site` to an int.
 
     Raises:
         ConfigError: If a count is below 1 or a pattern of the mapping matches no site.

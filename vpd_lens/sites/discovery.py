@@ -33,10 +33,9 @@ def model_kind(model: nn.Module) -> str:
 def find_sites(model: nn.Module, select: SiteSelection = "all") -> list[Site]:
     """The sites of `model` that `select` names, in forward order.
 
-    Args:
-        model: A HookedTransformer, a TransformerBridge, or any module with linear layers.
-        select: `"all"` (every attention and MLP matrix; `unembed` only on request), a regular
-            expression searched in the site names, a list of names, or ready-made `Site` objects.
+    The model is a HookedTransformer, a TransformerBridge, or any module with linear layers. Select
+    `"all"` (every attention and MLP matrix; `unembed` only on request), a regular expression
+    searched in the site names, a list of names, or ready-made `Site` objects.
 
     Raises:
         AttachError: If nothing matches, a listed name does not exist, or the model has parts
@@ -102,11 +101,8 @@ def _refuse_experts(model: nn.Module) -> None:
 def self_check(model: nn.Module, sites: list[Site], forward: Any, tolerance: float) -> None:
     """Run one forward and check at every site that the hooks fire and that `x W + b = y`.
 
-    Args:
-        model: The model, only named in messages.
-        sites: The sites to check; none may be attached yet.
-        forward: Called without arguments, runs the model on a tiny input.
-        tolerance: Largest allowed error relative to the largest entry of `y`.
+    None may be attached yet. `forward`, called without arguments, runs the model on a tiny input;
+    `tolerance` is the largest allowed error relative to the largest entry of `y`.
 
     Raises:
         AttachError: Listing every site that failed and why.
