@@ -145,9 +145,8 @@ class Attachment:
         self.handles: list[RemovableHandle] = []
         self.mounted: list[tuple[nn.Module, str]] = []
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.original = {
-            name: getattr(model, name) for name in _ENTRIES if hasattr(type(model), name)
-        }
+        own = [name for name in _ENTRIES if hasattr(type(model), name)]
+        self.original = {name: getattr(model, name) for name in own}
         self.previous = {name: model.__dict__[name] for name in _ENTRIES if name in model.__dict__}
         forwards = vpd.forwards
         forwards.original = self.original["forward"]
@@ -228,8 +227,7 @@ def _require_grad_if_watched(
 
 def _refresh_hook_names(model: Any) -> None:
     """Let the model notice hook points that were added or removed."""
-    kind = model_kind(model)
-    if kind == "bridge":
+    if model_kind(model) == "bridge":
         model.clear_hook_registry()
         model._initialize_hook_registry()
     elif hasattr(model, "setup") and hasattr(model, "hook_dict"):

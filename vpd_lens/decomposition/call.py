@@ -9,6 +9,7 @@ including itself; masks once used are kept, with and without a cache.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -112,6 +113,7 @@ def right_padding(model: nn.Module, real: Bool[Tensor, "batch pos"]) -> dict[str
     return arguments
 
 
+@dataclass
 class Generation:
     """What one call of `generate` has seen: the input so far and the masks already used.
 
@@ -122,11 +124,10 @@ class Generation:
         sources: Those that `adversarial` masks found on the prompt, kept for what follows.
     """
 
-    def __init__(self) -> None:
-        self.history: Tensor | None = None
-        self.n_passed = 0
-        self.used: Masks | None = None
-        self.sources: Sources | None = None
+    history: Tensor | None = None
+    n_passed: int = 0
+    used: Masks | None = None
+    sources: Sources | None = None
 
     @property
     def n_used(self) -> int:

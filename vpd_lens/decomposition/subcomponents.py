@@ -130,9 +130,7 @@ class Folded(nn.Module):
 
 
 class Subcomponents(nn.Module):
-    """`V` and `U` of every site, kept in fp32.
-
-    Initialised from a generator of the CPU.
+    """`V` and `U` of every site, kept in fp32, initialised from a generator of the CPU.
 
     Attributes:
         v: Read directions, one `[d_in, C]` per site, initialised N(0, 1/d_in).
@@ -172,10 +170,8 @@ class Subcomponents(nn.Module):
     def references(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """`W_l - F_l`, F the sum of what was folded: what `V_l U_l` should add up to, in fp32."""
         return [
-            torch.addmm(w.float(), folded.v, folded.u, alpha=-1)
-            if folded.indices
-            else w.float().contiguous()
-            for w, folded in zip(weights, self.folded, strict=True)
+            torch.addmm(w.float(), f.v, f.u, alpha=-1) if f.indices else w.float().contiguous()
+            for w, f in zip(weights, self.folded, strict=True)
         ]
 
     def deltas(self, weights: Sequence[Tensor]) -> list[Tensor]:

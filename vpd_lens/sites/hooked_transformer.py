@@ -91,11 +91,5 @@ def _mlp_sites(prefix: str, mlp: nn.Module) -> Iterator[Site]:
     bias = no_bias if gated else partial(getattr, mlp, "b_in")
     output = mlp.hook_pre_linear if gated else mlp.hook_pre
     yield Site(f"{prefix}.in", partial(getattr, mlp, "W_in"), bias, into, output)
-    yield Site(
-        name=f"{prefix}.out",
-        read_weight=partial(getattr, mlp, "W_out"),
-        read_bias=partial(getattr, mlp, "b_out"),
-        inputs=[InputPoint(mlp.hook_post, "output")],
-        output=mlp,
-        output_kind="output",
-    )
+    weight, bias = partial(getattr, mlp, "W_out"), partial(getattr, mlp, "b_out")
+    yield Site(f"{prefix}.out", weight, bias, [InputPoint(mlp.hook_post, "output")], mlp, "output")
