@@ -25,7 +25,7 @@ from vpd_lens.analysis.dataset_attribution import (
     dataset_attributions,
 )
 from vpd_lens.analysis.dataset_attribution.accumulate import Engine
-from vpd_lens.analysis.dataset_attribution.batch import Directions
+from vpd_lens.analysis.dataset_attribution.batch import Observer
 from vpd_lens.analysis.dataset_attribution.routes import choose_routes
 from vpd_lens.data import Batch
 from vpd_lens.errors import ArtefactError, ConfigError, DataError, InputError
@@ -125,10 +125,9 @@ def test_shortcuts_are_taken(model: nn.Module) -> None:
     alive = {name: torch.arange(4) for name in vpd.layout.names}
     for frozen in (False, True):
         forward = CutForward(vpd, frozen, through_delta=False)
-        matrices = [*vpd.layout.names, "unembed"]
-        routes = choose_routes(forward, Directions.of(vpd, alive), alive, matrices)
+        routes = choose_routes(Observer(forward, alive), [*vpd.layout.names, "output"])
         kinds = {name.split(".", 2)[-1]: type(route).__name__ for name, route in routes.items()}
-        norm = dict.fromkeys(("attn.q", "attn.k", "attn.v", "mlp.in", "unembed"), "ThroughNorm")
+        norm = dict.fromkeys(("attn.q", "attn.k", "attn.v", "mlp.in", "output"), "ThroughNorm")
         assert kinds == {**norm, "attn.o": "ThroughHeads", "mlp.out": "ThroughNeurons"}
 
 

@@ -15,10 +15,11 @@ from test_saving import V01
 
 import vpd_lens
 from vpd_lens import storage
+from vpd_lens.analysis.gathering import token_strings
 from vpd_lens.analysis.harvest import Harvest, Settings, harvest
 from vpd_lens.analysis.harvest.examples import Examples, Firings, random_keys
 from vpd_lens.analysis.harvest.result import HarvestRecord
-from vpd_lens.analysis.harvest.statistics import TokenTable, token_strings
+from vpd_lens.analysis.harvest.statistics import TokenTable
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import (
     ArtefactError,
@@ -152,8 +153,8 @@ def test_masses_are_added_in_blocks(found, dense, tokens, monkeypatch):
 
     monkeypatch.setattr(statistics, "_BLOCK", 10)
     g, acts, probabilities = dense
-    table = TokenTable.empty(g.shape[-1], 29, torch.float32, torch.device("cpu"))
-    table.add_mass(Firings.of(tokens, g, acts, THRESHOLD), probabilities)
+    table = TokenTable.empty(g.shape[-1], 29, torch.float32)
+    table.add_mass(Firings(tokens, g, acts, THRESHOLD), probabilities)
     torch.testing.assert_close(table.at_firings, found.outputs.at_firings)
 
 
@@ -219,11 +220,11 @@ def test_random_examples_are_firings(found, dense, tokens, model):
 
 def test_random_examples_are_uniform_over_firings():
     rows, n, length, n_batches = 300, 5, 10, 4
-    buffer = Examples.empty(rows, n, 0, torch.device("cpu"))
+    buffer = Examples.empty(rows, n, 0)
     for batch in range(n_batches):
         tokens = torch.arange(batch * length, (batch + 1) * length)[None]  # the token is the place
         ones = torch.ones(1, length, rows)
-        firings = Firings.of(tokens, ones, ones, 0.5)
+        firings = Firings(tokens, ones, ones, 0.5)
         buffer.offer(firings, random_keys(firings, seed=7, batch=batch))
     chosen = buffer.tokens[..., 0]  # [rows, n]
     assert all(len(set(row)) == n for row in chosen.tolist())

@@ -28,8 +28,9 @@ from vpd_lens.description import DecompositionRecord
 from vpd_lens.errors import InputError
 from vpd_lens.storage import read
 
-# By site; sizes differ from one to the next, so their names are not checked against each other.
-Directions = Mapping[str, tuple[Float[Tensor, "_d_in _C"], Float[Tensor, "_C _d_out"]]]
+# V and U; sizes differ from one site to the next, so they are not checked against each other.
+Pair = tuple[Float[Tensor, "_d_in _C"], Float[Tensor, "_C _d_out"]]
+Directions = Mapping[str, Pair]
 
 MATCH = 0.5
 
@@ -55,12 +56,7 @@ class Similarity(BaseModel):
 
 
 class Comparison(BaseModel):
-    """Two decompositions, site by site.
-
-    Attributes:
-        sites: Similarity at every site.
-        overall: The mean over all subcomponents of the reference, whatever their site.
-    """
+    """Two decompositions, site by site, and `overall`: the mean over all subcomponents."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -88,15 +84,10 @@ def compare(
         >>> compare({"w": (v, u)}, {"w": (v, -u.flip(0))}).overall
         Similarity(v=1.0, u=1.0, rank_one=0.0, n_reference=3, n_other=3)
     """
-    pairs = _paired(reference, other, alive)
-    best = {site: _best_cosines(*pair) for site, pair in pairs.items()}
-    n_other = {site: other_v.shape[1] for site, (_, (other_v, _)) in pairs.items()}
-    return Comparison(
-        sites={site: _similarity(best[site], n_other[site]) for site in pairs},
-        overall=_similarity(torch.cat(list(best.values()), dim=1), sum(n_other.values())),
-    )
+    return _compared(_paired(reference, other, alive))
 
 
+@torch.no_grad()
 def random_baseline(
     reference: Directions,
     other: Directions,
@@ -105,30 +96,20 @@ def random_baseline(
 ) -> Comparison:
     """`compare` for random directions of the same shapes: what chance gives.
 
-    Only shapes and counts of the arguments are used. Directions are Gaussian, as at the
-    initialisation, whose scale does not matter.
-
-    Args:
-        reference: As for `compare`.
-        other: As for `compare`.
-        alive: As for `compare`.
-        seed: Seed of the directions.
+    Only shapes and counts of the arguments, which are those of `compare`, are used. Directions are
+    Gaussian, as at the initialisation, whose scale does not matter.
 
     Raises:
         InputError: If the sites or their shapes differ.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def like(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def drawn(pair: Pair) -> Pair:
         v, u = (torch.randn(x.shape, generator=generator) for x in pair)
         return v, u
 
     pairs = _paired(reference, other, alive)
-    drawn = {site: (like(first), like(second)) for site, (first, second) in pairs.items()}
-    return compare(
-        {site: first for site, (first, _) in drawn.items()},
-        {site: second for site, (_, second) in drawn.items()},
-    )
+    return _compared({site: (drawn(one), drawn(two)) for site, (one, two) in pairs.items()})
 
 
 @torch.no_grad()
@@ -138,31 +119,19 @@ def multiple_match_share(
     alive: tuple[Alive, Alive] | None = None,
     threshold: float = MATCH,
 ) -> float:
-    """Share of the reference's subcomponents that more capacity has split.
+    """Share of the reference's subcomponents that more capacity has split, NaN if it has none.
 
     A subcomponent counts as split if *more than one* subcomponent at the same site of the larger
     decomposition has a write direction (row of U) whose absolute cosine with its own exceeds
     `threshold`. The share is taken over all subcomponents of the reference, those without a match
-    included, of all sites together. The paper reports 2.7 %.
-
-    Args:
-        reference: The smaller decomposition; see `directions`.
-        larger: The one with more subcomponents.
-        alive: Which subcomponents count, as for `compare`.
-        threshold: Cosine above which two write directions match.
-
-    Returns:
-        A number between 0 and 1; NaN if the reference has no subcomponents.
+    included, of all sites together. The paper reports 2.7 %. The arguments are those of `compare`.
 
     Raises:
         InputError: If the sites or their shapes differ.
     """
-    split, count = 0, 0
-    for (_, u), (_, larger_u) in _paired(reference, larger, alive).values():
-        matches = (_cosines(u, larger_u) > threshold).sum(1)  # [C]
-        split += int((matches > 1).sum())
-        count += len(matches)
-    return split / count if count else float("nan")
+    pairs = _paired(reference, larger, alive).values()
+    matches = [(_cosines(u, larger_u) > threshold).sum(1) for (_, u), (_, larger_u) in pairs]
+    return float((torch.cat(matches) > 1).double().mean())
 
 
 def directions(decomposition: Decomposition | str | Path) -> Directions:
@@ -188,7 +157,14 @@ def directions(decomposition: Decomposition | str | Path) -> Directions:
 
 # --------------------------------------------------------------------------- one site
 
-Pair = tuple[Tensor, Tensor]  # V [d_in, C], U [C, d_out]
+
+def _compared(pairs: Mapping[str, tuple[Pair, Pair]]) -> Comparison:
+    best = {site: _best_cosines(*pair) for site, pair in pairs.items()}
+    n_other = {site: other_v.shape[1] for site, (_, (other_v, _)) in pairs.items()}
+    return Comparison(
+        sites={site: _similarity(best[site], n_other[site]) for site in pairs},
+        overall=_similarity(torch.cat(list(best.values()), dim=1), sum(n_other.values())),
+    )
 
 
 def _best_cosines(reference: Pair, other: Pair) -> Float[Tensor, "3 C"]:
@@ -214,22 +190,17 @@ def _paired(
     reference: Directions, other: Directions, alive: tuple[Alive, Alive] | None
 ) -> dict[str, tuple[Pair, Pair]]:
     """Directions of both at every site, restricted to those that count."""
-    if set(reference) != set(other):
-        raise InputError(
-            "the decompositions have different sites; only in one of them: "
-            f"{sorted(set(reference) ^ set(other))}."
-        )
+    if unlike := sorted(set(reference) ^ set(other)):
+        raise InputError(f"the decompositions have different sites; only in one of them: {unlike}.")
     pairs = {}
-    for site, (v, u) in reference.items():
-        other_v, other_u = other[site]
-        shapes = (v.shape[0], u.shape[1]), (other_v.shape[0], other_u.shape[1])
-        if shapes[0] != shapes[1]:
+    for site in reference:
+        both = reference[site], other[site]
+        first, second = ((v.shape[0], u.shape[1]) for v, u in both)
+        if first != second:
             raise InputError(
-                f"{site}: matrices of different shapes, {shapes[0]} and {shapes[1]}; only "
-                "decompositions of the same model can be compared."
+                f"{site}: matrices of different shapes, {first} and {second}; only decompositions "
+                "of the same model can be compared."
             )
-        keep, other_keep = (
-            (slice(None), slice(None)) if alive is None else (alive[0][site], alive[1][site])
-        )
-        pairs[site] = (v[:, keep], u[keep]), (other_v[:, other_keep], other_u[other_keep])
+        kept = (slice(None),) * 2 if alive is None else (alive[0][site], alive[1][site])
+        pairs[site] = tuple((v[:, i], u[i]) for (v, u), i in zip(both, kept, strict=True))
     return pairs

@@ -3,27 +3,89 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, TypeVar
 
+import torch
 from pydantic import BaseModel
+from torch import Tensor
 
 from vpd_lens import storage
 from vpd_lens.data import Batch, TokenBatches
+from vpd_lens.decomposition import Decomposition
+from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import ArtefactError, ConfigError, InputError
 
+G = TypeVar("G", bound="Gathered")
 
-@runtime_checkable
-class Gathered(Protocol):
-    """Sums over the batches so far, which know where in the data to go on."""
 
+class GatheredRecord(storage.Record):
+    """What is stored of all such sums beside tensors, by the names of attributes."""
+
+    sites: list[str]
+    strings: list[str]
+    fingerprint: str
     n_batches: int
     data_state: dict[str, Any] | None
 
+
+@dataclass(repr=False, kw_only=True)
+class Gathered(ABC):
+    """Sums over the batches so far, which know their decomposition and where to go on."""
+
+    settings: BaseModel
+    fingerprint: str
+    strings: Sequence[str]
+    n_batches: int = 0
+    data_state: dict[str, Any] | None = None
+
+    def check(self, decomposition: Decomposition | str) -> None:
+        """Refuse another decomposition than the one this is of.
+
+        Args:
+            decomposition: The other, or its `vpd_lens.decomposition.saving.fingerprint`.
+
+        Raises:
+            ArtefactError: If they differ.
+        """
+        is_hash = isinstance(decomposition, str)
+        other = decomposition if is_hash else fingerprint(decomposition)
+        if other != self.fingerprint:
+            raise ArtefactError(
+                f"this {type(self).__name__} is of another decomposition: its fingerprint is "
+                f"{self.fingerprint[:12]}..., this decomposition's is {other[:12]}... Load the "
+                "decomposition it was made from, or make it anew."
+            )
+
+    def moved(self: G, device: torch.device) -> G:
+        """A copy with its tensors on a device."""
+        return _moved(self, device)
+
     def save(self, path: str | Path) -> Path:
-        """Write them to a directory."""
-        ...
+        """Write this to a folder, whole or not at all; an earlier one there is replaced.
+
+        Raises:
+            ArtefactError: If the folder cannot be written, or holds something else.
+        """
+        record, tensors = self._stored()
+        return storage.write(path, record, tensors)
+
+    @abstractmethod
+    def _stored(self) -> tuple[GatheredRecord, dict[str, dict[str, Tensor]]]:
+        """What `save` writes: a record, and tensors by file."""
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _moved(part, device) for name, part in value.items()}
+    if is_dataclass(value):
+        return replace(value, **_moved(vars(value), device))
+    return value
 
 
 def gather(
@@ -34,16 +96,9 @@ def gather(
     output: str | Path | None,
     save_every: float,
 ) -> None:
-    """Add batches to a result until there are `n_batches` of them or the data ends.
+    """`add` batches to a result until it has `n_batches` or the data ends.
 
-    Args:
-        result: The sums; `result.n_batches` batches are in them.
-        batches: One pass over the data, from where it is to go on.
-        n_batches: Batches in all.
-        add: Adds one batch to the result.
-        output: Where the result is stored at the end and every `save_every` seconds; `None`:
-            nowhere.
-        save_every: Seconds.
+    It is written to `output`, if that is given, at the end and every `save_every` seconds.
     """
     last = time.monotonic()
     while result.n_batches < n_batches and (batch := next(batches, None)) is not None:
@@ -58,12 +113,7 @@ def gather(
 
 
 def check_output(n_batches: int, output: str | Path | None, resume: bool) -> None:
-    """Refuse to go on from nothing, and to write over what is stored in `output`.
-
-    Raises:
-        InputError: If `n_batches` is below 1, or `resume` without `output`.
-        ConfigError: If something is stored there and `resume` is False.
-    """
+    """Refuse to go on from nothing, and to write over what is stored in `output`."""
     if n_batches < 1:
         raise InputError(f"n_batches is {n_batches}; expected at least 1.")
     if resume and output is None:
@@ -77,21 +127,38 @@ def check_output(n_batches: int, output: str | Path | None, resume: bool) -> Non
 
 
 def check_same(
-    output: str | Path, then: BaseModel, now: BaseModel, others: Sequence[str] = ()
+    output: str | Path | None, then: BaseModel, now: BaseModel, others: Sequence[str] = ()
 ) -> None:
-    """Refuse to go on with other arguments than a result was started with.
-
-    Raises:
-        ArtefactError: If the settings differ, or `others` names further differences.
-    """
+    """Refuse to go on with other settings, or where `others` names further differences."""
     before, after = then.model_dump(), now.model_dump()
-    different = [
-        f"{name} was {before[name]!r} and is {value!r}"
-        for name, value in after.items()
-        if before[name] != value
-    ]
+    names = [name for name in after if before[name] != after[name]]
+    different = [f"{name} was {before[name]!r} and is {after[name]!r}" for name in names]
     if different := [*different, *others]:
         raise ArtefactError(
             f"{output}: this was started with other arguments: {'; '.join(different)}. Resume with "
             "the same ones, or choose a new output directory."
         )
+
+
+def token_strings(tokenizer: Any, vocabulary: int) -> list[str]:
+    """The text of every token id, leading spaces included.
+
+    A token that is part of a character only, which has no text of its own, is written as the
+    tokenizer's vocabulary does; one without any text, or without a tokenizer, as its id in angle
+    brackets. Models may have more ids than their tokenizer.
+    """
+    if tokenizer is None:
+        return [f"<{token}>" for token in range(vocabulary)]
+    ids = list(range(min(len(tokenizer), vocabulary)))
+    texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    known = [_one(*parts) for parts in zip(ids, texts, pieces, strict=True)]
+    return known + [f"<{token}>" for token in range(len(ids), vocabulary)]
+
+
+def _one(token: int, text: str, piece: str | None) -> str:
+    piece = piece or f"<{token}>"
+    if not text or "\N{REPLACEMENT CHARACTER}" in text:
+        return piece
+    # SentencePiece drops the space in front of the first token that it decodes.
+    return " " + text if piece.startswith("▁") and not text.startswith(" ") else text

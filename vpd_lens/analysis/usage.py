@@ -22,14 +22,9 @@ Alive = Mapping[str, Int[Tensor, " _n_alive"]]
 def mean_importance(
     vpd: Decomposition, batches: Iterable[Tensor | Batch]
 ) -> Float[Tensor, " C_total"]:
-    """Mean causal importance of every subcomponent over all positions of some inputs.
+    """Mean causal importance of every subcomponent over all positions, in fp32 on the CPU.
 
-    Args:
-        vpd: The decomposition.
-        batches: Inputs of the model. Pads of a `Batch` are no positions.
-
-    Returns:
-        The means in fp32, on the CPU.
+    Pads of a `Batch` are no positions.
 
     Raises:
         InputError: If there are no batches.
@@ -51,13 +46,8 @@ def alive_subcomponents(
 ) -> Alive:
     """Indices of the subcomponents that are used: mean causal importance above a threshold.
 
-    Args:
-        vpd: The decomposition.
-        batches: Inputs of the model, such as `vpd_lens.data.one_pass` gives.
-        threshold: Mean importance that counts as alive, in [0, 1].
-
-    Returns:
-        `{site: indices}`, on the CPU.
+    Returns `{site: indices}`, on the CPU. Batches are inputs of the model, such as
+    `vpd_lens.data.one_pass` gives; the threshold is in [0, 1].
 
     Raises:
         InputError: If there are no batches.
@@ -80,14 +70,8 @@ def head_shares(vpd: Decomposition, name: str) -> Float[Tensor, "C heads"]:
     A decomposition sees all heads of a layer as one matrix, so a subcomponent may serve several.
     At `q`, `k` and `v` a share is that of the squared norm of the write direction `U_c`; at `o`
     that of the read direction `V_c`. Heads of `k` and `v` are the key-value heads, of which
-    grouped-query models have fewer.
-
-    Args:
-        vpd: A decomposition.
-        name: The site of a query, key, value or output matrix.
-
-    Returns:
-        Shares that add up to 1, or are all 0 where the direction is zero: it is in no head.
+    grouped-query models have fewer. Shares add up to 1, or are all 0 where the direction is zero
+    and in no head.
 
     Raises:
         InputError: If the site is not one of attention.

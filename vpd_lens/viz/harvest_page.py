@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
@@ -24,20 +25,12 @@ _BINS = 48
 
 
 def write(harvest: Harvest, folder: str | Path, title: str = "Harvest") -> Path:
-    """Write `index.html` and a page for every site; other files in the folder are left alone.
+    """Write `index.html`, whose path is returned, and a page for every site.
 
-    `page_name(site)#c17` is the address of subcomponent 17.
-
-    Args:
-        harvest: What to show.
-        folder: Where to write; made if need be.
-        title: Heading of the index.
-
-    Returns:
-        The path of `index.html`.
+    `page_name(site)#c17` is the address of subcomponent 17. The folder is made if need be; other
+    files in it are left alone. The title is the index' heading.
     """
-    folder = Path(folder)
-    names = harvest.layout.names
+    folder, names = Path(folder), harvest.layout.names
     for number, site in enumerate(names):
         page = _render(
             "harvest_site.html.j2",
@@ -78,13 +71,13 @@ def _read(name: str) -> Markup:
 
 def _index(harvest: Harvest, title: str) -> str:
     tables = {site: harvest.table(site) for site in harvest.layout.names}
-    rows = [row for table in tables.values() for row in table]
+    densities = [row.density for table in tables.values() for row in table]
     return _render(
         "harvest_index.html.j2",
         title=title,
         harvest=harvest,
-        alive=sum(row.density > 0 for row in rows),
-        l0=sum(row.density for row in rows),
+        alive=sum(density > 0 for density in densities),
+        l0=sum(densities),
         decades=-_lowest_decade(harvest),
         sites=[_site_row(harvest, site, table) for site, table in tables.items()],
     )
@@ -109,34 +102,57 @@ def _lowest_decade(harvest: Harvest) -> int:
 
 def _histogram(densities: list[float], lowest: int) -> list[tuple[float, float]]:
     """Left edge and height, both in [0, 1], of the filled bins of a logarithmic density axis."""
-    counts = [0] * _BINS
-    for density in densities:
-        share = 1 - math.log10(density) / lowest
-        counts[min(int(share * _BINS), _BINS - 1)] += 1
-    tallest = max(counts)
-    return [
-        (number / _BINS, math.sqrt(count / tallest)) for number, count in enumerate(counts) if count
-    ]
+    shares = np.clip(1 - np.log10(densities) / lowest, 0, 1)
+    counts = np.histogram(shares, _BINS, (0, 1))[0].tolist()
+    return [(n / _BINS, math.sqrt(count / max(counts))) for n, count in enumerate(counts) if count]
 
 
 # ------------------------------------------------------------------- the data of a page
 
 
-class _Tokens:
-    """Numbers the texts that a page needs, each stored once."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
-
-    def number(self, text: str) -> int:
-        return self.numbers.setdefault(text, len(self.numbers))
-
-
 def _payload(harvest: Harvest, site: str) -> dict[str, Any]:
     """What `harvest.js` draws; keys are short because there are many of them."""
-    tokens = _Tokens()
+    numbers: dict[str, int] = {}  # every text is stored once
     table = harvest.table(site)
-    cards = [_card(harvest, site, row, tokens) for row in table if row.density]
+
+    def number(token: int) -> int:
+        return numbers.setdefault(harvest.strings[token], len(numbers))
+
+    def examples(index: int, kind: str) -> list[list[Any]]:
+        """`[focus, tokens, importances in percent, activations]` of every example."""
+        return [
+            [
+                example.focus,
+                [number(token) for token in example.tokens],
+                [round(100 * g) for g in example.importance],
+                [float(f"{a:.3g}") for a in example.activation],
+            ]
+            for example in harvest.examples(site, index, kind)
+        ]
+
+    def tokens(index: int, side: str, k: int = 10, by: str = "information") -> list[list[Any]]:
+        """`[token, recall, precision, PMI]` of the largest tokens."""
+        return [
+            [number(t.token), *(float(f"{x:.4g}") for x in (t.recall, t.precision, t.pmi))]
+            for t in harvest.tokens(site, index, side, k, by)
+        ]
+
+    cards = [
+        {
+            "i": row.index,
+            "density": row.density,
+            "importance": row.mean_importance,
+            "size": row.mean_activation,
+            "activation": row.firing_activation,
+            "top": examples(row.index, "top"),
+            "random": examples(row.index, "random"),
+            "commonest": tokens(row.index, "input", 1, "recall")[0][:2],
+            "input": tokens(row.index, "input"),
+            "output": tokens(row.index, "output"),
+        }
+        for row in table
+        if row.density
+    ]
     return {
         "site": site,
         "count": len(table),
@@ -144,54 +160,5 @@ def _payload(harvest: Harvest, site: str) -> dict[str, Any]:
         "threshold": harvest.settings.threshold,
         "lowest": _lowest_decade(harvest),
         "cards": cards,
-        "tokens": list(tokens.numbers),
+        "tokens": list(numbers),
     }
-
-
-def _card(harvest: Harvest, site: str, row: Summary, tokens: _Tokens) -> dict[str, Any]:
-    return {
-        "i": row.index,
-        "density": row.density,
-        "importance": row.mean_importance,
-        "size": row.mean_activation,
-        "activation": row.firing_activation,
-        "top": _examples(harvest, site, row.index, "top", tokens),
-        "random": _examples(harvest, site, row.index, "random", tokens),
-        "commonest": _statistics(harvest, site, row.index, "input", tokens, 1, "recall")[0][:2],
-        "input": _statistics(harvest, site, row.index, "input", tokens),
-        "output": _statistics(harvest, site, row.index, "output", tokens),
-    }
-
-
-def _examples(
-    harvest: Harvest, site: str, index: int, kind: str, tokens: _Tokens
-) -> list[list[Any]]:
-    """`[focus, tokens, importances in percent, activations]` of every example."""
-    return [
-        [
-            example.focus,
-            [tokens.number(harvest.strings[token]) for token in example.tokens],
-            [round(100 * g) for g in example.importance],
-            [float(f"{a:.3g}") for a in example.activation],
-        ]
-        for example in harvest.examples(site, index, kind)
-    ]
-
-
-def _statistics(
-    harvest: Harvest,
-    site: str,
-    index: int,
-    side: str,
-    tokens: _Tokens,
-    k: int = 10,
-    by: str = "information",
-) -> list[list[Any]]:
-    """`[token, recall, precision, PMI]` of the largest tokens."""
-    return [
-        [
-            tokens.number(harvest.strings[found.token]),
-            *(float(f"{value:.4g}") for value in (found.recall, found.precision, found.pmi)),
-        ]
-        for found in harvest.tokens(site, index, side, k, by)
-    ]

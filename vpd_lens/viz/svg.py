@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib import rc_context
@@ -48,19 +47,8 @@ _STYLE: dict[str, Any] = {
 }
 
 
-@contextmanager
-def svg_style(name: str) -> Iterator[None]:
-    """Make figures inside the block fit for `to_svg`, without touching the user's settings.
-
-    Args:
-        name: Distinguishes the figure's identifiers from those of others on the page.
-    """
-    with rc_context({**_STYLE, "svg.hashsalt": name}):
-        yield
-
-
 def draw(name: str, label: str, size: tuple[float, float], plot: Callable[[Figure], object]) -> str:
-    """Draw one figure.
+    """Draw one figure, without touching the user's settings of matplotlib.
 
     Args:
         name: Unique on the page.
@@ -71,22 +59,16 @@ def draw(name: str, label: str, size: tuple[float, float], plot: Callable[[Figur
     Returns:
         An `<svg>` element without width, height, external references or namespaces.
     """
-    with svg_style(name):
+    buffer = io.StringIO()
+    with rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
         plot(figure)
-        return to_svg(figure, label)
-
-
-def to_svg(figure: Figure, label: str) -> str:
-    """`figure` as an inline `<svg>` element; see `draw`."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     view = re.search(r'viewBox="([^"]*)"', text)
     assert view is not None
     body = text[text.index(">", view.end()) + 1 :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
-    body = re.sub(r"<!--.*?-->\s*", "", body, flags=re.S)
+    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->\s*", "", body, flags=re.S)
     body = re.sub(r'<g id="[^"]*"', "<g", body).replace("xlink:href", "href")
     body = re.sub(r"font: (\S+) [^;\"]*", r"font-size: \1", body)
     body = re.sub(r"<[^>]*>", _with_short_numbers, body)
@@ -102,12 +84,7 @@ def _with_short_numbers(tag: re.Match[str]) -> str:
 
 
 def legend_above(axes: Axes, handles: Sequence[Artist] | None = None) -> None:
-    """A legend in one line above the axes, so that it never covers data.
-
-    Args:
-        axes: Where.
-        handles: The entries; by default every labelled artist.
-    """
+    """A legend in one line above the axes, of every labelled artist or of `handles`."""
     if handles is None:
         handles = axes.get_legend_handles_labels()[0]
     axes.legend(

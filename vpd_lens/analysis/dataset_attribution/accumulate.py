@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from vpd_lens.analysis.circuits.cut_forward import CutForward
 from vpd_lens.analysis.circuits.targets import explained_decomposition
-from vpd_lens.analysis.dataset_attribution.batch import Directions, Observed, observe
-from vpd_lens.analysis.dataset_attribution.nodes import OUTPUT
-from vpd_lens.analysis.dataset_attribution.result import DatasetAttributions, Settings
-from vpd_lens.analysis.dataset_attribution.routes import Route, choose_routes
-from vpd_lens.analysis.gathering import check_output, check_same, gather
-from vpd_lens.analysis.harvest.statistics import token_strings
+from vpd_lens.analysis.dataset_attribution.batch import Observer
+from vpd_lens.analysis.dataset_attribution.result import OUTPUT, DatasetAttributions, Settings
+from vpd_lens.analysis.dataset_attribution.routes import choose_routes
+from vpd_lens.analysis.gathering import check_output, check_same, gather, token_strings
 from vpd_lens.analysis.usage import above, mean_importance
 from vpd_lens.data import Batch, one_pass
 from vpd_lens.decomposition import Decomposition
@@ -33,8 +31,6 @@ from vpd_lens.errors import InputError
 from vpd_lens.evaluation.metrics import ALIVE
 from vpd_lens.progress import Progress
 from vpd_lens.sites import find_sites
-
-GIB = 2**30
 
 Indices = Mapping[str, Sequence[int] | Int[Tensor, " _n"]]
 
@@ -126,27 +122,100 @@ def dataset_attributions(
         prepend_bos=prepend_bos,
     )
     given = None if alive is None else _checked_alive(vpd, alive)
-    stored = _resumed(Path(str(output)), vpd, settings, given) if resume else None
-    if stored is not None:
+    stored = None
+    if resume:
+        stored = DatasetAttributions.load(output, vpd)
+        other = given is not None and any(not given[n].equal(stored.alive[n]) for n in given)
+        check_same(output, stored.settings, settings, ["alive was another choice"] * other)
         given = stored.alive
     elif given is None:
-        _require_rereadable(data)
+        if isinstance(data, Iterator):
+            raise InputError(
+                f"data is a {type(data).__name__}, which can be read only once, but what is alive "
+                "is found in a pass of its own. Give alive={site: indices}, or an iterable."
+            )
         with Progress("Finding what is alive", n_batches, show=progress) as bar:
-            means = mean_importance(vpd, bar.counting(read(n_batches=n_batches)))
-        given = _above(vpd, means, alive_threshold)
+            batches = bar.counting(read(n_batches=n_batches))
+            given = _find_alive(vpd, batches, alive_threshold)
     engine = Engine(vpd, given, settings)
-    engine.require_small(memory_limit)
-    result = (engine.empty() if stored is None else stored).moved(vpd.device)
+    _require_small(engine.empty("meta"), memory_limit)
+    result = (stored or engine.empty()).moved(vpd.device)
     batches = read(state=result.data_state)
-    n_passes = engine.n_passes
-    done = result.n_batches * n_passes
-    with Progress("Attributing", n_batches * n_passes, done, progress) as bar:
+    total, done = (n * engine.n_passes for n in (n_batches, result.n_batches))
+    with Progress("Attributing", total, done, progress) as bar:
 
         def add(batch: Batch) -> None:
             engine.add(result, batch.to(vpd.device), bar.advance)
 
         gather(result, batches, n_batches, add, output, save_every)
     return result.moved(torch.device("cpu"))
+
+
+class Engine:
+    """Computes the tables of a batch and adds them to those of the batches before."""
+
+    def __init__(self, vpd: Decomposition, alive: dict[str, Tensor], settings: Settings) -> None:
+        self.vpd, self.alive, self.settings = vpd, alive, settings
+        self.observer = Observer(CutForward(vpd, settings.frozen, through_delta=False), alive)
+        self.unembed = find_sites(vpd.model, ["unembed"])[0]
+        # A decomposed unembedding cuts the logits off from everything but its own subcomponents.
+        own = self.observer.write.get("unembed")
+        self.readout = self.unembed.weight.float() if own is None else own
+        axes = torch.eye(len(self.readout), device=vpd.device)
+        reads = {name: self.observer.read.get(name, axes) for name in settings.targets}
+        self.reads = {n: read for n, read in reads.items() if n == OUTPUT or read.shape[1]}
+        self.routes = choose_routes(self.observer, list(self.reads))
+
+    @property
+    def n_passes(self) -> int:
+        """Forward and backward passes per batch."""
+        both = [n for n in self.routes if self.settings.absolute and n != OUTPUT]
+        return 1 + sum(
+            self.routes[name].n_passes(self.reads[name], absolute)
+            for absolute, names in ((False, self.routes), (True, both))
+            for name in names
+        )
+
+    def empty(self, device: str = "cpu") -> DatasetAttributions:
+        """Attributions over nothing yet."""
+        n_tokens, tokenizer = self.observer.n_tokens, getattr(self.vpd.model, "tokenizer", None)
+        return DatasetAttributions.empty(
+            self.alive,
+            self.readout.cpu(),
+            n_tokens,
+            torch.device(device),
+            places={name: route.places for name, route in self.routes.items()},
+            settings=self.settings,
+            strings=token_strings(tokenizer, max(n_tokens, self.readout.shape[1])),
+            fingerprint=fingerprint(self.vpd),
+        )
+
+    def add(
+        self,
+        result: DatasetAttributions,
+        batch: Batch,
+        count_pass: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Add one batch on the model's device, calling `count_pass` after each of `n_passes`."""
+        seen = self.observer(batch, count_pass)
+        for name, route in self.routes.items():
+            result.signed[name] += route(seen, self.reads[name], None)
+            if name in result.absolute:
+                sign = seen.acts[name].sign()
+                result.absolute[name] += route(seen, self.reads[name], sign)
+        for name in self.alive:
+            result.importance[name] += seen.importance[name].sum(0)
+            result.squares[name] += seen.acts[name].square().sum(0)
+        real = slice(None) if seen.real is None else seen.real
+        tokens = seen.tokens[real]
+        result.token_counts += tokens.bincount(minlength=len(result.token_counts))
+        x = seen.cut.inputs["unembed"].detach().flatten(0, -2)[real].float()
+        logits = x @ self.unembed.weight.float()
+        if self.unembed.bias is not None:
+            logits += self.unembed.bias
+        result.logit_squares += logits.square().sum(0)
+        result.n_positions += len(tokens)
+        result.n_batches += 1
 
 
 # ------------------------------------------------------------------ before the pass
@@ -163,29 +232,10 @@ def _targets(vpd: Decomposition, targets: Literal["all"] | Sequence[str]) -> tup
     return tuple(name for name in available if name in targets)
 
 
-def _require_rereadable(data: Any) -> None:
-    if isinstance(data, Iterator):
-        raise InputError(
-            f"data is a {type(data).__name__}, which can be read only once, but what is alive is "
-            "found in a pass of its own. Give alive={site: indices}, or an iterable."
-        )
-
-
-def _resumed(
-    output: Path, vpd: Decomposition, settings: Settings, alive: dict[str, Tensor] | None
-) -> DatasetAttributions:
-    stored = DatasetAttributions.load(output, vpd)
-    other = alive is not None and any(not torch.equal(alive[n], stored.alive[n]) for n in alive)
-    check_same(output, stored.settings, settings, ["alive was another choice"] * other)
-    return stored
-
-
-# ------------------------------------------------------------------ what is alive
-
-
-def _above(
-    vpd: Decomposition, means: Float[Tensor, " C_total"], threshold: float
+def _find_alive(
+    vpd: Decomposition, batches: Iterator[Batch], threshold: float
 ) -> dict[str, Tensor]:
+    means = mean_importance(vpd, batches)
     if not bool((means > threshold).any()):
         raise InputError(
             f"alive_threshold={threshold:g}: no subcomponent's mean importance exceeds it; the "
@@ -196,142 +246,31 @@ def _above(
 
 def _checked_alive(vpd: Decomposition, alive: Indices) -> dict[str, Tensor]:
     """Indices as users give them, sorted, for every site; a site left out has none."""
-    names, sizes = vpd.layout.names, vpd.layout.sizes
-    if unknown := sorted(set(alive) - set(names)):
-        raise InputError(f"alive names {unknown}, which are no sites; sites: {list(names)}.")
-    checked = {}
-    for name, size in zip(names, sizes, strict=True):
-        index = torch.as_tensor(alive.get(name, ()), dtype=torch.long).cpu().unique()
-        if len(index) and not (int(index[0]) >= 0 and int(index[-1]) < size):
+    sizes = dict(zip(vpd.layout.names, vpd.layout.sizes, strict=True))
+    if unknown := sorted(alive.keys() - sizes.keys()):
+        raise InputError(f"alive names {unknown}, which are no sites; sites: {list(sizes)}.")
+    checked = {n: torch.as_tensor(alive.get(n, ()), dtype=torch.long).cpu().unique() for n in sizes}
+    for name, index in checked.items():
+        first, last = index[[0, -1]].tolist() if len(index) else (0, -1)
+        if first < 0 or last >= sizes[name]:
             raise InputError(
-                f"alive[{name!r}] has indices from {int(index[0])} to {int(index[-1])}; expected 0 "
-                f"to {size - 1}."
+                f"alive[{name!r}] has indices from {first} to {last}; expected 0 to "
+                f"{sizes[name] - 1}."
             )
-        checked[name] = index
     return checked
 
 
-# ------------------------------------------------------------------ batch after batch
-
-
-class Engine:
-    """Computes the tables of a batch and adds them to those of the batches before.
-
-    Args:
-        vpd: The decomposition.
-        alive: Which subcomponents count.
-        settings: What to do.
-    """
-
-    def __init__(self, vpd: Decomposition, alive: dict[str, Tensor], settings: Settings) -> None:
-        self.vpd, self.alive, self.settings = vpd, alive, settings
-        self.forward = CutForward(vpd, settings.frozen, through_delta=False)
-        targets = settings.targets
-        self.directions = Directions.of(vpd, alive)
-        self.unembed = find_sites(vpd.model, ["unembed"])[0]
-        self.reads = {name: self.directions.read[name] for name in targets if name != OUTPUT}
-        # A decomposed unembedding cuts the logits off from everything but its own subcomponents.
-        self.own_logits = "unembed" in vpd.layout.names
-        if OUTPUT in targets and not self.own_logits:
-            self.reads[OUTPUT] = torch.eye(self.unembed.shape[0], device=vpd.device)
-        matrices = {name: "unembed" if name == OUTPUT else name for name in self.reads}
-        wanted = {matrices[name] for name, read in self.reads.items() if read.shape[1]}
-        chosen = choose_routes(self.forward, self.directions, alive, sorted(wanted))
-        self.routes: dict[str, Route] = {
-            name: chosen[matrix] for name, matrix in matrices.items() if matrix in chosen
-        }
-        self.places = {name: route.places for name, route in self.routes.items()}
-        if OUTPUT in targets and self.own_logits:
-            self.places[OUTPUT] = ("unembed",)
-
-    @property
-    def n_passes(self) -> int:
-        """Forward and backward passes per batch."""
-        return 1 + sum(
-            route.n_passes(*self.reads[name].shape, absolute)
-            for name, route in self.routes.items()
-            for absolute in (False, True)[: 1 + self._has_absolute(name)]
+def _require_small(result: DatasetAttributions, limit: float) -> None:
+    sizes = {
+        name: 4 * table.numel() * (1 + (name in result.absolute)) / 2**30
+        for name, table in result.signed.items()
+    }
+    total = sum(sizes.values())
+    if total > limit:
+        largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
+        listed = ", ".join(f"{name}: {size:.2g} GiB" for name, size in largest)
+        raise InputError(
+            f"the tables of targets times sources take {total:.2g} GiB ({listed}, ...), more than "
+            f"memory_limit={limit:g}. Take some targets at a time with targets=[...], raise "
+            "alive_threshold, or raise memory_limit."
         )
-
-    def shapes(self) -> Iterator[tuple[str, int, int]]:
-        """Name, number of targets and number of sources of every table."""
-        for name, places in self.places.items():
-            n_sources = sum(self.directions.n_sources(place) for place in places)
-            yield name, self.reads[name].shape[1] if name in self.reads else n_sources, n_sources
-
-    def require_small(self, limit: float) -> None:
-        """Refuse tables of more than `limit` GiB."""
-        sizes = {
-            name: 4 * rows * columns * (1 + self._has_absolute(name))
-            for name, rows, columns in self.shapes()
-        }
-        total = sum(sizes.values()) / GIB
-        if total > limit:
-            largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
-            listed = ", ".join(f"{name}: {sizes[name] / GIB:.2g} GiB" for name in largest)
-            raise InputError(
-                f"the tables of targets times sources take {total:.2g} GiB ({listed}, ...), more "
-                f"than memory_limit={limit:g}. Take some targets at a time with targets=[...], "
-                "raise alive_threshold, or raise memory_limit."
-            )
-
-    def _has_absolute(self, target: str) -> bool:
-        return self.settings.absolute and target != OUTPUT
-
-    def empty(self) -> DatasetAttributions:
-        """Attributions over nothing yet."""
-        tables = {n: torch.zeros(rows, columns) for n, rows, columns in self.shapes()}
-        sums = {n: torch.zeros(len(index), dtype=torch.float64) for n, index in self.alive.items()}
-        weight = self.unembed.weight.float()
-        readout = self.directions.write["unembed"] if self.own_logits else weight
-        n_tokens = self.directions.n_tokens
-        tokenizer = getattr(self.vpd.model, "tokenizer", None)
-        return DatasetAttributions(
-            alive=self.alive,
-            places=self.places,
-            signed=tables,
-            absolute={n: torch.zeros_like(tables[n]) for n in tables if self._has_absolute(n)},
-            importance=sums,
-            squares={n: total.clone() for n, total in sums.items()},
-            token_counts=torch.zeros(n_tokens, dtype=torch.float64),
-            logit_squares=torch.zeros(weight.shape[1], dtype=torch.float64),
-            readout=readout.cpu(),
-            strings=token_strings(tokenizer, max(n_tokens, weight.shape[1])),
-            settings=self.settings,
-            fingerprint=fingerprint(self.vpd),
-        )
-
-    def add(
-        self,
-        result: DatasetAttributions,
-        batch: Batch,
-        count_pass: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Add one batch on the model's device, calling `count_pass` after each of `n_passes`."""
-        seen = observe(self.forward, self.directions, self.alive, batch)
-        seen.count_pass = count_pass
-        count_pass()
-        for name, route in self.routes.items():
-            result.signed[name] += route(seen, self.reads[name], None)
-            if name in result.absolute:
-                sign = seen.acts[name].sign()
-                result.absolute[name] += route(seen, self.reads[name], sign)
-        if OUTPUT in self.places and self.own_logits:
-            result.signed[OUTPUT] += seen.weighted["unembed"].sum(0).diag()
-        self._add_sums(result, seen)
-
-    def _add_sums(self, result: DatasetAttributions, seen: Observed) -> None:
-        for name in self.alive:
-            result.importance[name] += seen.importance[name].sum(0)
-            result.squares[name] += seen.acts[name].square().sum(0)
-        real = slice(None) if seen.real is None else seen.real
-        tokens = seen.tokens[real]
-        ones = torch.ones_like(tokens, dtype=torch.float64)
-        result.token_counts.index_add_(0, tokens, ones)
-        x = seen.cut.inputs["unembed"].detach().flatten(0, -2)[real].float()
-        logits = x @ self.unembed.weight.float()
-        if self.unembed.bias is not None:
-            logits += self.unembed.bias
-        result.logit_squares += logits.square().sum(0)
-        result.n_positions += len(tokens)
-        result.n_batches += 1

@@ -2,49 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vpd_lens.analysis.circuits.cut_forward import EMBEDDING, Cut, CutForward
+from vpd_lens.analysis.usage import Alive
 from vpd_lens.data import Batch
-from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.importance import lower_leaky
 
-# By site; sizes differ from one to the next, so their names are not checked against each other.
-Alive = Mapping[str, Int[Tensor, " _n_alive"]]
 
-
-@dataclass
-class Directions:
-    """Read and write directions of the alive subcomponents.
+class Observer:
+    """Runs batches through the cut model.
 
     Attributes:
-        read: By site, `[d_in, S]`.
-        write: By site, `[S, d_out]`.
+        forward: The cut model.
+        alive: Which subcomponents count, by site.
+        read: Their read directions, by site `[d_in, S]`.
+        write: Their write directions, `[S, d_out]`.
         n_tokens: Size of the vocabulary, whose tokens are sources too.
     """
 
-    read: dict[str, Float[Tensor, "_d_in _S"]]
-    write: dict[str, Float[Tensor, "_S _d_out"]]
-    n_tokens: int
+    def __init__(self, forward: CutForward, alive: Alive) -> None:
+        vpd, self.forward = forward.vpd, forward
+        self.alive = {name: alive[name].to(vpd.device) for name in vpd.layout.names}
+        self.read = {name: vpd.v(name).detach()[:, index] for name, index in self.alive.items()}
+        self.write = {name: vpd.u(name).detach()[index] for name, index in self.alive.items()}
+        self.n_tokens = int(vpd.model.cfg.d_vocab)
 
-    @classmethod
-    def of(cls, vpd: Decomposition, alive: Alive) -> Directions:
-        """The directions of a decomposition's alive subcomponents."""
-        index = {name: part.to(vpd.device) for name, part in alive.items()}
-        return cls(
-            {name: vpd.v(name).detach()[:, index[name]] for name in vpd.layout.names},
-            {name: vpd.u(name).detach()[index[name]] for name in vpd.layout.names},
-            int(vpd.model.cfg.d_vocab),
-        )
+    def __call__(self, batch: Batch, count_pass: Callable[[], None] = lambda: None) -> Observed:
+        """One batch; its pads are on the right, where a causal model does not see them."""
+        vpd, cut = self.forward.vpd, self.forward(batch.tokens)
+        real = None if batch.real is None else batch.real.flatten()
+        inputs = {name: cut.inputs[name].detach() for name in self.alive}
+        with torch.no_grad():
+            z = vpd.pre_importance(list(inputs.values()), batch.real)
+            parts = dict(zip(self.alive, vpd.layout.split(lower_leaky(z)), strict=True))
 
-    def n_sources(self, place: str) -> int:
-        """Number of sources at a site, or of tokens at `embed`."""
-        return self.n_tokens if place == EMBEDDING else len(self.write[place])
+        def flat(x: Tensor) -> Tensor:
+            return zero_at_pads(x.flatten(0, -2).float(), real)
+
+        importance = {name: flat(parts[name][..., index]) for name, index in self.alive.items()}
+        acts = {name: flat(x.float() @ self.read[name]) for name, x in inputs.items()}
+        weighted = {name: g * acts[name] for name, g in importance.items()}
+        embeddings, tokens = flat(cut.embeddings), batch.tokens.flatten()
+        count_pass()
+        return Observed(self, cut, count_pass, tokens, real, embeddings, acts, importance, weighted)
 
 
 @dataclass
@@ -52,39 +58,22 @@ class Observed:
     """One batch after its forward pass, positions of all its sequences in one dimension.
 
     At pads all of it is 0, so that they are neither sources nor counted.
-
-    Attributes:
-        cut: The forward pass.
-        directions: Of the alive subcomponents.
-        tokens: The batch, `[n]`.
-        real: False at pads, `[n]`; `None`: there are none.
-        embeddings: Token embeddings `[n, d_model]`.
-        acts: Activations `a = x V` of the alive subcomponents, by site `[n, S]`.
-        importance: Their causal importances `g`, `[n, S]`.
-        weighted: `g a`, `[n, S]`.
-        count_pass: Called after each backward pass, to show progress.
     """
 
+    observer: Observer
     cut: Cut
-    directions: Directions
+    count_pass: Callable[[], None]  # called after each pass, to show progress
     tokens: Int[Tensor, " n"]
-    real: Bool[Tensor, " n"] | None
+    real: Bool[Tensor, " n"] | None  # False at pads; `None`: there are none
     embeddings: Float[Tensor, "n d_model"]
-    acts: dict[str, Float[Tensor, "n _S"]]
-    importance: dict[str, Float[Tensor, "n _S"]]
-    weighted: dict[str, Float[Tensor, "n _S"]]
-    count_pass: Callable[[], None] = field(default=lambda: None)
+    acts: dict[str, Float[Tensor, "n _S"]]  # `a = x V` of the alive subcomponents, by site
+    importance: dict[str, Float[Tensor, "n _S"]]  # `g`
+    weighted: dict[str, Float[Tensor, "n _S"]]  # `g a`
 
     def gradients(
         self, matrix: str, places: Sequence[str], cotangent: Float[Tensor, "n d_in"]
     ) -> list[Float[Tensor, "n _d_out"]]:
-        """One backward pass from a matrix' input to the outputs of the places before it.
-
-        Args:
-            matrix: The matrix that reads.
-            places: Where gradients are wanted.
-            cotangent: Of the input; pads are left out.
-        """
+        """One backward pass from a matrix' input to the outputs of the places before it."""
         x = self.cut.inputs[matrix]
         cotangent = zero_at_pads(cotangent, self.real).to(x.dtype).reshape(x.shape)
         leaves = [self.cut.leaves[place] for place in places]
@@ -92,53 +81,29 @@ class Observed:
         self.count_pass()
         return [gradient.flatten(0, -2).float() for gradient in found]
 
-    def contribution(
-        self, place: str, gradient: Float[Tensor, "n d_out"]
-    ) -> Float[Tensor, " n_sources"]:
-        """What every source at a place adds to a target with that gradient at its output."""
-        if place == EMBEDDING:
-            per_position = torch.linalg.vecdot(gradient, self.embeddings)
-            return self.by_token(per_position[:, None])[0]
-        return ((self.weighted[place].T @ gradient) * self.directions.write[place]).sum(1)
+    def contributions(
+        self,
+        matrix: str,
+        places: Sequence[str],
+        cotangent: Float[Tensor, "n d_in"],
+        n_heads: int = 1,
+    ) -> Float[Tensor, "n_heads n_sources"]:
+        """What every source adds to `sum (cotangent * x)`, by the heads that it writes to."""
+        columns = []
+        gradients = self.gradients(matrix, places, cotangent)
+        for place, gradient in zip(places, gradients, strict=True):
+            if place == EMBEDDING:
+                per_position = torch.linalg.vecdot(gradient, self.embeddings)
+                columns.append(self.by_token(per_position[:, None]))
+                continue
+            products = (self.weighted[place].T @ gradient) * self.observer.write[place]
+            columns.append(products.unflatten(1, (n_heads, -1)).sum(-1).T)
+        return torch.cat(columns, 1)
 
     def by_token(self, values: Float[Tensor, "n k"]) -> Float[Tensor, "k n_tokens"]:
         """Sums over the positions of every token."""
-        sums = values.new_zeros(self.directions.n_tokens, values.shape[1])
+        sums = values.new_zeros(self.observer.n_tokens, values.shape[1])
         return sums.index_add_(0, self.tokens, values).T
-
-
-def observe(
-    forward: CutForward,
-    directions: Directions,
-    alive: Alive,
-    batch: Batch,
-) -> Observed:
-    """Run one batch; its pads are on the right, where a causal model does not see them."""
-    vpd = forward.vpd
-    cut = forward(batch.tokens)
-    rows = None if batch.real is None else batch.real.flatten()
-    inputs = {name: cut.inputs[name].detach() for name in vpd.layout.names}
-    with torch.no_grad():
-        z = vpd.pre_importance(list(inputs.values()), batch.real)
-        parts = vpd.layout.split(lower_leaky(z))
-    importance = {
-        name: zero_at_pads(part.flatten(0, -2)[:, alive[name].to(part.device)], rows)
-        for name, part in zip(vpd.layout.names, parts, strict=True)
-    }
-    acts = {
-        name: zero_at_pads(x.flatten(0, -2).float() @ directions.read[name], rows)
-        for name, x in inputs.items()
-    }
-    return Observed(
-        cut,
-        directions,
-        batch.tokens.flatten(),
-        rows,
-        zero_at_pads(cut.embeddings.flatten(0, -2).float(), rows),
-        acts,
-        importance,
-        {name: g * acts[name] for name, g in importance.items()},
-    )
 
 
 def zero_at_pads(

@@ -1,43 +1,44 @@
-"""`DatasetAttributions`: the summed tables, and the questions they answer."""
+"""`DatasetAttributions`: the summed tables, and the questions they answer.
+
+Nodes have names: `blocks.0.mlp.in:31`, `embed:17`, `output: self`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Float64, Int
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from vpd_lens import storage
 from vpd_lens.analysis.circuits.cut_forward import EMBEDDING
-from vpd_lens.analysis.dataset_attribution.nodes import (
-    OUTPUT,
-    Node,
-    Sign,
-    find_node,
-    ranked,
-    strongest_table,
-)
+from vpd_lens.analysis.gathering import Gathered, GatheredRecord
 from vpd_lens.decomposition import Decomposition
-from vpd_lens.decomposition.saving import fingerprint
-from vpd_lens.errors import ArtefactError, InputError
+from vpd_lens.errors import InputError
 
+OUTPUT = "output"
 _SMALLEST = 1e-10
+_ALL = slice(None)
+
+# Attributes that are tensors by place, and tensors.
+_GROUPS = ("alive", "signed", "absolute", "importance", "squares")
+_SINGLE = ("token_counts", "logit_squares", "readout")
+
+Sign = Literal["both", "positive", "negative"]
 
 
 class Settings(BaseModel):
-    """What decides the attributions, besides model and data.
+    """What decides the attributions, besides model and data: arguments of `dataset_attributions`.
 
-    Attributes:
-        alive_threshold: Mean importance above which a subcomponent is alive.
-        absolute: Whether there is an absolute variant.
-        frozen: Whether norm scales, attention patterns and gains were held.
-        targets: Sites, and `output`.
+    Of these, `targets` are always names of sites, and `output`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,28 +49,16 @@ class Settings(BaseModel):
     targets: tuple[str, ...]
 
 
-# Attributes that are tensors by place, and tensors.
-_GROUPS = ("alive", "signed", "absolute", "importance", "squares")
-_SINGLE = ("token_counts", "logit_squares", "readout")
-
-
-class _Record(storage.Record):
-    """What is stored of `DatasetAttributions` beside tensors, by the names of its attributes."""
-
+class _Record(GatheredRecord):
     kind = "dataset attributions"
 
-    sites: list[str]
     places: dict[str, tuple[str, ...]]
-    strings: list[str]
     settings: Settings
-    fingerprint: str
-    n_batches: int
     n_positions: int
-    data_state: dict[str, Any] | None
 
 
-@dataclass(repr=False)
-class DatasetAttributions:
+@dataclass(repr=False, kw_only=True)
+class DatasetAttributions(Gathered):
     """Which subcomponents act on which, summed over data.
 
     Made by `dataset_attributions`, or read with `DatasetAttributions.load`. Nodes have names:
@@ -95,6 +84,7 @@ class DatasetAttributions:
         data_state: Where in the data to go on.
     """
 
+    settings: Settings
     alive: dict[str, Int[Tensor, " _n"]]
     places: dict[str, tuple[str, ...]]
     signed: dict[str, Float[Tensor, "_T _n_sources"]]
@@ -104,12 +94,42 @@ class DatasetAttributions:
     token_counts: Float64[Tensor, " n_tokens"]
     logit_squares: Float64[Tensor, " vocab"]
     readout: Float[Tensor, "n_axes vocab"]
-    strings: Sequence[str]
-    settings: Settings
-    fingerprint: str
-    n_batches: int = 0
     n_positions: int = 0
-    data_state: dict[str, Any] | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        alive: dict[str, Tensor],
+        readout: Float[Tensor, "n_axes vocab"],
+        n_tokens: int,
+        device: torch.device,
+        *,
+        places: dict[str, tuple[str, ...]],
+        settings: Settings,
+        **kept: Any,
+    ) -> DatasetAttributions:
+        """Attributions over nothing yet."""
+        n_sources = {EMBEDDING: n_tokens, **{name: len(index) for name, index in alive.items()}}
+        shapes = {
+            target: (len(alive.get(target, readout)), sum(n_sources[p] for p in of_target))
+            for target, of_target in places.items()
+        }
+        both = {n: s for n, s in shapes.items() if settings.absolute and n != OUTPUT}
+        double = torch.float64
+        with device:
+            return cls(
+                settings=settings,
+                alive=alive,
+                places=places,
+                signed={name: torch.zeros(shape) for name, shape in shapes.items()},
+                absolute={name: torch.zeros(shape) for name, shape in both.items()},
+                importance={n: torch.zeros(n_sources[n], dtype=double) for n in alive},
+                squares={n: torch.zeros(n_sources[n], dtype=double) for n in alive},
+                token_counts=torch.zeros(n_tokens, dtype=double),
+                logit_squares=torch.zeros(readout.shape[1], dtype=double),
+                readout=readout,
+                **kept,
+            )
 
     # ---------------------------------------------------------------- looking
 
@@ -122,7 +142,7 @@ class DatasetAttributions:
         sign: Sign = "both",
         place: str | None = None,
     ) -> list[tuple[str, float]]:
-        """What acts on a node, the strongest first.
+        """What acts on a node, the strongest first: names and normalised attributions.
 
         Args:
             node: Its name.
@@ -131,23 +151,15 @@ class DatasetAttributions:
             sign: `"positive"` or `"negative"` values only.
             place: Sources of this site (or `"embed"`) only.
 
-        Returns:
-            Names and normalised attributions.
-
         Raises:
             InputError: If there is no such node or place, or no absolute variant.
         """
-        target = self._node(node)
-        columns = self.places.get(target.place)
-        if columns is None:
+        target, row = self._node(node)
+        if target not in self.places:
             raise InputError(f"{node!r} was no target; those with sources are {list(self.places)}.")
-        table = self._table(target.place, absolute)
-        is_logit = target.place == OUTPUT
-        row = self.readout[:, target.row] @ table if is_logit else table[target.row]
-        row = row / self._target_scale(target.place)[target.row]
-        parts = row.split([self._n_sources(p) for p in columns])
-        found = {p: part / self._source_scale(p) for p, part in zip(columns, parts, strict=True)}
-        return ranked(found, self.alive, top, sign, place)
+        rows = slice(row, row + 1)
+        found = {p: self._block(target, p, absolute, rows)[0] for p in self.places[target]}
+        return self._ranked(found, top, sign, place)
 
     def targets(
         self,
@@ -158,35 +170,23 @@ class DatasetAttributions:
         sign: Sign = "both",
         place: str | None = None,
     ) -> list[tuple[str, float]]:
-        """What a node acts on, the strongest first.
+        """What a node acts on, the strongest first; see `sources`.
 
-        Args:
-            node: Its name.
-            top: At most so many; `None`: all that are not 0.
-            absolute: What changes the size of the targets' activations; logits are left out.
-            sign: `"positive"` or `"negative"` values only.
-            place: Targets of this site (or `"output"`) only.
-
-        Returns:
-            Names and normalised attributions.
+        With `absolute`, what it does to the size of the targets' activations; logits are left out.
 
         Raises:
             InputError: If there is no such node or place, or no absolute variant.
         """
-        source = self._node(node)
-        if source.place == OUTPUT:
+        source, column = self._node(node)
+        if source == OUTPUT:
             raise InputError(f"{node!r} is a logit, which acts on nothing; ask for its sources.")
-        found = {}
-        for name, columns in self.places.items():
-            left_out = absolute and name == OUTPUT and place != OUTPUT
-            if source.place not in columns or left_out:
-                continue
-            table = self._table(name, absolute)
-            column = table[:, self._columns(name, source.place)][:, source.row]
-            column = self.readout.T @ column if name == OUTPUT else column
-            found[name] = column / self._target_scale(name)
-        scale = self._source_scale(source.place)[source.row]
-        return ranked({n: v / scale for n, v in found.items()}, self.alive, top, sign, place)
+        columns = slice(column, column + 1)
+        found = {
+            target: self._block(target, source, absolute, columns=columns)[:, 0]
+            for target, of_target in self.places.items()
+            if source in of_target and not (absolute and target == OUTPUT != place)
+        }
+        return self._ranked(found, top, sign, place)
 
     def matrix(
         self, target: str, source: str, *, absolute: bool = False
@@ -209,142 +209,21 @@ class DatasetAttributions:
                 f"no attributions from {source!r} to {target!r}; sources of each target: "
                 f"{self.places}."
             )
-        table = self._table(target, absolute)[:, self._columns(target, source)]
-        table = self.readout.T @ table if target == OUTPUT else table
-        return table / self._source_scale(source) / self._target_scale(target)[:, None]
+        return self._block(target, source, absolute)
 
     def table(self, node: str, top: int = 10, *, absolute: bool = False) -> Table:
-        """A rich table of a node's strongest sources and targets.
-
-        Args:
-            node: Its name.
-            top: Number of rows.
-            absolute: The absolute variant.
-        """
-        kind = "absolute attributions" if absolute else "attributions"
+        """A rich table of a node's `top` strongest sources and targets."""
         place = node.partition(":")[0]
         sources = self.sources(node, top, absolute=absolute) if place in self.places else []
         targets = [] if place == OUTPUT else self.targets(node, top, absolute=absolute)
-        return strongest_table(f"{node}: {kind}", sources, targets, self.strings)
-
-    # ---------------------------------------------------------------- numbers
-
-    def _node(self, name: str) -> Node:
-        return find_node(name, self.alive, self.strings, len(self.token_counts), self.readout)
-
-    def _table(self, target: str, absolute: bool) -> Tensor:
-        if absolute and not self.settings.absolute:
-            raise InputError("absolute=True: these attributions were made with absolute=False.")
-        if absolute and target == OUTPUT:
-            raise InputError("absolute=True: logits have signed attributions only.")
-        return (self.absolute if absolute else self.signed)[target]
-
-    def _n_sources(self, place: str) -> int:
-        return len(self.token_counts) if place == EMBEDDING else len(self.alive[place])
-
-    def _columns(self, target: str, source: str) -> slice:
-        before = self.places[target][: self.places[target].index(source)]
-        start = sum(map(self._n_sources, before))
-        return slice(start, start + self._n_sources(source))
-
-    def _source_scale(self, place: str) -> Tensor:
-        sums = self.token_counts if place == EMBEDDING else self.importance[place]
-        return sums.clamp(min=_SMALLEST).float()
-
-    def _target_scale(self, place: str) -> Tensor:
-        squares = self.logit_squares if place == OUTPUT else self.squares[place]
-        return (squares / max(1, self.n_positions)).sqrt().clamp(min=_SMALLEST).float()
-
-    # ---------------------------------------------------------------- storing
-
-    def check(self, vpd: Decomposition) -> None:
-        """Refuse another decomposition than the one these are of.
-
-        Args:
-            vpd: The decomposition.
-
-        Raises:
-            ArtefactError: If it is another.
-        """
-        if fingerprint(vpd) != self.fingerprint:
-            raise ArtefactError(
-                "these dataset attributions are of another decomposition (its V and U have another "
-                "hash). Load the decomposition they were made from, or make them again."
-            )
-
-    def save(self, path: str | Path) -> Path:
-        """Write them to a folder, whole or not at all.
-
-        Args:
-            path: The folder; earlier attributions there are replaced.
-
-        Raises:
-            ArtefactError: If the folder cannot be written, or holds something else.
-        """
-        kept = {name: getattr(self, name) for name in _Record.model_fields if name != "sites"}
-        tensors = {f"{g}/{name}": t for g in _GROUPS for name, t in getattr(self, g).items()}
-        tensors |= {name: getattr(self, name) for name in _SINGLE}
-        record = _Record(sites=list(self.alive), **kept)
-        return storage.write(path, record, {"attributions": tensors})
-
-    @classmethod
-    def load(cls, path: str | Path, vpd: Decomposition | None = None) -> DatasetAttributions:
-        """Read what `save` wrote.
-
-        Args:
-            path: The folder.
-            vpd: The decomposition that it should belong to; `None` does not check.
-
-        Raises:
-            ArtefactError: If a file is missing or damaged, or it is of another decomposition.
-        """
-        artefact = storage.read(path, _Record)
-        tensors, record = artefact.tensors("attributions"), artefact.record
-        order = [*record.sites, OUTPUT]
-        groups = {
-            g: {n: tensors.pop(f"{g}/{n}") for n in order if f"{g}/{n}" in tensors} for g in _GROUPS
-        }
-        kept = {name: getattr(record, name) for name in _Record.model_fields if name != "sites"}
-        try:
-            found = cls(**groups, **tensors, **kept)
-            shapes = found._shapes()
-        except (TypeError, KeyError) as error:
-            raise ArtefactError(
-                f"{path}: its tensors are not those of dataset attributions ({error}). Make them "
-                "again."
-            ) from None
-        for group, expected in shapes.items():
-            storage.require_shapes(artefact.folder, getattr(found, group), expected)
-        if vpd is not None:
-            found.check(vpd)
-        return found
-
-    def _shapes(self) -> dict[str, dict[str, list[int]]]:
-        """What follows from the alive subcomponents, places and vocabularies."""
-        n_alive = {name: [len(index)] for name, index in self.alive.items()}
-        tables = {
-            target: [
-                len(self.alive.get(target, self.readout)),
-                sum(map(self._n_sources, places)),
-            ]
-            for target, places in self.places.items()
-        }
-        absolute = {n: size for n, size in tables.items() if n != OUTPUT}
-        return {
-            "signed": tables,
-            "absolute": absolute if self.settings.absolute else {},
-            "importance": n_alive,
-            "squares": n_alive,
-        }
-
-    def moved(self, device: torch.device) -> DatasetAttributions:
-        """The same on a device.
-
-        Args:
-            device: Where to.
-        """
-        groups = {g: {n: t.to(device) for n, t in getattr(self, g).items()} for g in _GROUPS}
-        return replace(self, **groups, **{n: getattr(self, n).to(device) for n in _SINGLE})
+        title = f"{node}: {'absolute ' * absolute}attributions"
+        table = Table(title=title, title_justify="left")
+        for heading in ("source", "target"):
+            table.add_column(heading, overflow="fold")
+            table.add_column("", justify="right")
+        for pair in zip_longest(sources, targets):
+            table.add_row(*(cell for found in pair for cell in self._cells(found)))
+        return table
 
     def __repr__(self) -> str:
         n_alive = sum(map(len, self.alive.values()))
@@ -354,3 +233,123 @@ class DatasetAttributions:
             f"{len(self.places)} target sites, {entries:,} attributions over {self.n_positions:,} "
             f"tokens{', frozen' * self.settings.frozen})"
         )
+
+    # ---------------------------------------------------------------- numbers
+
+    def _block(
+        self, target: str, source: str, absolute: bool, rows: slice = _ALL, columns: slice = _ALL
+    ) -> Float[Tensor, "n_targets n_sources"]:
+        """Normalised attributions from some sources at one place to some targets at another."""
+        if absolute and not self.settings.absolute:
+            raise InputError("absolute=True: these attributions were made with absolute=False.")
+        if absolute and target == OUTPUT:
+            raise InputError("absolute=True: logits have signed attributions only.")
+        table = (self.absolute if absolute else self.signed)[target]
+        table = table[:, self._columns(target, source)][:, columns]
+        table = self.readout[:, rows].T @ table if target == OUTPUT else table[rows]
+        squares = self.logit_squares if target == OUTPUT else self.squares[target]
+        rms = (squares[rows] / max(1, self.n_positions)).sqrt().clamp(min=_SMALLEST).float()
+        sums = self._weights(source)[columns].clamp(min=_SMALLEST).float()
+        return table / sums / rms[:, None]
+
+    def _weights(self, source: str) -> Float64[Tensor, " n_sources"]:
+        """What every source at a place counted in all."""
+        return self.token_counts if source == EMBEDDING else self.importance[source]
+
+    def _columns(self, target: str, source: str) -> slice:
+        before = self.places[target][: self.places[target].index(source)]
+        start = sum(len(self._weights(place)) for place in before)
+        return slice(start, start + len(self._weights(source)))
+
+    def _ranked(
+        self, found: Mapping[str, Tensor], top: int | None, sign: Sign, place: str | None
+    ) -> list[tuple[str, float]]:
+        """Names and values of some places, the strongest first; what is 0 is left out."""
+        if sign not in ("both", "positive", "negative"):
+            raise InputError(f"sign={sign!r}; expected 'both', 'positive' or 'negative'.")
+        if place is not None and place not in found:
+            raise InputError(f"place={place!r}; here are {list(found)}.")
+        parts = {name: part for name, part in found.items() if place in (None, name)}
+        if not parts:
+            return []
+        values = torch.cat(list(parts.values()))
+        size = {"both": values.abs(), "positive": values, "negative": -values}[sign]
+        order = size.argsort(descending=True, stable=True)
+        order = order[size[order] > 0][:top]
+        nodes = [(name, row) for name, part in parts.items() for row in range(len(part))]
+        named = ((*nodes[i], float(values[i])) for i in order.tolist())
+        return [(f"{n}:{int(self.alive[n][i]) if n in self.alive else i}", x) for n, i, x in named]
+
+    # ------------------------------------------------------------------ nodes
+
+    def _node(self, name: str) -> tuple[str, int]:
+        """A node's place, and its row there: among the alive subcomponents, or a token id."""
+        place, colon, rest = name.partition(":")
+        if place in (EMBEDDING, OUTPUT) and colon:
+            counted = self.token_counts if place == EMBEDDING else self.logit_squares
+            strings = self.strings[: len(counted)]
+            same = [token for token, string in enumerate(strings) if string == rest]
+            if rest.isdecimal() and int(rest) >= len(strings):
+                raise InputError(f"token {rest} is not in the vocabulary of {len(strings)}.")
+            if not rest.isdecimal() and len(same) != 1:
+                raise InputError(
+                    f"{len(same)} tokens are written {rest!r}; name one by its id, and mind the "
+                    "leading space."
+                )
+            return place, int(rest) if rest.isdecimal() else same[0]
+        if place not in self.alive or not rest.isdecimal():
+            raise InputError(
+                f"no node named {name!r}; names are like 'blocks.0.mlp.in:31' (site:subcomponent), "
+                f"'embed:17' and 'output:17' (token id) or 'output: self' (its text). Sites: "
+                f"{list(self.alive)}."
+            )
+        found = (self.alive[place] == int(rest)).nonzero()
+        if not len(found):
+            raise InputError(
+                f"{name!r} is not among the {len(self.alive[place])} alive subcomponents of its "
+                f"site; alive[{place!r}] lists them. Lower alive_threshold to include more."
+            )
+        return place, int(found[0, 0])
+
+    def _cells(self, found: tuple[str, float] | None) -> tuple[Text, Text]:
+        if found is None:
+            return Text(), Text()
+        name, value = found
+        place, _, index = name.partition(":")
+        text = f"{name} {self.strings[int(index)]!r}" if place in (EMBEDDING, OUTPUT) else name
+        return Text(text), Text(f"{value:+.3f}")  # as Text: brackets in a token are no markup
+
+    # ---------------------------------------------------------------- storing
+
+    def _stored(self) -> tuple[_Record, dict[str, dict[str, Tensor]]]:
+        kept = {name: getattr(self, name) for name in _Record.model_fields if name != "sites"}
+        return _Record(sites=list(self.alive), **kept), {"attributions": self._tensors()}
+
+    @classmethod
+    def load(cls, path: str | Path, vpd: Decomposition | None = None) -> DatasetAttributions:
+        """Read what `save` wrote.
+
+        Args:
+            path: The folder.
+            vpd: The decomposition that they should belong to; `None` does not check.
+
+        Raises:
+            ArtefactError: If a file is missing or damaged, or they are of another decomposition.
+        """
+        artefact = storage.read(path, _Record)
+        tensors, kept = artefact.tensors("attributions"), dict(artefact.record)
+        nothing = torch.empty(0, 0)
+        alive = {name: tensors.get(f"alive/{name}", nothing) for name in kept.pop("sites")}
+        readout, counts = (tensors.get(name, nothing) for name in ("readout", "token_counts"))
+        blank = cls.empty(alive, readout, len(counts), torch.device("meta"), **kept)
+        shapes = {name: tensor.shape for name, tensor in blank._tensors().items()}
+        storage.require_shapes(artefact.folder, tensors, shapes)
+        groups = {g: {n: tensors[f"{g}/{n}"] for n in getattr(blank, g)} for g in _GROUPS}
+        found = replace(blank, **groups, **{name: tensors[name] for name in _SINGLE})
+        if vpd is not None:
+            found.check(vpd)
+        return found
+
+    def _tensors(self) -> dict[str, Tensor]:
+        grouped = {f"{g}/{name}": t for g in _GROUPS for name, t in getattr(self, g).items()}
+        return grouped | {name: getattr(self, name) for name in _SINGLE}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vpd_lens.analysis.gathering import check_output, check_same, gather
+from vpd_lens.analysis.gathering import check_output, check_same, gather, token_strings
 from vpd_lens.analysis.harvest.result import Harvest, Settings
-from vpd_lens.analysis.harvest.statistics import token_strings
 from vpd_lens.data import Batch, one_pass
 from vpd_lens.decomposition import Decomposition, Layout
 from vpd_lens.decomposition.attach import decomposition_of
@@ -19,8 +18,6 @@ from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import InputError
 from vpd_lens.progress import Progress
-
-GIB = 2**30
 
 
 def harvest(
@@ -85,16 +82,23 @@ def harvest(
     settings = Settings(
         threshold=threshold, n_top=n_top, n_random=n_random, context=context, seed=seed
     )
-    layout = _layout(vpd, sites)
-    vocabularies = _vocabularies(model)
+    layout, vocabularies = _layout(vpd, sites), _vocabularies(model)
     _check_memory(layout, vocabularies, settings, memory_limit)
     if resume:
-        result = _resumed(Path(str(output)), vpd, layout, settings).moved(vpd.device)
+        result = Harvest.load(output, vpd)
+        different = f"sites were {list(result.layout.names)} and are {list(layout.names)}"
+        check_same(output, result.settings, settings, [different] * (result.layout != layout))
     else:
         strings = token_strings(getattr(model, "tokenizer", None), max(vocabularies))
         result = Harvest.empty(
-            layout, settings, fingerprint(vpd), strings, vocabularies, vpd.device
+            layout,
+            vocabularies,
+            vpd.device,
+            settings=settings,
+            fingerprint=fingerprint(vpd),
+            strings=strings,
         )
+    result = result.moved(vpd.device)
     batches = one_pass(
         data,
         model=model,
@@ -104,44 +108,36 @@ def harvest(
         seed=seed,
         state=result.data_state,
     )
-    observe = _observer(vpd, layout, vocabularies[1])
     with Progress("Harvesting", n_batches, result.n_batches, progress) as bar:
 
         def add(batch: Batch) -> None:
             batch = batch.to(vpd.device)
-            result.add(batch.tokens, *observe(batch), batch.real)
+            result.add(batch.tokens, *_observed(vpd, layout, vocabularies[1], batch), batch.real)
             bar.advance()
 
         gather(result, batches, n_batches, add, output, save_every)
     return result.moved(torch.device("cpu"))
 
 
-Observer = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
-
-
-def _observer(vpd: Decomposition, layout: Layout, vocabulary: int) -> Observer:
-    """A function from a batch to importances, activations and next-token probabilities."""
-    chosen = [vpd.layout.names.index(name) for name in layout.names]
-    directions = [
-        (vpd.subcomponents.v[i] * vpd.subcomponents.u[i].norm(dim=1)).detach() for i in chosen
-    ]
-
-    @torch.no_grad()
-    def observe(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        output, inputs = vpd.target(batch.tokens, **batch.mask_argument())
-        expected = (*batch.tokens.shape, vocabulary)
-        if not isinstance(output, Tensor) or output.shape != expected:
-            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise InputError(
-                f"the model's output is {shape}; a harvest needs next-token logits {expected}, so "
-                "the model must be a language model."
-            )
-        parts = vpd.layout.split(lower_leaky(vpd.pre_importance(inputs, batch.real)))
-        importance = torch.cat([parts[i] for i in chosen], dim=-1)
-        acts = [inputs[i].float() @ v for i, v in zip(chosen, directions, strict=True)]
-        return importance, torch.cat(acts, dim=-1), output.float().softmax(dim=-1)
-
-    return observe
+@torch.no_grad()
+def _observed(
+    vpd: Decomposition, layout: Layout, vocabulary: int, batch: Batch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Importances and activations of the layout's sites, and next-token probabilities."""
+    output, inputs = vpd.target(batch.tokens, **batch.mask_argument())
+    expected = (*batch.tokens.shape, vocabulary)
+    if not isinstance(output, Tensor) or output.shape != expected:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise InputError(
+            f"the model's output is {shape}; a harvest needs next-token logits {expected}, so the "
+            "model must be a language model."
+        )
+    g = lower_leaky(vpd.pre_importance(inputs, batch.real))
+    importance = [g[..., vpd.layout.columns(name)] for name in layout.names]
+    of_site = dict(zip(vpd.layout.names, inputs, strict=True))
+    directions = {name: vpd.v(name) * vpd.u(name).norm(dim=1) for name in layout.names}
+    acts = [of_site[name].float() @ direction for name, direction in directions.items()]
+    return torch.cat(importance, -1), torch.cat(acts, -1), output.float().softmax(-1)
 
 
 # ------------------------------------------------------------------ before the pass
@@ -150,48 +146,36 @@ def _observer(vpd: Decomposition, layout: Layout, vocabulary: int) -> Observer:
 def _layout(vpd: Decomposition, sites: Sequence[str] | None) -> Layout:
     if sites is None:
         return vpd.layout
-    unknown = [name for name in sites if name not in vpd.layout.names]
-    if unknown or not sites or isinstance(sites, str):
+    if isinstance(sites, str) or not sites or not {*sites} <= {*vpd.layout.names}:
         raise InputError(
             f"sites={sites!r}; expected a list of some of {list(vpd.layout.names)}, or None."
         )
-    pairs = zip(vpd.layout.names, vpd.layout.sizes, strict=True)
-    names, sizes = zip(*((name, size) for name, size in pairs if name in sites), strict=True)
-    return Layout(names, sizes)
+    sizes = dict(zip(vpd.layout.names, vpd.layout.sizes, strict=True))
+    names = tuple(name for name in sizes if name in sites)
+    return Layout(names, tuple(sizes[name] for name in names))
 
 
 def _vocabularies(model: nn.Module) -> tuple[int, int]:
+    """Numbers of input and of output tokens; TransformerLens writes -1 for "not set"."""
     cfg = getattr(model, "cfg", None)
-    d_vocab = getattr(cfg, "d_vocab", None) or -1
+    d_vocab, d_vocab_out = (getattr(cfg, n, None) or -1 for n in ("d_vocab", "d_vocab_out"))
     if d_vocab < 1:
         raise InputError(
             "the model has no vocabulary (model.cfg.d_vocab); a harvest needs a language model."
         )
-    # TransformerLens writes -1 for "not set".
-    d_vocab_out = getattr(cfg, "d_vocab_out", None) or -1
     return int(d_vocab), int(d_vocab_out if d_vocab_out > 0 else d_vocab)
 
 
 def _check_memory(
     layout: Layout, vocabularies: tuple[int, int], settings: Settings, limit: float
 ) -> None:
-    window = 2 * settings.context + 1
     # Counts and masses have 4 bytes; a token in a window has an id and two floats.
-    example = 8 + 12 * window
-    per_row = 4 * sum(vocabularies) + (settings.n_top + settings.n_random) * example
-    needed = layout.total * per_row / GIB
-    if needed > limit:
+    example = 8 + 12 * (2 * settings.context + 1)
+    per_row = (4 * sum(vocabularies) + (settings.n_top + settings.n_random) * example) / 2**30
+    if layout.total * per_row > limit:
         raise InputError(
             f"the token tables and examples of {layout.total} subcomponents over "
-            f"{max(vocabularies)} tokens take {needed:.1f} GiB, more than "
+            f"{max(vocabularies)} tokens take {layout.total * per_row:.1f} GiB, more than "
             f"memory_limit={limit:g}. Harvest some sites at a time with sites=[...], at most "
-            f"{int(limit * GIB / per_row)} subcomponents, or raise memory_limit."
+            f"{int(limit / per_row)} subcomponents, or raise memory_limit."
         )
-
-
-def _resumed(output: Path, vpd: Decomposition, layout: Layout, settings: Settings) -> Harvest:
-    stored = Harvest.load(output, vpd)
-    different = [f"sites were {list(stored.layout.names)} and are {list(layout.names)}"]
-    others = different if stored.layout != layout else []
-    check_same(output, stored.settings, settings, others)
-    return stored

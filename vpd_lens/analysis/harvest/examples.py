@@ -14,7 +14,6 @@ Both kinds of examples are "the `n` largest of a stream", which differ in the ke
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -25,53 +24,29 @@ from torch import Tensor
 EMPTY = -1
 
 
-@dataclass(frozen=True)
 class Firings:
     """One batch, and the places where an importance exceeds the threshold.
 
-    Attributes:
-        tokens: The batch; -1 at pads.
-        importance: Causal importances `g`; 0 at pads.
-        activation: Activations `a ||U_c||`, with their sign; 0 at pads.
-        sequence: Row of every firing.
-        position: Position of every firing.
-        subcomponent: Which subcomponent fires there.
-        real: False at pads; `None`: there are none.
+    Nothing fires at pads, where `real` is False; tokens are -1 there, importances and activations
+    `a ||U_c||` 0. Firings are ordered by `sequence`, `position` and `subcomponent`.
     """
 
-    tokens: Int[Tensor, "batch pos"]
-    importance: Float[Tensor, "batch pos C_total"]
-    activation: Float[Tensor, "batch pos C_total"]
-    sequence: Int[Tensor, " n_firings"]
-    position: Int[Tensor, " n_firings"]
-    subcomponent: Int[Tensor, " n_firings"]
-    real: Bool[Tensor, "batch pos"] | None = None
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         tokens: Int[Tensor, "batch pos"],
         importance: Float[Tensor, "batch pos C_total"],
         activation: Float[Tensor, "batch pos C_total"],
         threshold: float,
         real: Bool[Tensor, "batch pos"] | None = None,
-    ) -> Firings:
-        """Find the firings of a batch, ordered by sequence, position and subcomponent.
-
-        Args:
-            tokens: The batch.
-            importance: Causal importances on it.
-            activation: Activations on it.
-            threshold: A subcomponent fires where its importance exceeds this.
-            real: False at pads, where nothing fires; `None`: there are none.
-        """
+    ) -> None:
         if real is not None:
             tokens = tokens.masked_fill(~real, EMPTY)
-            importance, activation = (
-                values.masked_fill(~real[..., None], 0) for values in (importance, activation)
-            )
-        where = (importance > threshold).nonzero(as_tuple=True)
-        return cls(tokens, importance, activation, *where, real)
+            importance = importance.masked_fill(~real[..., None], 0)
+            activation = activation.masked_fill(~real[..., None], 0)
+        self.tokens, self.real = tokens, real
+        self.importance, self.activation = importance, activation
+        fires = importance > threshold
+        self.sequence, self.position, self.subcomponent = fires.nonzero(as_tuple=True)
 
     def __len__(self) -> int:
         return len(self.subcomponent)
@@ -84,21 +59,16 @@ class Firings:
         """`values` at all positions that are no pads."""
         return values.flatten(0, 1) if self.real is None else values[self.real]
 
-    def windows(self, which: Int[Tensor, " m"], context: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The text around some firings.
+    def windows(
+        self, which: Int[Tensor, " m"], context: int
+    ) -> tuple[Int32[Tensor, "m W"], Float[Tensor, "m W"], Float[Tensor, "m W"]]:
+        """Tokens around some firings, and importance and activation of what fires there.
 
-        Args:
-            which: Which firings.
-            context: Tokens on either side.
-
-        Returns:
-            Tokens, and the importance and the activation of the subcomponent that fires, each
-            `[m, 2 context + 1]`; -1 and 0 at pads and beyond the ends of the sequence.
+        `W = 2 context + 1`; -1 and 0 at pads and beyond the ends of the sequence.
         """
-        sequence = self.sequence[which, None]
-        subcomponent = self.subcomponent[which, None]
+        sequence, subcomponent = self.sequence[which, None], self.subcomponent[which, None]
         offsets = torch.arange(-context, context + 1, device=which.device)
-        position = self.position[which, None] + offsets  # [m, W]
+        position = self.position[which, None] + offsets
         beyond = (position < 0) | (position >= self.tokens.shape[1])
         position = position.clamp(0, self.tokens.shape[1] - 1)
         return (
@@ -126,13 +96,9 @@ class Example(NamedTuple):
 
 @dataclass
 class Examples:
-    """Up to `n` examples of every subcomponent; `W = 2 context + 1`.
+    """Up to `n` examples of every subcomponent: their keys, in no order, and windows of text.
 
-    Attributes:
-        keys: Their keys, in no order; -1 marks an empty slot.
-        tokens: Their text; -1 at pads and beyond the ends of the sequence.
-        importance: The subcomponent's importance on it.
-        activation: Its activation on it.
+    A key of -1 marks an empty slot, a token of -1 what is no part of the text.
     """
 
     keys: Int64[Tensor, "C_total n"]
@@ -141,31 +107,23 @@ class Examples:
     activation: Float[Tensor, "C_total n W"]
 
     @classmethod
-    def empty(cls, c_total: int, n: int, context: int, device: torch.device) -> Examples:
+    def empty(cls, c_total: int, n: int, context: int) -> Examples:
         """No examples yet of `c_total` subcomponents, with room for `n` of each."""
         shape = (c_total, n, 2 * context + 1)
-        return cls(
-            torch.full(shape[:2], EMPTY, device=device),
-            torch.full(shape, EMPTY, device=device, dtype=torch.int32),
-            torch.zeros(shape, device=device),
-            torch.zeros(shape, device=device),
-        )
+        tokens = torch.full(shape, EMPTY, dtype=torch.int32)
+        return cls(torch.full(shape[:2], EMPTY), tokens, torch.zeros(shape), torch.zeros(shape))
 
     def offer(
         self, firings: Firings, keys: Int64[Tensor, " n_firings"], one_per_sequence: bool = False
     ) -> None:
-        """Keep those firings whose keys are among the `n` largest so far.
+        """Keep those firings whose keys, at least 0, are among the `n` largest so far.
 
-        Args:
-            firings: The firings of one batch.
-            keys: Their keys, at least 0.
-            one_per_sequence: Consider only the largest of every sequence.
+        With `one_per_sequence`, only the largest of every sequence is considered.
         """
         worst, slots = self.keys.sort(dim=1)  # [C_total, n], ascending
         which = (keys > worst[firings.subcomponent, 0]).nonzero().squeeze(1)
         if one_per_sequence:
-            n_rows = len(self.keys)
-            group = firings.sequence[which] * n_rows + firings.subcomponent[which]
+            group = firings.sequence[which] * len(self.keys) + firings.subcomponent[which]
             which = which[_ranks(group, keys[which]) == 0]
         row = firings.subcomponent[which]
         rank = _ranks(row, keys[which])
@@ -173,26 +131,23 @@ class Examples:
         # Ranks of n and beyond never enter; clamped, they may still be compared.
         last = self.keys.shape[1] - 1
         enters = (rank <= last) & (keys[which] > worst[row, rank.clamp(max=last)])
-        which, row, rank = which[enters], row[enters], rank[enters]
-        slot = slots[row, rank]
+        which, row, slot = which[enters], row[enters], slots[row, rank.clamp(max=last)][enters]
         self.keys[row, slot] = keys[which]
         windows = firings.windows(which, self.tokens.shape[2] // 2)
-        for buffer, window in zip(
-            (self.tokens, self.importance, self.activation), windows, strict=True
-        ):
-            buffer[row, slot] = window
+        self.tokens[row, slot], self.importance[row, slot], self.activation[row, slot] = windows
 
     def of(self, row: int) -> list[Example]:
         """Examples of one subcomponent, those with the largest keys first."""
         order = self.keys[row].argsort(descending=True)
         order = order[self.keys[row, order] != EMPTY]
-        parts = [x[row, order] for x in (self.tokens, self.importance, self.activation)]
-        inside = parts[0] != EMPTY  # [n, W]
+        inside = self.tokens[row, order] != EMPTY  # [n, W]
+        lengths = inside.sum(1).tolist()
         focus = inside[:, : inside.shape[1] // 2].sum(1).tolist()
-        rows = zip(*(part.tolist() for part in parts), inside.tolist(), focus, strict=True)
+        windows = (self.tokens, self.importance, self.activation)
+        texts = zip(*(x[row, order][inside].split(lengths) for x in windows), strict=True)
         return [
-            Example(*(list(compress(values, kept)) for values in lists), n)
-            for *lists, kept, n in rows
+            Example(*(part.tolist() for part in text), n)
+            for text, n in zip(texts, focus, strict=True)
         ]
 
 

@@ -18,7 +18,7 @@ largest information finds neither. Pads are no positions: they are counted nowhe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,6 @@ from torch import Tensor
 
 from vpd_lens.analysis.harvest.examples import Firings
 from vpd_lens.errors import InputError
-
-ORDERS = ("information", "recall", "precision", "pmi")
 
 # Tokens added at once: their masses stay in the cache, and the sums need little memory.
 _BLOCK = 512
@@ -56,28 +54,19 @@ class Summary(NamedTuple):
 
 @dataclass
 class Usage:
-    """Sums over positions, by subcomponent.
-
-    Attributes:
-        firings: Number of positions where it fires.
-        importance: Sum of importances.
-        magnitude: Sum of absolute activations `|a| ||U_c||`.
-        signed: Sum of activations `a ||U_c||` where it fires.
-        n_positions: `[]`, all positions.
-    """
+    """Sums over positions, by subcomponent; activations are `a ||U_c||`."""
 
     firings: Int64[Tensor, " C_total"]
     importance: Float[Tensor, " C_total"]
-    magnitude: Float[Tensor, " C_total"]
-    signed: Float[Tensor, " C_total"]
+    magnitude: Float[Tensor, " C_total"]  # of absolute activations
+    signed: Float[Tensor, " C_total"]  # of activations where it fires
     n_positions: Int64[Tensor, ""]
 
     @classmethod
-    def empty(cls, c_total: int, device: torch.device) -> Usage:
+    def empty(cls, c_total: int) -> Usage:
         """Sums over no positions."""
-        sums = [torch.zeros(c_total, device=device, dtype=torch.float64) for _ in range(3)]
-        firings = torch.zeros(c_total, device=device, dtype=torch.int64)
-        return cls(firings, *sums, torch.zeros((), device=device, dtype=torch.int64))
+        sums = [torch.zeros(c_total, dtype=torch.float64) for _ in range(3)]
+        return cls(torch.zeros(c_total, dtype=torch.int64), *sums, torch.tensor(0))
 
     def add(self, firings: Firings) -> None:
         """Add one batch."""
@@ -91,16 +80,14 @@ class Usage:
 
     def summaries(self, columns: slice) -> list[Summary]:
         """The means of some subcomponents, those with the largest mean importance first."""
-        per_position = [
-            (total[columns].double() / self.n_positions).tolist()
-            for total in (self.firings, self.importance, self.magnitude)
-        ]
+        sums = (self.firings, self.importance, self.magnitude)
+        means = [(total[columns].double() / self.n_positions).tolist() for total in sums]
         where_it_fires = (self.signed[columns] / self.firings[columns]).tolist()
         rows = [
             Summary(index, *values)
-            for index, values in enumerate(zip(*per_position, where_it_fires, strict=True))
+            for index, values in enumerate(zip(*means, where_it_fires, strict=True))
         ]
-        return sorted(rows, key=lambda row: (-row.mean_importance, row.index))
+        return sorted(rows, key=lambda row: -row.mean_importance)
 
 
 class TokenStatistic(NamedTuple):
@@ -123,34 +110,24 @@ class TokenStatistic(NamedTuple):
 
 @dataclass
 class TokenTable:
-    """Weights of tokens at the firings of every subcomponent, and at all positions.
+    """Weights of tokens at the firings of every subcomponent, and at all positions."""
 
-    Attributes:
-        at_firings: `n(c, t)`: int32 counts of input tokens, or fp32 masses of output tokens.
-        everywhere: `n(t)`.
-    """
-
-    at_firings: Shaped[Tensor, "C_total vocab"]
-    everywhere: Float[Tensor, " vocab"]
+    at_firings: Shaped[Tensor, "C_total vocab"]  # n(c, t); int32 counts or fp32 masses
+    everywhere: Float[Tensor, " vocab"]  # n(t)
 
     @classmethod
-    def empty(
-        cls, c_total: int, vocabulary: int, dtype: torch.dtype, device: torch.device
-    ) -> TokenTable:
+    def empty(cls, c_total: int, vocabulary: int, dtype: torch.dtype) -> TokenTable:
         """A table without any position; int32 to count, fp32 to add masses."""
-        return cls(
-            torch.zeros(c_total, vocabulary, device=device, dtype=dtype),
-            torch.zeros(vocabulary, device=device, dtype=torch.float64),
-        )
+        everywhere = torch.zeros(vocabulary, dtype=torch.float64)
+        return cls(torch.zeros(c_total, vocabulary, dtype=dtype), everywhere)
 
     def count(self, firings: Firings) -> None:
         """Count the tokens of a batch."""
         tokens = firings.tokens[firings.sequence, firings.position].long()
         one = self.at_firings.new_ones(())
         self.at_firings.index_put_((firings.subcomponent, tokens), one, accumulate=True)
-        self.everywhere += (
-            firings.of_positions(firings.tokens).long().bincount(minlength=len(self.everywhere))
-        )
+        everywhere = firings.of_positions(firings.tokens).long()
+        self.everywhere += everywhere.bincount(minlength=len(self.everywhere))
 
     def add_mass(self, firings: Firings, mass: Float[Tensor, "batch pos vocab"]) -> None:
         """Add the masses of all tokens at the positions of a batch."""
@@ -169,59 +146,16 @@ class TokenTable:
         self, row: int, n_firings: int, k: int = 10, by: str = "information", min_count: float = 0.0
     ) -> list[TokenStatistic]:
         """The tokens that go most with a subcomponent's firing; see `Harvest.tokens`."""
-        if by not in ORDERS:
-            raise InputError(f"by={by!r} is not one of {', '.join(ORDERS)}.")
         weights = self.at_firings[row]
         seen = ((weights > 0) & (weights >= min_count)).nonzero().squeeze(1)
-        columns = _statistics(weights[seen], self.everywhere[seen], n_firings, self._n_positions())
-        best = columns[by].topk(min(k, len(seen))).indices
-        chosen = (columns[name][best].tolist() for name in ("count", "recall", "precision", "pmi"))
-        return [
-            TokenStatistic(*values) for values in zip(seen[best].tolist(), *chosen, strict=True)
-        ]
-
-    def _n_positions(self) -> Tensor:
+        count, everywhere = weights[seen].double(), self.everywhere[seen]
+        recall, precision = count / n_firings, count / everywhere
         # The weights of a position add up to 1, for output tokens up to rounding.
-        return self.everywhere.sum().round()
-
-
-def _statistics(
-    weights: Shaped[Tensor, " seen"],
-    everywhere: Float[Tensor, " seen"],
-    n_firings: int,
-    n_positions: Float[Tensor, ""],
-) -> dict[str, Tensor]:
-    count = weights.double()
-    recall = count / n_firings
-    pmi = (recall * n_positions / everywhere).log()
-    return {
-        "count": count,
-        "recall": recall,
-        "precision": count / everywhere,
-        "pmi": pmi,
-        "information": recall * pmi,
-    }
-
-
-def token_strings(tokenizer: Any, vocabulary: int) -> list[str]:
-    """The text of every token id, leading spaces included.
-
-    A token that is part of a character only, which has no text of its own, is written as the
-    tokenizer's vocabulary does; one without any text, or without a tokenizer, as its id in angle
-    brackets. Models may have more ids than their tokenizer.
-    """
-    if tokenizer is None:
-        return [f"<{token}>" for token in range(vocabulary)]
-    ids = list(range(min(len(tokenizer), vocabulary)))
-    texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
-    pieces = tokenizer.convert_ids_to_tokens(ids)
-    known = [_one(*parts) for parts in zip(ids, texts, pieces, strict=True)]
-    return known + [f"<{token}>" for token in range(len(ids), vocabulary)]
-
-
-def _one(token: int, text: str, piece: str | None) -> str:
-    piece = piece or f"<{token}>"
-    if not text or "\N{REPLACEMENT CHARACTER}" in text:
-        return piece
-    # SentencePiece drops the space in front of the first token that it decodes.
-    return " " + text if piece.startswith("▁") and not text.startswith(" ") else text
+        pmi = (recall * self.everywhere.sum().round() / everywhere).log()
+        orders = {"information": recall * pmi, "recall": recall, "precision": precision, "pmi": pmi}
+        if by not in orders:
+            raise InputError(f"by={by!r} is not one of {', '.join(orders)}.")
+        best = orders[by].topk(min(k, len(seen))).indices
+        columns = (seen, count, recall, precision, pmi)
+        rows = zip(*(column[best].tolist() for column in columns), strict=True)
+        return [TokenStatistic(*values) for values in rows]
