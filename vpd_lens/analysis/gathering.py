@@ -140,6 +140,12 @@ def check_same(
         )
 
 
+def origin(vpd: Decomposition, vocabulary: int) -> dict[str, Any]:
+    """What every result says of its decomposition and of its model's tokens."""
+    tokenizer = getattr(vpd.model, "tokenizer", None)
+    return {"fingerprint": fingerprint(vpd), "strings": token_strings(tokenizer, vocabulary)}
+
+
 def token_strings(tokenizer: Any, vocabulary: int) -> list[str]:
     """The text of every token id, leading spaces included.
 

@@ -22,11 +22,10 @@ from vpd_lens.analysis.circuits.targets import explained_decomposition
 from vpd_lens.analysis.dataset_attribution.batch import Observer
 from vpd_lens.analysis.dataset_attribution.result import OUTPUT, DatasetAttributions, Settings
 from vpd_lens.analysis.dataset_attribution.routes import choose_routes
-from vpd_lens.analysis.gathering import check_output, check_same, gather, token_strings
+from vpd_lens.analysis.gathering import check_output, check_same, gather, origin
 from vpd_lens.analysis.usage import above, mean_importance
 from vpd_lens.data import Batch, one_pass
 from vpd_lens.decomposition import Decomposition
-from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import InputError
 from vpd_lens.evaluation.metrics import ALIVE
 from vpd_lens.progress import Progress
@@ -97,13 +96,8 @@ def dataset_attributions(
         AttachError: If the model carries no decomposition.
         InputError: If an argument is out of range or the tables exceed `memory_limit`.
         ConfigError: If `output` already holds attributions and `resume` is False.
-        ArtefactError: If what is in `output` is damaged, or of another decomposition or other
-            arguments.
+        ArtefactError: If what is in `output` is damaged or of something else.
         DataError: If the data does not fit the model, or is not that of the interrupted pass.
-
-    Examples:
-        >>> found = dataset_attributions(model, "stories.npy")  # doctest: +SKIP
-        >>> found.sources("blocks.1.mlp.in:31", top=10)  # doctest: +SKIP
     """
     vpd = explained_decomposition(model)
     check_output(n_batches, output, resume)
@@ -178,7 +172,7 @@ class Engine:
 
     def empty(self, device: str = "cpu") -> DatasetAttributions:
         """Attributions over nothing yet."""
-        n_tokens, tokenizer = self.observer.n_tokens, getattr(self.vpd.model, "tokenizer", None)
+        n_tokens = self.observer.n_tokens
         return DatasetAttributions.empty(
             self.alive,
             self.readout.cpu(),
@@ -186,8 +180,7 @@ class Engine:
             torch.device(device),
             places={name: route.places for name, route in self.routes.items()},
             settings=self.settings,
-            strings=token_strings(tokenizer, max(n_tokens, self.readout.shape[1])),
-            fingerprint=fingerprint(self.vpd),
+            **origin(self.vpd, max(n_tokens, self.readout.shape[1])),
         )
 
     def add(

@@ -1,7 +1,4 @@
-"""`DatasetAttributions`: the summed tables, and the questions they answer.
-
-Nodes have names: `blocks.0.mlp.in:31`, `embed:17`, `output: self`.
-"""
+"""`DatasetAttributions`: the summed tables, and the questions they answer."""
 
 from __future__ import annotations
 
@@ -288,15 +285,17 @@ class DatasetAttributions(Gathered):
         if place in (EMBEDDING, OUTPUT) and colon:
             counted = self.token_counts if place == EMBEDDING else self.logit_squares
             strings = self.strings[: len(counted)]
+            if rest.isdecimal():
+                if int(rest) >= len(strings):
+                    raise InputError(f"token {rest} is not in the vocabulary of {len(strings)}.")
+                return place, int(rest)
             same = [token for token, string in enumerate(strings) if string == rest]
-            if rest.isdecimal() and int(rest) >= len(strings):
-                raise InputError(f"token {rest} is not in the vocabulary of {len(strings)}.")
-            if not rest.isdecimal() and len(same) != 1:
+            if len(same) != 1:
                 raise InputError(
                     f"{len(same)} tokens are written {rest!r}; name one by its id, and mind the "
                     "leading space."
                 )
-            return place, int(rest) if rest.isdecimal() else same[0]
+            return place, same[0]
         if place not in self.alive or not rest.isdecimal():
             raise InputError(
                 f"no node named {name!r}; names are like 'blocks.0.mlp.in:31' (site:subcomponent), "

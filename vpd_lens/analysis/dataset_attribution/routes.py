@@ -28,6 +28,8 @@ from vpd_lens.analysis.dataset_attribution.result import OUTPUT
 from vpd_lens.data import Batch
 from vpd_lens.sites.site import relative_error
 
+__all__ = ["choose_routes"]
+
 # Numbers in a temporary of `ThroughNeurons`: large enough to be fast, small enough for caches.
 _TEMPORARY = 2**21
 
@@ -53,8 +55,7 @@ class Route(ABC):
     places: tuple[str, ...]
 
     @abstractmethod
-    def __call__(self, batch: Observed, read: Read, sign: Sign) -> Table:
-        """The table."""
+    def __call__(self, batch: Observed, read: Read, sign: Sign) -> Table: ...
 
     def n_passes(self, read: Read, absolute: bool) -> int:
         """Number of backward passes of a call, which take most of its time."""
@@ -65,7 +66,6 @@ class Backward(Route):
     """One backward pass per target, whatever lies between."""
 
     def __call__(self, batch: Observed, read: Read, sign: Sign) -> Table:
-        """See `Route`."""
         if sign is None:
             if read.shape[1] > len(read):
                 # It is linear in the read direction, so the axes will do.
@@ -75,7 +75,6 @@ class Backward(Route):
         return torch.cat([batch.contributions(self.matrix, self.places, c) for c in cotangents])
 
     def n_passes(self, read: Read, absolute: bool) -> int:
-        """See `Route`."""
         return read.shape[1] if absolute else min(read.shape)
 
 
@@ -89,7 +88,6 @@ class ThroughHeads(Backward):
     n_heads: int
 
     def __call__(self, batch: Observed, read: Read, sign: Sign) -> Table:
-        """See `Route`."""
         if sign is not None:
             return super().__call__(batch, read, sign)
         axes = torch.eye(len(read) // self.n_heads, device=read.device).repeat(1, self.n_heads)
@@ -102,7 +100,6 @@ class ThroughHeads(Backward):
         return read.T @ torch.stack(by_head, 1).flatten(0, 1)  # [(head d_head), n_sources]
 
     def n_passes(self, read: Read, absolute: bool) -> int:
-        """See `Route`."""
         return read.shape[1] if absolute else len(read) // self.n_heads
 
 
@@ -120,7 +117,6 @@ class ThroughNorm(Route):
     frozen: bool
 
     def __call__(self, batch: Observed, read: Read, sign: Sign) -> Table:
-        """See `Route`."""
         inverse, unit = self._parts(batch)
         read = read * self.norm.weight[:, None]
         if self.norm.centred:
@@ -156,7 +152,6 @@ class ThroughNeurons(Route):
     """From an MLP's first matrices to its last: every neuron has a slope at every position."""
 
     def __call__(self, batch: Observed, read: Read, sign: Sign) -> Table:
-        """See `Route`."""
         ones = read.new_ones(len(batch.tokens), len(read))
         slopes = batch.gradients(self.matrix, self.places, ones)
         tables = []
@@ -175,7 +170,6 @@ class ThroughNeurons(Route):
         return torch.cat(tables, 1)
 
     def n_passes(self, read: Read, absolute: bool) -> int:
-        """See `Route`."""
         return 1
 
 
@@ -183,7 +177,6 @@ class OwnLogits(Route):
     """From the subcomponents of a decomposed unembedding to themselves, who alone reach logits."""
 
     def __call__(self, batch: Observed, read: Read, sign: Sign) -> Table:
-        """See `Route`."""
         return batch.weighted[self.matrix].sum(0).diag()
 
 

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpd_lens.analysis.gathering import check_output, check_same, gather, token_strings
+from vpd_lens.analysis.gathering import check_output, check_same, gather, origin
 from vpd_lens.analysis.harvest.result import Harvest, Settings
 from vpd_lens.data import Batch, one_pass
 from vpd_lens.decomposition import Decomposition, Layout
 from vpd_lens.decomposition.attach import decomposition_of
 from vpd_lens.decomposition.importance import lower_leaky
-from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import InputError
 from vpd_lens.progress import Progress
 
@@ -89,15 +88,8 @@ def harvest(
         different = f"sites were {list(result.layout.names)} and are {list(layout.names)}"
         check_same(output, result.settings, settings, [different] * (result.layout != layout))
     else:
-        strings = token_strings(getattr(model, "tokenizer", None), max(vocabularies))
-        result = Harvest.empty(
-            layout,
-            vocabularies,
-            vpd.device,
-            settings=settings,
-            fingerprint=fingerprint(vpd),
-            strings=strings,
-        )
+        kept = {"settings": settings, **origin(vpd, max(vocabularies))}
+        result = Harvest.empty(layout, vocabularies, vpd.device, **kept)
     result = result.moved(vpd.device)
     batches = one_pass(
         data,
