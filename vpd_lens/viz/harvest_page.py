@@ -17,7 +17,7 @@ import numpy as np
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from vpd_lens.analysis.harvest import Harvest, Summary
+from vpd_lens.analysis.harvest import Harvest
 from vpd_lens.storage import write_text
 from vpd_lens.viz.html import render_template
 
@@ -53,7 +53,7 @@ def page_name(site: str) -> str:
     return quote(site, safe="") + ".html"
 
 
-def _link(site: str) -> dict[str, str]:
+def _link(site: str) -> dict[str, Any]:
     # Quoted once more, because a file name may hold a percent sign.
     return {"name": site, "href": quote(page_name(site))}
 
@@ -70,29 +70,27 @@ def _read(name: str) -> Markup:
 
 
 def _index(harvest: Harvest, title: str) -> str:
-    tables = {site: harvest.table(site) for site in harvest.layout.names}
-    densities = [row.density for table in tables.values() for row in table]
+    lowest, fired, rows = _lowest_decade(harvest), [], []
+    for site, size in zip(harvest.layout.names, harvest.layout.sizes, strict=True):
+        densities = sorted(row.density for row in harvest.table(site) if row.density)
+        fired += densities
+        row = {
+            "fired": len(densities),
+            "count": size,
+            "l0": sum(densities),
+            "median": densities[len(densities) // 2] if densities else None,
+            "bars": _histogram(densities, lowest),
+        }
+        rows.append(_link(site) | row)
     return _render(
         "harvest_index.html.j2",
         title=title,
         harvest=harvest,
-        alive=sum(density > 0 for density in densities),
-        l0=sum(densities),
-        decades=-_lowest_decade(harvest),
-        sites=[_site_row(harvest, site, table) for site, table in tables.items()],
+        alive=len(fired),
+        l0=sum(fired),
+        decades=-lowest,
+        sites=rows,
     )
-
-
-def _site_row(harvest: Harvest, site: str, table: list[Summary]) -> dict[str, Any]:
-    fired = sorted(row.density for row in table if row.density)
-    return {
-        **_link(site),
-        "fired": len(fired),
-        "count": len(table),
-        "l0": sum(fired),
-        "median": fired[len(fired) // 2] if fired else None,
-        "bars": _histogram(fired, _lowest_decade(harvest)),
-    }
 
 
 def _lowest_decade(harvest: Harvest) -> int:

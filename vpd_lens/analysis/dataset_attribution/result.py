@@ -106,24 +106,24 @@ class DatasetAttributions(Gathered):
         **kept: Any,
     ) -> DatasetAttributions:
         """Attributions over nothing yet."""
-        n_sources = {EMBEDDING: n_tokens, **{name: len(index) for name, index in alive.items()}}
-        shapes = {
-            target: (len(alive.get(target, readout)), sum(n_sources[p] for p in of_target))
-            for target, of_target in places.items()
-        }
-        both = {n: s for n, s in shapes.items() if settings.absolute and n != OUTPUT}
-        double = torch.float64
+        n = {EMBEDDING: n_tokens, **{name: len(index) for name, index in alive.items()}}
         with device:
+            signed = {
+                target: torch.zeros(n.get(target, len(readout)), sum(n[place] for place in columns))
+                for target, columns in places.items()
+            }
+            both = [target for target in signed if settings.absolute and target != OUTPUT]
+            sums = {name: torch.zeros(n[name], dtype=torch.float64) for name in alive}
             return cls(
                 settings=settings,
                 alive=alive,
                 places=places,
-                signed={name: torch.zeros(shape) for name, shape in shapes.items()},
-                absolute={name: torch.zeros(shape) for name, shape in both.items()},
-                importance={n: torch.zeros(n_sources[n], dtype=double) for n in alive},
-                squares={n: torch.zeros(n_sources[n], dtype=double) for n in alive},
-                token_counts=torch.zeros(n_tokens, dtype=double),
-                logit_squares=torch.zeros(readout.shape[1], dtype=double),
+                signed=signed,
+                absolute={target: torch.zeros_like(signed[target]) for target in both},
+                importance=sums,
+                squares={name: total.clone() for name, total in sums.items()},
+                token_counts=torch.zeros(n_tokens, dtype=torch.float64),
+                logit_squares=torch.zeros(readout.shape[1], dtype=torch.float64),
                 readout=readout,
                 **kept,
             )

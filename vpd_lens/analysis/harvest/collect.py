@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vpd_lens.analysis.gathering import check_output, check_same, gather, origin
+from vpd_lens.analysis.harvest.examples import Firings
 from vpd_lens.analysis.harvest.result import Harvest, Settings
 from vpd_lens.data import Batch, one_pass
 from vpd_lens.decomposition import Decomposition, Layout
@@ -104,7 +106,7 @@ def harvest(
 
         def add(batch: Batch) -> None:
             batch = batch.to(vpd.device)
-            result.add(batch.tokens, *_observed(vpd, layout, vocabularies[1], batch), batch.real)
+            result.add(*_observed(vpd, layout, threshold, vocabularies[1], batch))
             bar.advance()
 
         gather(result, batches, n_batches, add, output, save_every)
@@ -113,9 +115,9 @@ def harvest(
 
 @torch.no_grad()
 def _observed(
-    vpd: Decomposition, layout: Layout, vocabulary: int, batch: Batch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Importances and activations of the layout's sites, and next-token probabilities."""
+    vpd: Decomposition, layout: Layout, threshold: float, vocabulary: int, batch: Batch
+) -> tuple[Firings, Float[Tensor, "batch pos vocab"]]:
+    """Where the layout's subcomponents fire, and next-token probabilities."""
     output, inputs = vpd.target(batch.tokens, **batch.mask_argument())
     expected = (*batch.tokens.shape, vocabulary)
     if not isinstance(output, Tensor) or output.shape != expected:
@@ -129,7 +131,8 @@ def _observed(
     of_site = dict(zip(vpd.layout.names, inputs, strict=True))
     directions = {name: vpd.v(name) * vpd.u(name).norm(dim=1) for name in layout.names}
     acts = [of_site[name].float() @ direction for name, direction in directions.items()]
-    return torch.cat(importance, -1), torch.cat(acts, -1), output.float().softmax(-1)
+    found = torch.cat(importance, -1), torch.cat(acts, -1)
+    return Firings(batch.tokens, *found, threshold, batch.real), output.float().softmax(-1)
 
 
 # ------------------------------------------------------------------ before the pass

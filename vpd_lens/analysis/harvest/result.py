@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
@@ -106,19 +106,8 @@ class Harvest(Gathered):
                 **kept,
             )
 
-    def add(
-        self,
-        tokens: Int[Tensor, "batch pos"],
-        importance: Float[Tensor, "batch pos C_total"],
-        activation: Float[Tensor, "batch pos C_total"],
-        probabilities: Float[Tensor, "batch pos vocab"],
-        real: Bool[Tensor, "batch pos"] | None = None,
-    ) -> None:
-        """Gather one batch: activations are `a ||U_c||`, probabilities the target model's.
-
-        `real` is False at pads, which count nowhere; `None`: there are none.
-        """
-        firings = Firings(tokens, importance, activation, self.settings.threshold, real)
+    def add(self, firings: Firings, probabilities: Float[Tensor, "batch pos vocab"]) -> None:
+        """Gather one batch, with the target model's next-token probabilities on it."""
         self.usage.add(firings)
         self.inputs.count(firings)
         self.outputs.add_mass(firings, probabilities)
