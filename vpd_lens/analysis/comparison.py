@@ -159,21 +159,17 @@ def directions(decomposition: Decomposition | str | Path) -> Directions:
 
 
 def _compared(pairs: Mapping[str, tuple[Pair, Pair]]) -> Comparison:
-    best = {site: _best_cosines(*pair) for site, pair in pairs.items()}
-    n_other = {site: other_v.shape[1] for site, (_, (other_v, _)) in pairs.items()}
+    best, n_other = {}, {}
+    for site, ((v, u), (other_v, other_u)) in pairs.items():
+        of_v, of_u = _cosines(v.T, other_v.T), _cosines(u, other_u)  # [C, C_other]
+        n_other[site] = len(other_u)
+        best[site] = torch.stack(
+            [c.amax(1) if len(other_u) else c.new_zeros(len(c)) for c in (of_v, of_u, of_v * of_u)]
+        )
     return Comparison(
         sites={site: _similarity(best[site], n_other[site]) for site in pairs},
         overall=_similarity(torch.cat(list(best.values()), dim=1), sum(n_other.values())),
     )
-
-
-def _best_cosines(reference: Pair, other: Pair) -> Float[Tensor, "3 C"]:
-    """For every subcomponent of the reference the largest cosine of V, of U and of V U."""
-    v = _cosines(reference[0].T, other[0].T)  # [C, C_other]
-    u = _cosines(reference[1], other[1])
-    if not v.shape[1]:
-        return v.new_zeros(3, v.shape[0])
-    return torch.stack([cosine.amax(1) for cosine in (v, u, v * u)])
 
 
 def _cosines(a: Float[Tensor, "A d"], b: Float[Tensor, "B d"]) -> Float[Tensor, "A B"]:

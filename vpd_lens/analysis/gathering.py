@@ -140,6 +140,19 @@ def check_same(
         )
 
 
+def chosen(
+    argument: str, names: Sequence[str] | None, every: str | None, available: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Those of the available names that a user asks for, in their own order."""
+    if names == every:
+        return available
+    if isinstance(names, str) or not names or not {*names} <= {*available}:
+        raise InputError(
+            f"{argument}={names!r}; expected {every!r} or a list of some of {list(available)}."
+        )
+    return tuple(name for name in available if name in names)
+
+
 def origin(vpd: Decomposition, vocabulary: int) -> dict[str, Any]:
     """What every result says of its decomposition and of its model's tokens."""
     tokenizer = getattr(vpd.model, "tokenizer", None)

@@ -22,7 +22,7 @@ from vpd_lens.analysis.circuits.targets import explained_decomposition
 from vpd_lens.analysis.dataset_attribution.batch import Observer
 from vpd_lens.analysis.dataset_attribution.result import OUTPUT, DatasetAttributions, Settings
 from vpd_lens.analysis.dataset_attribution.routes import choose_routes
-from vpd_lens.analysis.gathering import check_output, check_same, gather, origin
+from vpd_lens.analysis.gathering import check_output, check_same, chosen, gather, origin
 from vpd_lens.analysis.usage import above, mean_importance
 from vpd_lens.data import Batch, one_pass
 from vpd_lens.decomposition import Decomposition
@@ -103,7 +103,7 @@ def dataset_attributions(
     check_output(n_batches, output, resume)
     if not 0 <= alive_threshold < 1:
         raise InputError(f"alive_threshold is {alive_threshold:g}; expected a number in [0, 1).")
-    names = _targets(vpd, targets)
+    names = chosen("targets", targets, "all", (*vpd.layout.names, OUTPUT))
     settings = Settings(
         alive_threshold=alive_threshold, absolute=absolute, frozen=frozen, targets=names
     )
@@ -212,17 +212,6 @@ class Engine:
 
 
 # ------------------------------------------------------------------ before the pass
-
-
-def _targets(vpd: Decomposition, targets: Literal["all"] | Sequence[str]) -> tuple[str, ...]:
-    available = (*vpd.layout.names, OUTPUT)
-    if targets == "all":
-        return available
-    if isinstance(targets, str) or not targets or not set(targets) <= set(available):
-        raise InputError(
-            f"targets={targets!r}; expected 'all' or a list of some of {list(available)}."
-        )
-    return tuple(name for name in available if name in targets)
 
 
 def _find_alive(

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vpd_lens.analysis.gathering import check_output, check_same, gather, origin
+from vpd_lens.analysis.gathering import check_output, check_same, chosen, gather, origin
 from vpd_lens.analysis.harvest.examples import Firings
 from vpd_lens.analysis.harvest.result import Harvest, Settings
 from vpd_lens.data import Batch, one_pass
@@ -83,7 +83,10 @@ def harvest(
     settings = Settings(
         threshold=threshold, n_top=n_top, n_random=n_random, context=context, seed=seed
     )
-    layout, vocabularies = _layout(vpd, sites), _vocabularies(model)
+    sizes = dict(zip(vpd.layout.names, vpd.layout.sizes, strict=True))
+    names = chosen("sites", sites, None, vpd.layout.names)
+    layout = Layout(names, tuple(sizes[name] for name in names))
+    vocabularies = _vocabularies(model)
     _check_memory(layout, vocabularies, settings, memory_limit)
     if resume:
         result = Harvest.load(output, vpd)
@@ -136,18 +139,6 @@ def _observed(
 
 
 # ------------------------------------------------------------------ before the pass
-
-
-def _layout(vpd: Decomposition, sites: Sequence[str] | None) -> Layout:
-    if sites is None:
-        return vpd.layout
-    if isinstance(sites, str) or not sites or not {*sites} <= {*vpd.layout.names}:
-        raise InputError(
-            f"sites={sites!r}; expected a list of some of {list(vpd.layout.names)}, or None."
-        )
-    sizes = dict(zip(vpd.layout.names, vpd.layout.sizes, strict=True))
-    names = tuple(name for name in sizes if name in sites)
-    return Layout(names, tuple(sizes[name] for name in names))
 
 
 def _vocabularies(model: nn.Module) -> tuple[int, int]:
