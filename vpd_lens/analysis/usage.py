@@ -12,7 +12,7 @@ from torch import Tensor
 from vpd_lens.data import Batch
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.errors import InputError
-from vpd_lens.evaluation.metrics import ALIVE
+from vpd_lens.evaluation.metrics import ALIVE, Sparsity
 
 # By site; sizes differ from one to the next, so their names are not checked against each other.
 Alive = Mapping[str, Int[Tensor, " _n_alive"]]
@@ -29,16 +29,13 @@ def mean_importance(
     Raises:
         InputError: If there are no batches.
     """
-    total, n_positions = torch.zeros(vpd.layout.total, dtype=torch.float64), 0
+    found = Sparsity(vpd.layout, (), vpd.device)
     for batch in batches:
         batch = (Batch(batch) if isinstance(batch, Tensor) else batch).to(vpd.device)
-        importance = vpd.causal_importance(batch.tokens, **batch.mask_argument())
-        importance = importance.flatten(0, -2) if batch.real is None else importance[batch.real]
-        total = total.to(importance.device) + importance.sum(0)
-        n_positions += len(importance)
-    if not n_positions:
+        found.add(vpd.causal_importance(batch.tokens, **batch.mask_argument()), batch.real)
+    if not found.n_positions:
         raise InputError("batches is empty; a mean importance needs data.")
-    return (total / n_positions).float().cpu()
+    return found.mean_importance().cpu()
 
 
 def alive_subcomponents(
