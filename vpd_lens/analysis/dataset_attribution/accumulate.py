@@ -149,12 +149,13 @@ class Engine:
     """Computes the tables of a batch and adds them to those of the batches before."""
 
     def __init__(self, vpd: Decomposition, alive: dict[str, Tensor], settings: Settings) -> None:
-        self.vpd, self.alive, self.settings = vpd, alive, settings
+        self.alive, self.settings = alive, settings
         self.observer = Observer(CutForward(vpd, settings.frozen, through_delta=False), alive)
         self.unembed = find_sites(vpd.model, ["unembed"])[0]
         # A decomposed unembedding cuts the logits off from everything but its own subcomponents.
         own = self.observer.write.get("unembed")
         self.readout = self.unembed.weight.float() if own is None else own
+        self.origin = origin(vpd, max(self.observer.n_tokens, self.readout.shape[1]))
         axes = torch.eye(len(self.readout), device=vpd.device)
         reads = {name: self.observer.read.get(name, axes) for name in settings.targets}
         self.reads = {n: read for n, read in reads.items() if n == OUTPUT or read.shape[1]}
@@ -172,15 +173,14 @@ class Engine:
 
     def empty(self, device: str = "cpu") -> DatasetAttributions:
         """Attributions over nothing yet."""
-        n_tokens = self.observer.n_tokens
         return DatasetAttributions.empty(
             self.alive,
             self.readout.cpu(),
-            n_tokens,
+            self.observer.n_tokens,
             torch.device(device),
             places={name: route.places for name, route in self.routes.items()},
             settings=self.settings,
-            **origin(self.vpd, max(n_tokens, self.readout.shape[1])),
+            **self.origin,
         )
 
     def add(
