@@ -59,17 +59,12 @@ class Pass:
 
 
 class _State(threading.local):
-    """What one thread does with one decomposition.
-
-    Attributes:
-        idle: The pass of whatever calls the model otherwise than through the decomposition.
-        context: The innermost `masked` block, if it changes the model.
-    """
+    """What one thread does with one decomposition."""
 
     def __init__(self, n_sites: int) -> None:
         self.n_sites = n_sites
-        self.idle = Pass([None] * n_sites)
-        self.context: MaskContext | None = None
+        self.idle = Pass([None] * n_sites)  # of calls that do not go through the decomposition
+        self.context: MaskContext | None = None  # a `masked` block that changes the model
         self.current: Pass | None = None
         self.generation: Any = None
         self.frozen = self.undisturbed = False
@@ -187,8 +182,6 @@ class Forwards:
             raise VPDError(
                 f"masks are active, but the forward pass went around {missed}. {FLAGS_HINT}"
             )
-
-    # What hooks call
 
     def read(self, index: int, x: Tensor) -> None:
         """See the input of a site."""

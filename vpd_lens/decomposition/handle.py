@@ -79,8 +79,6 @@ class Decomposition(nn.Module):
         self.trained_steps = 0
         self.training_config: dict[str, Any] | None = None
 
-    # ---------------------------------------------------------------- looking
-
     @property
     def layout(self) -> Layout:
         """Names and sizes of the sites."""
@@ -145,8 +143,6 @@ class Decomposition(nn.Module):
             f"{type(self.importance).__name__}, {state})"
         )
 
-    # ------------------------------------------------------------ using masks
-
     @contextmanager
     def masked(
         self,
@@ -198,8 +194,6 @@ class Decomposition(nn.Module):
             context = MaskContext(mode, threshold, n_steps, step_size, generator)
         with self.forwards.during(context=context):
             yield self
-
-    # ------------------------------------------------- forwards for analyses
 
     def undisturbed(self) -> AbstractContextManager[None]:
         """A block in which the model is in evaluation mode and a user's temporary hooks are silent.
@@ -279,8 +273,6 @@ class Decomposition(nn.Module):
         _, inputs = self.target(*args, **kwargs)
         real = real_positions(self.model, args, kwargs)
         return lower_leaky(self.pre_importance(inputs, real))
-
-    # -------------------------------------------------- the wrapped forwards
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self.forwards.state

@@ -154,10 +154,8 @@ class PerSubcomponentMLP(nn.Module):
     def per_subcomponent(self) -> list[PerSubcomponent]:
         """All parameters."""
         last = self.b if self.affine else self.b_out
-        return [
-            PerSubcomponent(parameter, 0, None, _OFF if parameter is last else 0.0)
-            for parameter in self.parameters()
-        ]
+        off = ((p, _OFF if p is last else 0.0) for p in self.parameters())
+        return [PerSubcomponent(parameter, 0, None, value) for parameter, value in off]
 
 
 class SharedMLP(nn.Module):

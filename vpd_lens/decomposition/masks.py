@@ -258,16 +258,10 @@ def masked_site(
     def rows(t: Tensor) -> Tensor:
         return t.expand(*batch, t.shape[-1]).reshape(-1, t.shape[-1])
 
-    out = _MaskedSite.apply(
-        rows(x).to(dtype),
-        rows(y),
-        v.to(dtype),
-        u.to(dtype),
-        rows(masks.components).to(dtype),
-        rows(masks.delta).to(dtype),
-        None if bias is None else bias.to(dtype),
-        None if masks.routed is None else rows(masks.routed),
-    )
+    parts = (rows(x), rows(y), v, u, rows(masks.components), rows(masks.delta))
+    bias = None if bias is None else bias.to(dtype)
+    routed = None if masks.routed is None else rows(masks.routed)
+    out = _MaskedSite.apply(*(part.to(dtype) for part in parts), bias, routed)
     return out.view(*batch, -1)  # type: ignore[no-any-return]
 
 
