@@ -434,7 +434,7 @@ def test_pruning_by_influence_keeps_paths() -> None:
 
 
 def test_influence_of_a_chain_by_hand() -> None:
-    from vpd_lens.analysis.circuits.influence import influence, scores
+    from vpd_lens.analysis.circuits.influence import influence
     from vpd_lens.analysis.circuits.tables import KINDS, Edges, Nodes
 
     # embed -> a -> output, error -> a, embed -> output; shares 3/4, 1/4 into a; 1/5, 4/5 out.
@@ -452,9 +452,9 @@ def test_influence_of_a_chain_by_hand() -> None:
     edges = Edges(
         torch.tensor([0, 1, 2, 0]), torch.tensor([2, 2, 3, 3]), torch.tensor([3.0, -1, 4, 1])
     )
-    found = influence(nodes, edges)
+    weights = torch.tensor([0.7])
+    found = influence(nodes, edges, weights)
     torch.testing.assert_close(found.nodes, torch.tensor([0.6 + 0.2, 0.2, 0.8, 1.0]))
     torch.testing.assert_close(found.edges, torch.tensor([0.6, 0.2, 0.8, 0.2]))
-    replacement, complete = scores(nodes, edges)
-    assert replacement == pytest.approx(0.8)
-    assert complete == pytest.approx((0.8 + 0.2 + 0.8 * 0.75 + 1.0) / 2.8)
+    assert found.replacement == pytest.approx(0.8)
+    assert found.completeness == pytest.approx((0.8 + 0.2 + 0.8 * 0.75 + 1.0) / 2.8)

@@ -18,15 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from vpd_lens.analysis.circuits.tables import KINDS
 from vpd_lens.errors import ArtefactError
-from vpd_lens.interop.graph_json import (
-    Axis,
-    checked_slug,
-    checked_threshold,
-    graph_json,
-    numbering,
-)
+from vpd_lens.interop.graph_json import Axis, graph_json, metadata, numbering
 from vpd_lens.storage import atomic_folder, read_json, write_json, write_text
 
 if TYPE_CHECKING:
@@ -42,11 +35,9 @@ class Cards(Protocol):
 
     def check(self, fingerprint: str) -> None:
         """Raise `ArtefactError` for another decomposition than the one harvested."""
-        ...
 
     def card(self, site: str, index: int) -> dict[str, Any] | None:
         """Everything about a subcomponent, or `None` if it never fired."""
-        ...
 
 
 def to_circuit_tracer(
@@ -58,7 +49,7 @@ def to_circuit_tracer(
     node_threshold: float | None = 0.8,
     pairs: Sequence[AttentionPair] | None = None,
 ) -> Path:
-    """Write a graph, and enter it into the folder's list of graphs.
+    """Write a graph's file, and enter it into the folder's list of graphs.
 
     Args:
         graph: The graph; prune it first if it has many thousands of edges.
@@ -69,64 +60,44 @@ def to_circuit_tracer(
         node_threshold: Where the viewer's pruning slider begins; `None` for no slider.
         pairs: What subcomponents contribute to attention scores.
 
-    Returns:
-        The graph's file.
-
     Raises:
         InputError: If an argument cannot be used, or the graph has values that are not finite.
         ArtefactError: If the folder's list of graphs is damaged, or the harvest is of another
             decomposition.
     """
-    folder, slug = Path(folder), checked_slug(slug)
-    metadata = {
-        "slug": slug,
-        # With a path that begins with ./data/ the viewer looks in this folder, not on the web.
-        "scan": f"./data/features/{slug}",
-        "transcoder_list": [],
-        "prompt_tokens": list(graph.strings),
-        "prompt": "".join(graph.strings),
-        "node_threshold": checked_threshold(node_threshold),
-        "schema_version": 1,
-    }
+    folder = Path(folder)
+    # With a path that begins with ./data/ the viewer looks in this folder, not on the web.
+    about = metadata(graph, slug, f"./data/features/{slug}", node_threshold)
+    about["transcoder_list"] = []
     if harvest is not None:
         harvest.check(graph.settings.get("decomposition", ""))
     data = graph_json(graph, axis, pairs)
-    index = _with_entry(folder, metadata)
+    index = _with_entry(folder / INDEX, about)
     if harvest is None:
         # Those of an earlier graph of this name may be numbered otherwise.
         shutil.rmtree(folder / "features" / slug, ignore_errors=True)
     else:
         _write_features(folder / "features" / slug, graph, axis, harvest)
-    ids = [node["node_id"] for node in data["nodes"]]
-    _write(folder / f"{slug}.vpd.json", _side_file(graph, ids))
-    _write(folder / f"{slug}.json", {"metadata": metadata, **data})
+    columns = graph.nodes.lists()
+    rows = zip(*columns.values(), strict=True)
+    nodes = {
+        node["node_id"]: dict(zip(columns, row, strict=True))
+        for node, row in zip(data["nodes"], rows, strict=True)
+    }
+    _write(folder / f"{slug}.vpd.json", {"settings": graph.settings, "nodes": nodes})
+    _write(folder / f"{slug}.json", {"metadata": about, **data})
     _write(folder / INDEX, index)
     return folder / f"{slug}.json"
 
 
-def _with_entry(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+def _with_entry(path: Path, about: dict[str, Any]) -> dict[str, Any]:
     """The folder's list of graphs with this one, which may be in it already."""
-    path = folder / INDEX
     index = read_json(path) if path.exists() else {"graphs": []}
     graphs = index.get("graphs")
     if not isinstance(graphs, list) or not all(isinstance(entry, dict) for entry in graphs):
         raise ArtefactError(f"{path}: it has no list of graphs. Remove it, or restore a copy.")
-    others = [entry for entry in graphs if entry.get("slug") != metadata["slug"]]
-    return {**index, "graphs": [*others, metadata]}
-
-
-def _side_file(graph: AttributionGraph, ids: list[str]) -> dict[str, Any]:
-    nodes = graph.nodes
-    plain = ("position", "index", "activation", "importance")
-    columns = {
-        "name": nodes.names(),
-        "kind": [KINDS[kind] for kind in nodes.kind.tolist()],
-        "site": [nodes.places[place] for place in nodes.place.tolist()],
-        **{name: getattr(nodes, name).tolist() for name in plain},
-    }
-    rows = zip(*columns.values(), strict=True)
-    records = [dict(zip(columns, row, strict=True)) for row in rows]
-    return {"settings": graph.settings, "nodes": dict(zip(ids, records, strict=True))}
+    others = [entry for entry in graphs if entry.get("slug") != about["slug"]]
+    return {**index, "graphs": [*others, about]}
 
 
 def _write(path: Path, data: Any) -> None:
@@ -135,11 +106,10 @@ def _write(path: Path, data: Any) -> None:
 
 def _write_features(folder: Path, graph: AttributionGraph, axis: Axis, harvest: Cards) -> None:
     """One file per subcomponent of the graph in a folder, which is replaced."""
-    numbers, nodes = numbering(graph.nodes.places, axis), graph.nodes
-    own = nodes.of_kind("subcomponent")
-    places = (nodes.places[place] for place in nodes.place[own].tolist())
+    numbers = numbering(graph.nodes.places, axis)
+    own = graph.nodes.where(graph.nodes.of_kind("subcomponent")).lists()
     with atomic_folder(folder) as new:
-        for site, index in sorted(set(zip(places, nodes.index[own].tolist(), strict=True))):
+        for site, index in sorted(set(zip(own["site"], own["index"], strict=True))):
             # A file also for those that never fired, as the viewer fails on a missing one.
             card = harvest.card(site, index) or {"density": 0, "examples": [], "output_tokens": []}
             number = numbers.feature(site, index)
@@ -148,8 +118,19 @@ def _write_features(folder: Path, graph: AttributionGraph, axis: Axis, harvest: 
 
 def _feature(number: int, name: str, card: dict[str, Any]) -> dict[str, Any]:
     """A feature in the viewers' format, without the histogram, which a harvest does not have."""
-    examples = [_example(example) for example in card["examples"]]
-    highest = max((max(example["tokens_acts_list"]) for example in examples), default=1.0)
+    examples = [
+        {
+            # The viewers colour from 0 up; what is unimportant at a token does nothing.
+            "tokens_acts_list": [
+                importance * abs(activation)
+                for importance, activation in zip(e["importance"], e["activation"], strict=True)
+            ],
+            "train_token_ind": e["focus"],
+            "is_repeated_datapoint": False,
+            "tokens": list(e["tokens"]),
+        }
+        for e in card["examples"]
+    ]
     return {
         "transcoder_id": name,
         "index": number,
@@ -157,17 +138,6 @@ def _feature(number: int, name: str, card: dict[str, Any]) -> dict[str, Any]:
         "top_logits": [found["token"] for found in card["output_tokens"]],
         "bottom_logits": [],
         "act_min": 0.0,
-        "act_max": highest,
+        "act_max": max((max(e["tokens_acts_list"]) for e in examples), default=1.0),
         "activation_frequency": card["density"],
-    }
-
-
-def _example(example: dict[str, Any]) -> dict[str, Any]:
-    # The viewers colour from 0 up; a subcomponent that is unimportant at a token does nothing.
-    strengths = zip(example["importance"], example["activation"], strict=True)
-    return {
-        "tokens_acts_list": [importance * abs(activation) for importance, activation in strengths],
-        "train_token_ind": example["focus"],
-        "is_repeated_datapoint": False,
-        "tokens": list(example["tokens"]),
     }

@@ -10,14 +10,12 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vpd_lens.analysis.circuits.tables import KINDS
-from vpd_lens.analysis.circuits.targets import Output
 from vpd_lens.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,21 +43,11 @@ _TOP = 20
 
 @dataclass(frozen=True)
 class Numbering:
-    """Numbers of layers and features.
+    """Numbers of layers and features."""
 
-    Attributes:
-        layer: Layer of each place between the embedding and the outputs.
-        rank: Which of its layer's places it is, the matrices first.
-        width: How many matrices each layer has.
-    """
-
-    layer: dict[str, int]
-    rank: dict[str, int]
-    width: dict[int, int]
-
-    def layer_of(self, place: str) -> str:
-        """The viewers' name of a place's layer: a number, or `E` for the embedding."""
-        return str(self.layer.get(place, "E"))
+    layer: dict[str, int]  # of each place between the embedding and the outputs
+    rank: dict[str, int]  # which of its layer's places it is, the matrices first
+    width: dict[int, int]  # how many matrices each layer has
 
     def number(self, kind: str, place: str, index: int) -> int:
         """Number of a node of a matrix, norm or activation, unique in its layer and position."""
@@ -89,45 +77,29 @@ def numbering(places: Sequence[str], axis: Axis) -> Numbering:
         block = int(match[1]) if match else block
         layer[place] = block if axis == "block" else min(count, max(len(matrices) - 1, 0))
         count += place in matrices
-    seen: Counter[int] = Counter()
-    rank: dict[str, int] = {}
-    for place in [*matrices, *(place for place in inner if place not in matrices)]:
-        rank[place] = seen[layer[place]]
-        seen[layer[place]] += 1
+    ranks: defaultdict[int, itertools.count[int]] = defaultdict(itertools.count)
+    ordered = sorted(inner, key=lambda place: place not in matrices)
+    rank = {place: next(ranks[layer[place]]) for place in ordered}
     return Numbering(layer, rank, Counter(layer[place] for place in matrices))
 
 
-def graph_json(
-    graph: AttributionGraph, axis: Axis, pairs: Sequence[AttentionPair] | None
+def metadata(
+    graph: AttributionGraph, slug: str, scan: str, node_threshold: float | None
 ) -> dict[str, Any]:
-    """Everything of the graph JSON but its metadata.
-
-    Raises:
-        InputError: If the graph has values that JSON has no numbers for, or no outputs.
-    """
-    _require_finite(graph, pairs or ())
-    numbers = numbering(graph.nodes.places, axis)
-    nodes = _nodes(graph, numbers)
-    ids = [node["node_id"] for node in nodes]
-    columns = (getattr(graph.edges, name).tolist() for name in graph.edges.columns())
-    data = {
-        "qParams": {
-            "pinnedIds": [],
-            "supernodes": [],
-            "linkType": "both",
-            "clickedId": next(n["node_id"] for n in nodes if n["is_target_logit"]),
-            "sg_pos": "",
-        },
-        "nodes": nodes,
-        "links": [
-            {"source": ids[source], "target": ids[target], "weight": weight}
-            for source, target, weight in zip(*columns, strict=True)
-        ],
+    """What both viewers want to know of a graph beside its nodes and links."""
+    if node_threshold is not None and not 0 < node_threshold <= 1:
+        raise InputError(
+            f"node_threshold={node_threshold}; expected a share, above 0 and at most 1, or None "
+            "for a viewer without slider."
+        )
+    return {
+        "slug": checked_slug(slug),
+        "scan": scan,
+        "prompt_tokens": list(graph.strings),
+        "prompt": "".join(graph.strings),
+        "node_threshold": node_threshold,
+        "schema_version": 1,
     }
-    if pairs is not None:
-        known = dict(zip(graph.nodes.names(), nodes, strict=True))
-        data["qk_only_nodes"] = _trace_pairs(known, pairs, numbers)
-    return data
 
 
 def checked_slug(slug: str, name: str = "slug") -> str:
@@ -142,14 +114,33 @@ def checked_slug(slug: str, name: str = "slug") -> str:
     return slug
 
 
-def checked_threshold(threshold: float | None) -> float | None:
-    """A share of influence at which the viewers' slider begins; others are refused."""
-    if threshold is not None and not 0 < threshold <= 1:
-        raise InputError(
-            f"node_threshold={threshold}; expected a share, above 0 and at most 1, or None for a "
-            "viewer without slider."
-        )
-    return threshold
+def graph_json(
+    graph: AttributionGraph, axis: Axis, pairs: Sequence[AttentionPair] | None
+) -> dict[str, Any]:
+    """Everything of the graph JSON but its metadata, if it has outputs and finite values only."""
+    _require_finite(graph, pairs or ())
+    numbers = numbering(graph.nodes.places, axis)
+    nodes = _nodes(graph, numbers)
+    ids = [node["node_id"] for node in nodes]
+    links = (getattr(graph.edges, name).tolist() for name in graph.edges.columns())
+    data = {
+        "qParams": {
+            "pinnedIds": [],
+            "supernodes": [],
+            "linkType": "both",
+            "clickedId": next(n["node_id"] for n in nodes if n["is_target_logit"]),
+            "sg_pos": "",
+        },
+        "nodes": nodes,
+        "links": [
+            {"source": ids[source], "target": ids[target], "weight": weight}
+            for source, target, weight in zip(*links, strict=True)
+        ],
+    }
+    if pairs is not None:
+        known = dict(zip(graph.nodes.names(), nodes, strict=True))
+        data["qk_only_nodes"] = _trace_pairs(known, pairs, numbers)
+    return data
 
 
 def _require_finite(graph: AttributionGraph, pairs: Sequence[AttentionPair]) -> None:
@@ -169,19 +160,23 @@ def _require_finite(graph: AttributionGraph, pairs: Sequence[AttentionPair]) -> 
 
 
 def _nodes(graph: AttributionGraph, numbers: Numbering) -> list[dict[str, Any]]:
-    nodes, orders = graph.nodes, itertools.count()
-    columns = (nodes.kind, nodes.place, nodes.position, nodes.index, nodes.activation)
-    values = (*columns, graph.influence().cumulative)
-    result = []
-    for row in zip(*(column.tolist() for column in values), strict=True):
-        kind, place, position, index, activation, influence = row
-        kind, place = KINDS[kind], nodes.places[place]
+    lists, orders, result = graph.nodes.lists(), itertools.count(), []
+    last = str(max(numbers.layer.values(), default=-1) + 2)
+    columns = [lists[name] for name in ("kind", "site", "index", "position", "activation")]
+    rows = zip(*columns, graph.influence().cumulative.tolist(), strict=True)
+    for kind, place, index, position, activation, influence in rows:
         if kind == "output":
             order = next(orders)
-            node = _output_node(graph.outputs[order], order, numbers)
+            output = graph.outputs[order]
+            # Differences and directions have no token; two of them still need two numbers.
+            number = output.token_id if output.token_id >= 0 else -1 - order
+            # The viewers read the probability out of the label.
+            label = f'Output "{output.name}" (p={output.probability:.3f})'
+            node = _node(kind, last, number, output.position, label)
+            node |= {"token_prob": output.probability, "is_target_logit": order == 0}
         elif kind == "embedding":
-            text = f'Emb: "{graph.strings[position]}"'
-            node = _node(kind, "E", index, position, text) | {"feature": position}
+            node = _node(kind, "E", index, position, f'Emb: "{graph.strings[position]}"')
+            node["feature"] = position
         else:
             node = _place_node(numbers, kind, place, index, position)
         if kind == "subcomponent":
@@ -190,21 +185,11 @@ def _nodes(graph: AttributionGraph, numbers: Numbering) -> list[dict[str, Any]]:
     return result
 
 
-def _output_node(output: Output, order: int, numbers: Numbering) -> dict[str, Any]:
-    # Differences and directions have no token; two of them still need two numbers.
-    number = output.token_id if output.token_id >= 0 else -1 - order
-    # The viewers read the probability out of the label.
-    clerp = f'Output "{output.name}" (p={output.probability:.3f})'
-    last = max(numbers.layer.values(), default=-1) + 2
-    node = _node("output", str(last), number, output.position, clerp)
-    return node | {"token_prob": output.probability, "is_target_logit": order == 0}
-
-
 def _place_node(
     numbers: Numbering, kind: str, place: str, index: int, position: int
 ) -> dict[str, Any]:
     """A node of a matrix, norm or activation function, labelled with its name."""
-    number, layer = numbers.number(kind, place, index), numbers.layer_of(place)
+    number, layer = numbers.number(kind, place, index), str(numbers.layer.get(place, "E"))
     if kind != "subcomponent":
         return _node(kind, layer, number, position, f"{place} {kind}")
     node = _node(kind, layer, number, position, f"{place}:{index}")
@@ -230,12 +215,12 @@ def _node(kind: str, layer: str, number: int, position: int, clerp: str) -> dict
 def _trace_pairs(
     nodes: dict[str, dict[str, Any]], pairs: Sequence[AttentionPair], numbers: Numbering
 ) -> dict[str, dict[str, Any]]:
-    """Give attention's nodes the pairs behind the scores that they depend on.
+    """Give attention's nodes, as `qk_tracing_results`, the pairs behind their scores.
 
     A subcomponent of an o matrix depends on the scores of its position as query. Of layers whose o
     matrix has no nodes, those of the v matrix get the pairs of their position as key. Heads are
-    summed, as a node may belong to several. Nodes (records by name) gain `qk_tracing_results`;
-    records of nodes that only pairs refer to are returned by id.
+    summed, as a node may belong to several. Records of nodes that only pairs refer to are returned
+    by id.
     """
     site_of = {name: name.rpartition(":")[0] for name in nodes}
     groups: dict[tuple[str, int], list[AttentionPair]] = defaultdict(list)
@@ -246,26 +231,26 @@ def _trace_pairs(
     absent = {
         end: _absent(end, numbers) for p in pairs for end in (p.query, p.key) if end not in nodes
     }
-    known = {name: node["node_id"] for name, node in (nodes | absent).items()}
-    results = {key: _contributors(group, known) for key, group in groups.items()}
+    ids = {name: node["node_id"] for name, node in (nodes | absent).items()}
+    results = {key: _contributors(group, ids) for key, group in groups.items()}
     for name, node in nodes.items():
         if (key := (site_of[name], node["ctx_idx"])) in results:
             node["qk_tracing_results"] = results[key]
     return {node["node_id"]: node for node in absent.values()}
 
 
-def _contributors(pairs: Iterable[AttentionPair], ids: dict[str, str]) -> dict[str, list[Any]]:
-    def largest(ends: Callable[[AttentionPair], tuple[str, ...]]) -> list[list[Any]]:
-        total: dict[tuple[str, ...], float] = defaultdict(float)
+def _contributors(pairs: Sequence[AttentionPair], ids: dict[str, str]) -> dict[str, list[Any]]:
+    def largest(*ends: str) -> list[list[Any]]:
+        total: Counter[tuple[str, ...]] = Counter()
         for pair in pairs:
-            total[ends(pair)] += pair.weight
+            total[tuple(ids[getattr(pair, end)] for end in ends)] += pair.weight  # type: ignore
         found = sorted(total.items(), key=lambda item: -abs(item[1]))[:_TOP]
-        return [[*(ids[name] for name in names), weight] for names, weight in found]
+        return [[*names, weight] for names, weight in found]
 
     return {
-        "pair_wise_contributors": largest(lambda pair: (pair.query, pair.key)),
-        "top_q_marginal_contributors": largest(lambda pair: (pair.query,)),
-        "top_k_marginal_contributors": largest(lambda pair: (pair.key,)),
+        "pair_wise_contributors": largest("query", "key"),
+        "top_q_marginal_contributors": largest("query"),
+        "top_k_marginal_contributors": largest("key"),
     }
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vpd_lens.analysis.circuits.tables import KINDS
-
 if TYPE_CHECKING:
     import networkx
 
@@ -15,26 +13,15 @@ if TYPE_CHECKING:
 def to_networkx(graph: AttributionGraph) -> networkx.DiGraph:
     """The graph with nodes named as in `graph.nodes.names()`.
 
-    Args:
-        graph: The graph.
-
-    Returns:
-        Nodes have `kind`, `site`, `position`, `token` (the prompt's, as text), `index`,
-        `activation`, `importance` and `influence`; edges have `weight`.
+    Nodes have `kind`, `site`, `position`, `token` (the prompt's, as text), `index`, `activation`,
+    `importance` and `influence`; edges have `weight`.
     """
     import networkx
 
-    nodes, edges, names = graph.nodes, graph.edges, graph.nodes.names()
-    columns = {
-        "kind": [KINDS[kind] for kind in nodes.kind.tolist()],
-        "site": [nodes.places[place] for place in nodes.place.tolist()],
-        "position": nodes.position.tolist(),
-        "token": [graph.strings[position] for position in nodes.position.tolist()],
-        "index": nodes.index.tolist(),
-        "activation": nodes.activation.tolist(),
-        "importance": nodes.importance.tolist(),
-        "influence": graph.influence().nodes.tolist(),
-    }
+    columns, edges = graph.nodes.lists(), graph.edges
+    names = columns.pop("name")
+    columns["token"] = [graph.strings[position] for position in columns["position"]]
+    columns["influence"] = graph.influence().nodes.tolist()
     result = networkx.DiGraph()
     for name, *values in zip(names, *columns.values(), strict=True):
         result.add_node(name, **dict(zip(columns, values, strict=True)))

@@ -12,10 +12,10 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vpd_lens.errors import InputError
-from vpd_lens.interop.graph_json import checked_slug, checked_threshold, graph_json
+from vpd_lens.interop.graph_json import checked_slug, graph_json, metadata
 from vpd_lens.storage import write_text
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def to_neuronpedia(
     node_threshold: float | None = 0.8,
     feature_json_base_url: str | None = None,
 ) -> Path:
-    """Write a graph for upload to Neuronpedia.
+    """Write a graph's file for upload to Neuronpedia.
 
     Args:
         graph: The graph; prune it first if it has many thousands of edges.
@@ -47,27 +47,18 @@ def to_neuronpedia(
         feature_json_base_url: Where you host the files of `features/<slug>` that
             `to_circuit_tracer(..., axis="block")` wrote.
 
-    Returns:
-        The file.
-
     Raises:
         InputError: If an argument cannot be used, the graph has values that are not finite, or
             all its nodes are in the first block.
     """
+    about = metadata(graph, slug, checked_slug(model_id, "model_id"), node_threshold)
     version = importlib.metadata.version("vpd-lens")
-    metadata: dict[str, Any] = {
-        "slug": checked_slug(slug),
-        "scan": checked_slug(model_id, "model_id"),
-        "prompt_tokens": list(graph.strings),
-        "prompt": "".join(graph.strings),
-        "schema_version": 1,
-        "info": {"generator": {"name": "vpd-lens", "version": version}},
-        "generation_settings": graph.settings,
-    }
-    if checked_threshold(node_threshold) is not None:
-        metadata["node_threshold"] = node_threshold
+    about["info"] = {"generator": {"name": "vpd-lens", "version": version}}
+    about["generation_settings"] = graph.settings
+    if node_threshold is None:
+        del about["node_threshold"]
     if feature_json_base_url is not None:
-        metadata["feature_details"] = {"feature_json_base_url": feature_json_base_url}
+        about["feature_details"] = {"feature_json_base_url": feature_json_base_url}
     data = graph_json(graph, "block", pairs)
     layers = [node["layer"] for node in data["nodes"] if node["feature_type"] != "logit"]
     if not any(layer.isdigit() and int(layer) > 0 for layer in layers):
@@ -75,19 +66,13 @@ def to_neuronpedia(
             "no node of this graph is in a block after the first, and Neuronpedia fails on such "
             "graphs ('No layer found'). Use to_circuit_tracer, prune less, or a deeper model."
         )
-    text = json.dumps({"metadata": metadata, **data}, allow_nan=False)
-    _warn_of_size(text)
-    write_text(Path(path), text + "\n")
-    return Path(path)
-
-
-def _warn_of_size(text: str) -> None:
-    if len(text) <= LIMIT_BYTES:
-        return
-    size = len(gzip.compress(text.encode()))
+    text = json.dumps({"metadata": about, **data}, allow_nan=False)
+    size = len(gzip.compress(text.encode())) if len(text) > LIMIT_BYTES else 0
     if size > LIMIT_BYTES:
         warnings.warn(
             f"the graph has {size / 2**20:.0f} MiB after compression, and Neuronpedia takes "
             f"{LIMIT_BYTES / 2**20:.0f} MiB at most. Write graph.pruned() instead.",
-            stacklevel=3,
+            stacklevel=2,
         )
+    write_text(Path(path), text + "\n")
+    return Path(path)

@@ -7,16 +7,15 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from markupsafe import Markup
 
-from vpd_lens.analysis.circuits.tables import KINDS, Edges
+from vpd_lens.analysis.circuits.tables import KINDS
 from vpd_lens.storage import write_text
-from vpd_lens.viz.html import render_template
+from vpd_lens.viz.html import asset, render_template
 
 if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.graph import AttributionGraph
@@ -27,19 +26,8 @@ MAX_EDGES = 60_000
 STYLES = ("graph.css", "panel.css")
 # In this order: they share one scope, and each may use the ones before it.
 SCRIPTS = (
-    "data.js",
-    "state.js",
-    "groups.js",
-    "filters.js",
-    "layout.js",
-    "edges.js",
-    "board.js",
-    "card.js",
-    "panel.js",
-    "controls.js",
-    "search.js",
-    "keyboard.js",
-    "main.js",
+    *("data", "state", "groups", "filters", "layout", "edges", "board", "card", "panel"),
+    *("controls", "search", "keyboard", "main"),
 )
 
 
@@ -49,72 +37,51 @@ def to_html(
     harvest: Cards | None = None,
     title: str | None = None,
 ) -> Path:
-    """Write the page of a graph.
+    """Write a page that needs no network, to explore a graph by hand.
 
     Args:
-        graph: The graph.
+        graph: The graph; of more than 60,000 edges the strongest are shown.
         path: The HTML file.
         harvest: Where subcomponents' cards come from.
         title: Heading of the page.
 
-    Returns:
-        The file.
-
     Raises:
         ArtefactError: If the harvest is of another decomposition.
     """
-    path = Path(path)
-    write_text(path, render(graph, harvest, title))
-    return path
-
-
-def render(graph: AttributionGraph, harvest: Cards | None = None, title: str | None = None) -> str:
-    """One HTML page that needs no network, to explore a graph by hand.
-
-    Args:
-        graph: The graph; of more than 60,000 edges the strongest are shown.
-        harvest: Where subcomponents' cards come from.
-        title: Heading of the page.
-
-    Returns:
-        The page's HTML.
-    """
-    assets = files("vpd_lens.viz").joinpath("assets")
     # Inside <script>, text ends at "</script>" and may change its meaning at "<!--".
     data = json.dumps(payload(graph, harvest), separators=(",", ":"), allow_nan=False)
-    return render_template(
+    page = render_template(
         "vpd_lens.viz",
         "assets/graph.html.j2",
         title=title or "Attribution graph",
         data=Markup(data.replace("<", "\\u003c")),
-        styles=[Markup(assets.joinpath(name).read_text(encoding="utf-8")) for name in STYLES],
-        scripts=[Markup(assets.joinpath(name).read_text(encoding="utf-8")) for name in SCRIPTS],
+        styles=[asset(f"assets/{name}") for name in STYLES],
+        scripts=[asset(f"assets/{name}.js") for name in SCRIPTS],
     )
+    write_text(Path(path), page)
+    return Path(path)
 
 
 def payload(graph: AttributionGraph, harvest: Cards | None = None) -> dict[str, Any]:
-    """What the page shows, as JSON-able columns.
-
-    Args:
-        graph: The graph.
-        harvest: Where subcomponents' cards come from.
-
-    Returns:
-        Columns of nodes and, the strongest first, of edges; rows, outputs, scores, settings and
-        cards.
-    """
-    influence = graph.influence()
-    nodes, used = graph.nodes, sorted(set(graph.nodes.place.tolist()))
-    order = graph.edges.weight.abs().argsort(descending=True, stable=True)[:MAX_EDGES]
+    """What the page shows, as JSON-able columns of nodes and, the strongest first, of edges."""
+    influence, nodes = graph.influence(), graph.nodes
+    used = nodes.place.unique()
+    edges = graph.edges
+    edges = edges.where(edges.weight.abs().argsort(descending=True, stable=True)[:MAX_EDGES])
+    scores = {
+        "completeness": graph.completeness(),
+        "replacement": influence.replacement,
+        "completeness_score": influence.completeness,
+    }
     return {
         "hash": _hash(graph),
         "tokens": list(graph.strings),
-        "rows": [_row(nodes.places[place]) for place in used],
+        "rows": [_row(nodes.places[place]) for place in used.tolist()],
         "kinds": list(KINDS),
         "nodes": {
             "name": nodes.names(),
             "kind": nodes.kind.tolist(),
-            "row": torch.searchsorted(torch.tensor(used), nodes.place.long()).tolist(),
+            "row": torch.searchsorted(used, nodes.place).tolist(),
             "position": nodes.position.tolist(),
             "index": nodes.index.tolist(),
             "activation": _rounded(nodes.activation.tolist()),
@@ -123,21 +90,13 @@ def payload(graph: AttributionGraph, harvest: Cards | None = None) -> dict[str, 
             "cumulative": _rounded(influence.cumulative.tolist()),
         },
         "outputs": _outputs(graph),
-        "edges": _edges(graph.edges, order),
+        "edges": {
+            "source": edges.source.tolist(),
+            "target": edges.target.tolist(),
+            "weight": _rounded(edges.weight.tolist()),
+        },
         "n_edges": graph.n_edges,
-        "scores": dict(
-            zip(
-                ("completeness", "replacement", "completeness_score"),
-                _rounded(
-                    (
-                        graph.completeness(),
-                        graph.replacement_score(),
-                        graph.completeness_score(),
-                    )
-                ),
-                strict=True,
-            )
-        ),
+        "scores": {name: _round(score) for name, score in scores.items()},
         "settings": {k: graph.settings.get(k) for k in ("frozen", "delta", "threshold")},
         "cards": {} if harvest is None else _cards(graph, harvest),
     }
@@ -163,23 +122,15 @@ def _outputs(graph: AttributionGraph) -> list[dict[str, Any]]:
     ]
 
 
-def _edges(edges: Edges, order: torch.Tensor) -> dict[str, list[Any]]:
-    return {
-        "source": edges.source[order].tolist(),
-        "target": edges.target[order].tolist(),
-        "weight": _rounded(edges.weight[order].tolist()),
-    }
-
-
 def _cards(graph: AttributionGraph, harvest: Cards) -> dict[str, dict[str, Any]]:
     """Cards by subcomponent, each once although it is a node at several positions."""
     harvest.check(graph.settings.get("decomposition", ""))
-    nodes, cards = graph.nodes, {}
-    own = nodes.of_kind("subcomponent")
-    for place, index in torch.stack([nodes.place[own], nodes.index[own]], 1).unique(dim=0).tolist():
-        card = harvest.card(nodes.places[place], index)
-        if card is not None:
-            cards[f"{nodes.places[place]}:{index}"] = _card(card)
+    own = graph.nodes.where(graph.nodes.of_kind("subcomponent"))
+    cards = {}
+    for place, index in torch.stack([own.place, own.index], 1).unique(dim=0).tolist():
+        site = own.places[place]
+        if (card := harvest.card(site, index)) is not None:
+            cards[f"{site}:{index}"] = _card(card)
     return cards
 
 

@@ -8,7 +8,6 @@ only.
 from __future__ import annotations
 
 import math
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,7 +18,7 @@ from markupsafe import Markup
 
 from vpd_lens.analysis.harvest import Harvest
 from vpd_lens.storage import write_text
-from vpd_lens.viz.html import render_template
+from vpd_lens.viz.html import asset, render_template
 
 _BINS = 48
 
@@ -40,7 +39,7 @@ def write(harvest: Harvest, folder: str | Path, title: str = "Harvest") -> Path:
             before=_link(names[number - 1]) if number else None,
             after=_link(names[number + 1]) if number + 1 < len(names) else None,
             data=Markup(htmlsafe_json_dumps(_payload(harvest, site), separators=(",", ":"))),
-            script=_read("harvest.js"),
+            script=asset("harvest.js"),
         )
         write_text(folder / page_name(site), page)
     index = folder / "index.html"
@@ -59,11 +58,7 @@ def _link(site: str) -> dict[str, Any]:
 
 
 def _render(template: str, **values: Any) -> str:
-    return render_template("vpd_lens.viz", template, harvest_style=_read("harvest.css"), **values)
-
-
-def _read(name: str) -> Markup:
-    return Markup(files("vpd_lens.viz").joinpath(name).read_text(encoding="utf-8"))
+    return render_template("vpd_lens.viz", template, harvest_style=asset("harvest.css"), **values)
 
 
 # --------------------------------------------------------------------------- the index

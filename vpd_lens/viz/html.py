@@ -9,17 +9,19 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 
+def asset(name: str) -> Markup:
+    """A file of this package, to be put into a page as it is."""
+    return Markup(files("vpd_lens.viz").joinpath(name).read_text(encoding="utf-8"))
+
+
 def render_template(package: str, template: str, **values: Any) -> str:
     """One HTML page that needs no network; light and dark follow the reader's system.
 
-    Args:
-        package: The package that holds the template.
-        template: Its file name. It puts `{{ style }}` between `<style>` tags.
-        **values: What the template refers to; everything but `Markup` is escaped.
+    The package's template puts `{{ style }}` between `<style>` tags; of what it refers to,
+    everything but `Markup` is escaped.
     """
-    style = files("vpd_lens.viz").joinpath("page.css").read_text(encoding="utf-8")
     source = files(package).joinpath(template).read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(source).render(style=Markup(style), **values)
+    return environment.from_string(source).render(style=asset("page.css"), **values)

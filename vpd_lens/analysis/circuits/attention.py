@@ -11,6 +11,7 @@ Source: VPD, attention (data-dependent interaction).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -27,33 +28,27 @@ from vpd_lens.errors import InputError, VPDError
 
 
 class AttentionScores:
-    """The attention scores of one prompt, as functions of q and k.
-
-    Args:
-        model: A decomposed model whose q and k are sites.
-        prompt: Text or token ids of one prompt.
-    """
+    """The attention scores of one prompt, text or token ids, as functions of q and k."""
 
     def __init__(self, model: nn.Module, prompt: str | Sequence[int] | Tensor) -> None:
         self.vpd = explained_decomposition(model)
         tokens = prompt_tokens(model, prompt)
         self.scores: dict[int, Tensor] = {}
         self.patterns: dict[int, Tensor] = {}
-        hooks: list[tuple[str, Any]] = []
-        for layer in range(len(model.blocks)):  # type: ignore[arg-type]
-            for name, store in (("attn_scores", self.scores), ("pattern", self.patterns)):
-                hooks.append((f"blocks.{layer}.attn.hook_{name}", partial(_note, store, layer)))
+
+        def note(store: dict[int, Tensor], layer: int, value: Tensor, hook: Any) -> None:
+            store[layer] = value
+
+        hooks: list[tuple[str, Any]] = [
+            (f"blocks.{layer}.attn.hook_{name}", partial(note, store, layer))
+            for layer in range(len(model.blocks))  # type: ignore[arg-type]
+            for name, store in (("attn_scores", self.scores), ("pattern", self.patterns))
+        ]
         self.cut: Cut = CutForward(self.vpd, frozen=False, through_delta=False)(tokens, 1, hooks)
 
     @torch.enable_grad()
     def form(self, layer: int, head: int, query: int, key: int) -> Float[Tensor, "d_q d_k"]:
-        """The matrix `M` of the score of one head between two positions.
-
-        Args:
-            layer: Block.
-            head: Query head.
-            query: Position that attends.
-            key: Position attended to, not after `query`.
+        """The matrix `M` of the score of one head between two positions, the key not the later.
 
         Raises:
             InputError: If q or k of the layer is not decomposed, or there is no such score.
@@ -89,19 +84,16 @@ class AttentionScores:
             form[rows] = by_k[:, 0, key]
         return form.detach()
 
+    @torch.no_grad()
     def pairs(self, layer: int, head: int, query: int, key: int) -> Float[Tensor, "C_q C_k"]:
         """Every pair's contribution to one score, as `form` names it."""
         form = self.form(layer, head, query, key).float()
         written = []
         for part, position in (("q", query), ("k", key)):
             name = f"blocks.{layer}.attn.{part}"
-            x = self.cut.inputs[name][0, position].detach().float()
+            x = self.cut.inputs[name][0, position].float()
             written.append((x @ self.vpd.v(name))[:, None] * self.vpd.u(name))
-        return (written[0] @ form @ written[1].T).detach()
-
-
-def _note(store: dict[int, Tensor], layer: int, value: Tensor, hook: Any) -> None:
-    store[layer] = value
+        return written[0] @ form @ written[1].T
 
 
 def attention_pairs(
@@ -137,28 +129,29 @@ def attention_pairs(
         if not set(names) <= set(vpd.layout.names):
             continue
         head = int(scores.patterns[layer][0, :, query, key].argmax())
-        weight = scores.pairs(layer, head, query, key)
-        of_q = importance[query, vpd.layout.columns(names[0])]
-        of_k = importance[key, vpd.layout.columns(names[1])]
-        weight = torch.where(of_q[:, None] & of_k[None], weight, 0)
-        best = weight.flatten().abs().topk(min(n_pairs, weight.numel())).indices
-        for flat in best[weight.flatten()[best] != 0].tolist():
-            q, k = divmod(flat, weight.shape[1])
-            ends = f"{names[0]}:{q}@{query}", f"{names[1]}:{k}@{key}"
-            found.append(AttentionPair(layer, head, query, key, *ends, float(weight[q, k])))
+        of_q, of_k = (vpd.layout.columns(name) for name in names)
+        nodes = importance[query, of_q][:, None] & importance[key, of_k]
+        weight = torch.where(nodes, scores.pairs(layer, head, query, key), 0)
+        best = weight.abs().flatten().topk(min(n_pairs, weight.numel())).indices
+        for q, k in zip(
+            *(i.tolist() for i in torch.unravel_index(best, weight.shape)), strict=True
+        ):
+            if value := float(weight[q, k]):
+                ends = f"{names[0]}:{q}@{query}", f"{names[1]}:{k}@{key}"
+                found.append(AttentionPair(layer, head, query, key, *ends, value))
     return found
 
 
 def _influential_attention(graph: AttributionGraph) -> list[tuple[int, int, int]]:
     """(layer, query, key), by the influence of the edges from v to o between them."""
-    places, nodes = graph.nodes.places, graph.nodes
-    source, target = graph.edges.source.long(), graph.edges.target.long()
-    totals: dict[tuple[int, int, int], float] = {}
+    places, nodes, edges = graph.nodes.places, graph.nodes, graph.edges
     influence = graph.influence().edges
+    totals: Counter[tuple[int, int, int]] = Counter()
     for layer in {int(p.split(".")[1]) for p in places if p.endswith(".attn.o")}:
-        ends = [places.index(f"blocks.{layer}.attn.{part}") for part in "vo"]
-        chosen = (nodes.place[source] == ends[0]) & (nodes.place[target] == ends[1])
-        columns = nodes.position[target[chosen]], nodes.position[source[chosen]], influence[chosen]
-        for query, key, value in zip(*(c.tolist() for c in columns), strict=True):
-            totals[layer, query, key] = totals.get((layer, query, key), 0.0) + value
-    return sorted(totals, key=lambda entry: -totals[entry])
+        v, o = (places.index(f"blocks.{layer}.attn.{part}") for part in "vo")
+        chosen = (nodes.place[edges.source] == v) & (nodes.place[edges.target] == o)
+        query, key = (nodes.position[end[chosen]] for end in (edges.target, edges.source))
+        columns = query.tolist(), key.tolist(), influence[chosen].tolist()
+        for query, key, value in zip(*columns, strict=True):
+            totals[layer, query, key] += value
+    return [where for where, _ in totals.most_common()]

@@ -31,13 +31,13 @@ from vpd_lens.analysis.circuits.targets import (
     LogitDifference,
     Target,
     Token,
+    checked_importance,
     explained_decomposition,
     plain_target,
     prompt_tokens,
     resolve_targets,
     token_text,
 )
-from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import InputError
@@ -86,8 +86,7 @@ def attribute(
             `"stochastic"`, `"ci"` (for contrast), a `PruneConfig`, or a `Circuit` that
             `vpd_lens.prune` found on prompts of which this is one. Its report is
             `graph.circuit`, and its target is the graph's.
-        importance: Causal importances to use instead of the importance function's,
-            `[pos, C_total]`.
+        importance: Causal importances to use instead of the importance function's.
         threshold: Importance above which a subcomponent is a node.
         frozen: Hold norm scales, attention patterns and neurons' gains (activation over
             pre-activation; with a gated MLP, what the gate multiplies by) at their values on the
@@ -120,11 +119,16 @@ def attribute(
         raise InputError("prune and importance both say what is important; give one of them.")
     circuit = None
     if prune is not None:
-        circuit, row = _circuit(model, tokens, target, prune, progress)
-        importance = circuit.of_prompt(row)
-        target = _goal(circuit, row, target, vpd)
+        if not isinstance(prune, Circuit):
+            prune = _found(model, tokens, _single(target), prune, progress)
+        circuit, row = prune, _row(model, prune, tokens, _single(target))
+        importance, target = circuit.of_prompt(row), circuit.behaviour.goal(row)
     logits, inputs = vpd.target(tokens[None])
-    g = _importances(vpd, inputs, importance)
+    if importance is None:
+        with torch.no_grad():
+            g = lower_leaky(vpd.pre_importance(inputs))[0]
+    else:
+        g = checked_importance(vpd, importance, len(tokens))
     unembed = find_sites(model, ["unembed"])[0]
     outputs = resolve_targets(model, target, logits[0], (unembed.weight, unembed.bias))
     forward = CutForward(vpd, frozen, through_delta=delta == "through")
@@ -146,20 +150,10 @@ def attribute(
     )
 
 
-def _circuit(
-    model: nn.Module,
-    tokens: Tensor,
-    target: Any,
-    prune: str | PruneConfig | Circuit,
-    progress: bool,
-) -> tuple[Circuit, int]:
-    """A circuit, and which of its prompts this is."""
-    if isinstance(prune, Circuit):
-        row = prune.behaviour.row(tokens)
-        if row is None:
-            raise InputError("prune is a circuit of another prompt; this is none of its prompts.")
-        return prune, row
-    target = _single(target)
+def _found(
+    model: nn.Module, tokens: Tensor, target: Any, prune: str | PruneConfig, progress: bool
+) -> Circuit:
+    """The circuit of the behaviour on this prompt."""
     if target is not None and not isinstance(target, str | int | Token | LogitDifference):
         raise InputError(
             f"prune={prune!r} needs one behaviour: a token or a LogitDifference as target, not "
@@ -169,41 +163,24 @@ def _circuit(
         if prune not in get_args(Method):
             raise InputError(f"prune={prune!r}; expected one of {get_args(Method)}.")
         prune = PruneConfig.of_target(target, method=prune)
-    return find_circuit(model, tokens, target, prune, progress=progress), 0
+    return find_circuit(model, tokens, target, prune, progress=progress)
 
 
-def _goal(circuit: Circuit, row: int, target: Any, vpd: Decomposition) -> Target:
-    """The circuit's own target, which a given one may only repeat."""
+def _row(model: nn.Module, circuit: Circuit, tokens: Tensor, target: Any) -> int:
+    """Which of a circuit's prompts this is; a target may only repeat the circuit's own."""
     behaviour = circuit.behaviour
-    goal = behaviour.goal(row)
+    rows = range(len(behaviour.tokens))
+    row = next((row for row in rows if torch.equal(behaviour.prompt(row), tokens)), None)
+    if row is None:
+        raise InputError("prune is a circuit of another prompt; this is none of its prompts.")
     if target is not None:
-        prompt = behaviour.tokens[row, : int(behaviour.lengths[row])]
-        named = behaviour_of(vpd.model, prompt, _single(target), circuit.config.objective).goal(0)
-        if named != goal:
+        named = behaviour_of(model, tokens, target, circuit.config.objective).goal(0)
+        if named != (goal := behaviour.goal(row)):
             raise InputError(f"target={target!r}, but the circuit is of {goal}; leave target out.")
-    return goal
+    return row
 
 
 def _single(target: Any) -> Any:
     """The target in a list of one, and numbers as `int`; anything else as it is."""
     alone = isinstance(target, list | tuple) and len(target) == 1
     return plain_target(target[0] if alone else target)
-
-
-def _importances(
-    vpd: Decomposition, inputs: Sequence[Tensor], given: Tensor | None
-) -> Float[Tensor, "pos C_total"]:
-    """The importances that decide what is a node."""
-    n_positions = inputs[0].shape[-2]
-    if given is None:
-        with torch.no_grad():
-            return lower_leaky(vpd.pre_importance(inputs))[0]
-    given = given[0] if given.ndim == 3 and len(given) == 1 else given
-    if given.shape != (n_positions, vpd.layout.total):
-        raise InputError(
-            f"importance has shape {tuple(given.shape)}; expected [pos, C_total] = "
-            f"{(n_positions, vpd.layout.total)}."
-        )
-    if not bool(((given >= 0) & (given <= 1)).all()):
-        raise InputError("importance has values outside [0, 1].")
-    return given.detach().to(vpd.device).float().clone()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -16,8 +17,7 @@ from vpd_lens.analysis.circuits.targets import (
     Token,
     plain_target,
     prompt_tokens,
-    token_id,
-    token_text,
+    read_tokens,
 )
 from vpd_lens.errors import InputError
 
@@ -76,39 +76,31 @@ class PruneConfig(BaseModel):
         return cls(objective="logit_difference" if differs else "ce", **settings)
 
 
+Logits = Float[Tensor, "prompt vocab"]
+
+
 @dataclass
 class Behaviour:
     """Prompts of one behaviour, padded on the right to one length.
 
     What follows a position has no effect on it in a causal model, so the padding changes nothing.
-
-    Attributes:
-        tokens: `[prompt, pos]`.
-        lengths: Number of tokens of each prompt.
-        positions: Where each prompt's behaviour is.
-        target: The token of the behaviour.
-        other: The token it is compared with (`LogitDifference`), or -1.
-        names: The target tokens as text.
     """
 
     tokens: Int[Tensor, "prompt pos"]
     lengths: Int[Tensor, " prompt"]
-    positions: Int[Tensor, " prompt"]
-    target: Int[Tensor, " prompt"]
-    other: Int[Tensor, " prompt"]
-    names: tuple[str, ...]
+    positions: Int[Tensor, " prompt"]  # where each prompt's behaviour is
+    target: Int[Tensor, " prompt"]  # its token
+    other: Int[Tensor, " prompt"]  # the token it is compared with (`LogitDifference`), or -1
+    objective: Objective
 
-    def row(self, tokens: Int[Tensor, " pos"]) -> int | None:
-        """Which of the prompts this is, or `None`."""
-        for index, length in enumerate(self.lengths.tolist()):
-            if torch.equal(self.tokens[index, :length], tokens):
-                return index
-        return None
+    def prompt(self, row: int) -> Int[Tensor, " pos"]:
+        """One prompt without its padding."""
+        return self.tokens[row, : int(self.lengths[row])]
 
     def goal(self, row: int) -> Token | LogitDifference:
         """The target of one prompt."""
-        position, token = int(self.positions[row]), int(self.target[row])
-        other = int(self.other[row])
+        columns = (self.positions, self.target, self.other)
+        position, token, other = (int(column[row]) for column in columns)
         return Token(token, position) if other < 0 else LogitDifference(token, other, position)
 
     @property
@@ -121,41 +113,34 @@ class Behaviour:
         """Logits, or what they are made from, at the behaviour's positions alone."""
         return x[torch.arange(len(x), device=x.device), self.positions][:, None]
 
-    def probability(self, logits: Float[Tensor, "prompt vocab"]) -> Float[Tensor, " prompt"]:
+    def probability(self, logits: Logits) -> Float[Tensor, " prompt"]:
         """Probability of the target token."""
         return logits.softmax(-1).gather(1, self.target[:, None])[:, 0]
 
-    def distance(
-        self,
-        logits: Float[Tensor, "prompt vocab"],
-        clean: Float[Tensor, "prompt vocab"],
-        objective: Objective,
-    ) -> Float[Tensor, " prompt"]:
+    def distance(self, logits: Logits, clean: Logits) -> Float[Tensor, " prompt"]:
         """How far masked outputs are from the behaviour, in nats or, of a difference, in logits.
 
-        Below 0 where a difference of logits is larger than the target model's. An adversary raises
-        this; what is minimised is `loss`.
+        Below 0 where a difference of logits is larger than the target model's.
         """
-        if objective == "kl":
-            q, p = logits.log_softmax(-1), clean.log_softmax(-1)
-            return (p.exp() * (p - q)).sum(-1)
-        if objective == "ce":
-            return -logits.log_softmax(-1).gather(1, self.target[:, None])[:, 0]
-        return self._difference(clean) - self._difference(logits)
-
-    def loss(
-        self,
-        logits: Float[Tensor, "prompt vocab"],
-        clean: Float[Tensor, "prompt vocab"],
-        objective: Objective,
-    ) -> Float[Tensor, " prompt"]:
-        """The distance, where a difference of logits need not be larger than the target model's."""
-        return torch.relu(self.distance(logits, clean, objective))
-
-    def _difference(self, logits: Float[Tensor, "prompt vocab"]) -> Float[Tensor, " prompt"]:
+        if self.objective == "kl":
+            return kl_divergence(logits, clean)
+        if self.objective == "ce":
+            return F.cross_entropy(logits, self.target, reduction="none")
         pair = torch.stack([self.target, self.other], dim=1)
-        picked = logits.gather(1, pair)
-        return picked[:, 0] - picked[:, 1]
+        first, second = (clean - logits).gather(1, pair).unbind(1)
+        return first - second
+
+    def loss(self, logits: Logits, clean: Logits) -> Float[Tensor, " prompt"]:
+        """The distance, where a logit difference need not be larger than the target model's."""
+        return self.distance(logits, clean).relu()
+
+
+def kl_divergence(
+    logits: Float[Tensor, "row vocab"], clean: Float[Tensor, "row vocab"]
+) -> Float[Tensor, " row"]:
+    """`KL(clean || logits)` of each row, in nats."""
+    q, p = logits.float().log_softmax(-1), clean.float().log_softmax(-1)
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
 
 def behaviour_of(
@@ -165,14 +150,7 @@ def behaviour_of(
     objective: Objective,
     prepend_bos: bool | None = None,
 ) -> Behaviour:
-    """Read prompts and targets.
-
-    Args:
-        model: A decomposed model.
-        prompts: Text or token ids of one prompt, or several of them.
-        target: The token of all prompts, or one for each; `None`: the likeliest one of each.
-        objective: `"logit_difference"` needs a `LogitDifference`.
-        prepend_bos: Whether text gets a BOS token.
+    """Read prompts and the target of each; `None` is the model's likeliest token.
 
     Raises:
         InputError: If prompts and targets do not fit each other, the model or the objective.
@@ -181,23 +159,19 @@ def behaviour_of(
     given = list(target) if isinstance(target, list | tuple) else [target] * len(rows)
     if not rows or len(given) != len(rows):
         raise InputError(f"{len(rows)} prompts, but {len(given)} targets; give one, or as many.")
-    lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    read = [_read(model, row, goal, objective) for row, goal in zip(rows, given, strict=True)]
-    device = tokens.device
-    positions, first, other = (
-        torch.tensor(column, device=device) for column in zip(*read, strict=True)
-    )
-    names = tuple(token_text(model, token) for token in first.tolist())
-    return Behaviour(tokens, lengths.to(device), positions, first, other, names)
+    read = [
+        (len(row), *_read(model, row, goal, objective))
+        for row, goal in zip(rows, given, strict=True)
+    ]
+    lengths, positions, first, other = torch.tensor(read, device=tokens.device).unbind(1)
+    return Behaviour(tokens, lengths, positions, first, other, objective)
 
 
 def _as_list(prompts: Prompts) -> list[Any]:
-    if isinstance(prompts, str):
-        return [prompts]
     if isinstance(prompts, Tensor):
         return list(prompts) if prompts.ndim == 2 else [prompts]
-    if prompts and isinstance(prompts[0], int):
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
         return [prompts]
     return list(prompts)
 
@@ -206,15 +180,13 @@ def _read(
     model: nn.Module, row: Tensor, target: BehaviourTarget | None, objective: Objective
 ) -> tuple[int, int, int]:
     """Position, token and the token it is compared with (-1: none)."""
-    n_vocab = int(model.cfg.d_vocab)  # type: ignore[arg-type]
     target = plain_target(target)
     if target is not None and not isinstance(target, str | int | Token | LogitDifference):
         raise InputError(
             f"target={target!r}; a behaviour is of a token (text, id or Token) or a "
             "LogitDifference."
         )
-    difference = isinstance(target, LogitDifference)
-    if difference is not (objective == "logit_difference"):
+    if isinstance(target, LogitDifference) is not (objective == "logit_difference"):
         raise InputError(
             f"objective={objective!r} with target={target!r}; a LogitDifference goes with "
             "objective='logit_difference', and nothing else does."
@@ -222,9 +194,4 @@ def _read(
     if target is None:
         likeliest = model.vpd.target(row[None])[0][0, -1].argmax()  # type: ignore[operator]
         return len(row) - 1, int(likeliest), -1
-    if isinstance(target, str | int):
-        target = Token(target)
-    if not -len(row) <= target.position < len(row):
-        raise InputError(f"position={target.position}; the prompt has {len(row)} tokens.")
-    other = token_id(model, target.other, n_vocab) if isinstance(target, LogitDifference) else -1
-    return target.position % len(row), token_id(model, target.token, n_vocab), other
+    return read_tokens(model, target, len(row), int(model.cfg.d_vocab))  # type: ignore[arg-type]

@@ -11,20 +11,20 @@ many are there: the number of transfers does not grow with the number of passes.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from rich.progress import Progress
 from torch import Tensor
 
 from vpd_lens.analysis.circuits.cut_forward import EMBEDDING, POSITIONS, CutForward
-from vpd_lens.analysis.circuits.tables import KINDS, Edges, Nodes
+from vpd_lens.analysis.circuits.tables import KINDS, Edges, Nodes, subgraph
 from vpd_lens.analysis.circuits.targets import Output
 from vpd_lens.errors import InputError
+from vpd_lens.progress import Progress
 
-OUTPUTS = "output"
 # Two ids and a weight, held in parts and once more when these are joined.
 BYTES_PER_EDGE = 24
 # Candidate edges held on the device, most of them not 0.
@@ -35,13 +35,8 @@ MOST_HELD = 2**24
 class Contributor:
     """What some nodes at one place contribute, per unit of gradient at the place's output.
 
-    Attributes:
-        numbers: Their numbers in the graph.
-        position: Where each of them is.
-        index: Which subcomponent each of them is; `None`: they are vectors, one at each position.
-        weighted: `g a` of each of the subcomponents.
-        write: Write directions `[C, d_out]` of the place's subcomponents, or one vector
-            `[pos, d_out]` for every position.
+    They are subcomponents `index`, with `g a` as `weighted` and `write` directions `[C, d_out]`, or
+    vectors `write [pos, d_out]`, one at each position.
     """
 
     numbers: Int[Tensor, " n"]
@@ -60,19 +55,12 @@ class Contributor:
 
 @dataclass
 class Targets:
-    """Target nodes, distributed over the rows of backward passes.
-
-    Attributes:
-        row: Row of each target.
-        position: Position of each target.
-        column: Read direction of each target.
-        table: The node that a source at each position of each row acts on, or -1.
-    """
+    """Target nodes, distributed over the rows of backward passes."""
 
     row: Int[Tensor, " n"]
     position: Int[Tensor, " n"]
-    column: Int[Tensor, " n"]
-    table: Int[Tensor, "row pos"]
+    column: Int[Tensor, " n"]  # its read direction
+    table: Int[Tensor, "row pos"]  # the node that a source there acts on, or -1
 
     @classmethod
     def packed(cls, numbers: Int[Tensor, "pos C"], one_position: bool) -> Targets:
@@ -92,9 +80,9 @@ class EdgeCollector:
     """Edges whose weights wait on the device."""
 
     def __init__(self) -> None:
-        self.found: list[Edges] = []
+        none = torch.zeros(0, dtype=torch.int32)
+        self.found, self.n_waiting = [Edges(none, none, torch.zeros(0))], 0
         self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.n_waiting = 0
 
     def add(
         self,
@@ -109,32 +97,18 @@ class EdgeCollector:
         self.waiting.append((source.int(), target.int(), weight))
         self.n_waiting += len(weight)
         if self.n_waiting > MOST_HELD:
-            self._fetch()
+            self.fetch()
 
-    def edges(self) -> Edges:
-        """All edges that are not 0."""
-        self._fetch()
-        return Edges.concatenated(self.found)
-
-    def _fetch(self) -> None:
+    def fetch(self) -> None:
+        """Move what waits, and is not 0, to the edges found."""
         if self.waiting:
-            columns = [torch.cat(column).cpu() for column in zip(*self.waiting, strict=True)]
-            keep = (columns[2] != 0) & (columns[1] >= 0)
-            self.found.append(Edges(*(column[keep] for column in columns)))
+            edges = Edges(*(torch.cat(column).cpu() for column in zip(*self.waiting, strict=True)))
+            self.found.append(edges.where((edges.weight != 0) & (edges.target >= 0)))
         self.waiting, self.n_waiting = [], 0
 
 
 class GraphBuilder:
-    """Builds the graph of one prompt.
-
-    Args:
-        forward: How the model is cut.
-        tokens: The prompt.
-        importance: Causal importances, `[pos, C_total]`.
-        threshold: Subcomponents with an importance above it are nodes.
-        outputs: The output nodes; nothing after the last of them is in the graph.
-        batch_size: Most copies of the prompt in one backward pass.
-        max_edges: Limit of the number of edges.
+    """Builds the graph of one prompt, up to its last output; see `attribute` for the settings.
 
     Raises:
         InputError: If the graph may become too large.
@@ -160,42 +134,42 @@ class GraphBuilder:
         counts = layout.sum_per_site((g > 0).float()).cpu()  # [pos, n_sites]
         self.counts = dict(zip(layout.names, counts.unbind(-1), strict=True))
         self._require_small(max_edges)
-        self.copies = min(batch_size, self._most_rows())
+        # No more rows than the matrix, or the outputs, with most targets can fill.
+        rows = [int(n.sum() if self._alone(s) else n.max()) for s, n in self.counts.items()]
+        self.copies = min(batch_size, max(1, len(outputs), *rows))
         self.tables: list[Nodes] = []
         self.n_nodes = 0
+        self.collector = EdgeCollector()
 
     def build(self, progress: bool) -> tuple[Nodes, Edges]:
         """All nodes, and the edges between them."""
         self.cut = self.forward(self.tokens, self.copies)
-        names = (*self.cut.leaves, OUTPUTS)
-        self.places = {name: self._nodes_at(i, name) for i, name in enumerate(names[:-1])}
-        first_output = self.n_nodes
-        self._add_table("output", len(names) - 1, *self._output_columns())
-        nodes = Nodes.concatenated(names, self.tables)
-        self.collector = EdgeCollector()
-        with Progress(disable=not progress, transient=True) as bar:
-            matrices = [name for name, count in self.counts.items() if bool(count.any())]
-            for name in bar.track(matrices, description="Attributing"):
-                numbers = torch.full(self.importance[name].shape, -1)
-                own = self.places[name][0]
-                numbers[own.position, own.index.cpu()] = own.numbers  # type: ignore[union-attr]
-                targets = Targets.packed(numbers, self._one_position(name))
-                self._edges_into(self.cut.inputs[name], targets, self.vpd.v(name).detach())
-            self._edges_into_outputs(first_output)
-        return _without_idle(nodes, self.collector.edges())
-
-    # -------------------------------------------------------------------- size
-
-    def _one_position(self, name: str) -> bool:
-        return self.forward.mixes_positions or name.endswith(".attn.o")
-
-    def _most_rows(self) -> int:
-        """Rows that the matrix, or the outputs, with most of them can fill."""
-        needed = [
-            count.sum() if self._one_position(n) else count.max()
-            for n, count in self.counts.items()
+        self.names = (*self.cut.leaves, "output")
+        self.places = {name: self._nodes_at(name) for name in self.cut.leaves}
+        values = [
+            self._stream(o.layer)[0, o.position].detach().float() @ o.vector + o.bias
+            for o in self.outputs
         ]
-        return max(1, len(self.outputs), *(int(n) for n in needed))
+        columns = [(o.position, o.token_id, o.probability) for o in self.outputs]
+        position, index, probability = map(torch.tensor, zip(*columns, strict=True))
+        output_nodes = self._add(
+            "output", "output", position, index, torch.stack(values), probability
+        )
+        matrices = [name for name, count in self.counts.items() if bool(count.any())]
+        with Progress("Attributing", len(matrices), show=progress) as bar:
+            for name in bar.counting(matrices):
+                self._edges_into_matrix(name)
+        self._edges_into_outputs(output_nodes)
+        self.collector.fetch()
+        nodes, edges = Nodes.concatenated(self.tables), Edges.concatenated(self.collector.found)
+        # What contributes nothing to anything goes, unless it is a subcomponent or an output.
+        used = nodes.of_kind("subcomponent", "output", "embedding")
+        used[edges.source] = True
+        return subgraph(nodes, edges, used, torch.ones(len(edges.weight), dtype=torch.bool))
+
+    def _alone(self, name: str) -> bool:
+        """Whether a target of this matrix needs a row of its own."""
+        return self.forward.mixes_positions or name.endswith(".attn.o")
 
     def _require_small(self, max_edges: int) -> None:
         """At most so many edges as there are pairs of nodes that a path may join."""
@@ -205,18 +179,15 @@ class GraphBuilder:
             if name not in self.counts:
                 before = before + 2  # its bias, and that of a norm or of neurons
                 continue
-            targets = self.counts[name]
             prefix, _, part = name.rpartition(".")
             reads = [of_layer.get(f"{prefix}.{p}") for p in "qkv"]
             if part == "o" and None not in reads and not self.forward.mixes_positions:
                 sources = torch.stack(reads).sum(0).cumsum(0)  # type: ignore[arg-type]
-            elif self._one_position(name):
-                sources = before.cumsum(0)
             else:
-                sources = before
-            estimate += float((targets * sources).sum())
+                sources = before.cumsum(0) if self._alone(name) else before
+            estimate += float((self.counts[name] * sources).sum())
             # Error, delta and bias of the matrix, and the bias of a norm or of neurons.
-            of_layer[name] = targets + 4
+            of_layer[name] = self.counts[name] + 4
             before = before + of_layer[name]
         reached = before.cumsum(0) if self.forward.mixes_positions else before
         estimate += sum(float(reached[output.position]) for output in self.outputs)
@@ -230,7 +201,7 @@ class GraphBuilder:
 
     # ------------------------------------------------------------------- nodes
 
-    def _nodes_at(self, place: int, name: str) -> list[Contributor]:
+    def _nodes_at(self, name: str) -> list[Contributor]:
         """The nodes at one matrix, norm or `embed`; of a decomposed matrix, subcomponents first."""
         found: list[Contributor] = []
         vectors = self._constants(name)
@@ -241,69 +212,67 @@ class GraphBuilder:
             write = self.vpd.u(name).detach()
             position, index = (g > 0).nonzero(as_tuple=True)
             a, importance = acts[position, index], g[position, index]
-            columns = position.cpu(), index.cpu(), a.cpu(), importance.cpu()
-            numbers = self._add_table("subcomponent", place, *columns)
-            found.append(Contributor(numbers, columns[0], write, index, importance * a))
+            numbers = self._add("subcomponent", name, position, index, a, importance)
+            found.append(Contributor(numbers, position.cpu(), write, index, importance * a))
             vectors["error"] = ((1 - g) * acts) @ write
             if not self.forward.through_delta:
                 vectors["delta"] = x @ self.vpd.delta(name)
         for kind, vector in vectors.items():
-            norm, embedded = vector[: self.last + 1].norm(dim=-1).cpu(), kind == "embedding"
+            norm, embedded = vector[: self.last + 1].norm(dim=-1), kind == "embedding"
             position = torch.arange(len(norm))
-            index = self.tokens[: len(norm)].cpu() if embedded else torch.full_like(position, -1)
-            columns = position, index, norm, torch.full_like(norm, float(embedded))
-            numbers = self._add_table(kind, place, *columns)
+            index = self.tokens[: len(norm)] if embedded else torch.full_like(position, -1)
+            importance = torch.full_like(norm, float(embedded))
+            numbers = self._add(kind, name, position, index, norm, importance)
             found.append(Contributor(numbers, position, vector))
         return found
 
-    def _constants(self, place: str) -> dict[str, Tensor]:
+    def _constants(self, place: str) -> dict[str, Float[Tensor, "pos d"]]:
         """What goes into a place's output whatever the subcomponents do, by kind of node."""
         if place == EMBEDDING:
             rest = self.cut.positions
-            return {"embedding": self.cut.embeddings.float()} | (
-                {} if rest is None else {"position": rest.float()}
-            )
+            found = {"embedding": self.cut.embeddings[0].float()}
+            return found if rest is None else found | {"position": rest[0].float()}
         constant = self.cut.constants.get(place)
         if constant is None or not bool(constant.any()):
             return {}
         kind = "position" if place == POSITIONS else "bias"
         return {kind: constant.float().expand(len(self.tokens), -1)}
 
-    def _add_table(
+    def _add(
         self,
         kind: str,
-        place: int,
-        position: Tensor,
-        index: Tensor,
-        activation: Tensor,
-        importance: Tensor,
+        place: str,
+        position: Int[Tensor, " n"],
+        index: Int[Tensor, " n"],
+        activation: Float[Tensor, " n"],
+        importance: Float[Tensor, " n"],
     ) -> Int[Tensor, " n"]:
         """Add nodes of one kind at one place, and return their numbers."""
-        same = (torch.full_like(position, value) for value in (KINDS.index(kind), place))
-        columns = position, index, activation.float(), importance.float()
-        self.tables.append(Nodes((), *same, *columns))
+        position, index = position.cpu(), index.cpu()
+        numbers = KINDS.index(kind), self.names.index(place)
+        same = (torch.full_like(position, number) for number in numbers)
+        floats = activation.float().cpu(), importance.float().cpu()
+        self.tables.append(Nodes(self.names, *same, position, index, *floats))
         first, self.n_nodes = self.n_nodes, self.n_nodes + len(position)
         return torch.arange(first, self.n_nodes)
 
-    def _output_columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        values = [
-            self._stream(o.layer)[0, o.position].detach().float() @ o.vector + o.bias
-            for o in self.outputs
-        ]
-        return (
-            torch.tensor([output.position for output in self.outputs]),
-            torch.tensor([output.token_id for output in self.outputs]),
-            torch.stack(values).cpu(),
-            torch.tensor([output.probability for output in self.outputs]),
-        )
-
     # ------------------------------------------------------------------- edges
+
+    def _stream(self, layer: int | None) -> Float[Tensor, "row pos d_model"]:
+        return self.cut.inputs["unembed"] if layer is None else self.cut.residuals[layer]
+
+    def _edges_into_matrix(self, name: str) -> None:
+        own = self.places[name][0]
+        numbers = torch.full(self.importance[name].shape, -1)
+        numbers[own.position, own.index.cpu()] = own.numbers  # type: ignore[union-attr]
+        targets = Targets.packed(numbers, self._alone(name))
+        self._edges_into(self.cut.inputs[name], targets, self.vpd.v(name).detach())
 
     def _edges_into(
         self, x: Float[Tensor, "row pos d_in"], targets: Targets, read: Float[Tensor, "d_in C"]
     ) -> None:
-        """Edges into the target nodes of one matrix."""
-        leaves = [self.cut.leaves[name] for name in self.places]
+        """Edges into target nodes that read `x`."""
+        leaves = list(self.cut.leaves.values())
         for start in range(0, len(targets.table), self.copies):
             table = targets.table[start : start + self.copies]
             here = (targets.row >= start) & (targets.row < start + self.copies)
@@ -318,25 +287,21 @@ class GraphBuilder:
                 for nodes in found if gradient is not None else ():
                     self.collector.add(nodes, gradient[: len(table)].float(), table)
 
-    def _stream(self, layer: int | None) -> Tensor:
-        return self.cut.inputs["unembed"] if layer is None else self.cut.residuals[layer]
-
-    def _edges_into_outputs(self, first: int) -> None:
-        streams: dict[int | None, list[tuple[int, int, Tensor]]] = {}
-        for node, output in enumerate(self.outputs, first):
+    def _edges_into_outputs(self, numbers: Int[Tensor, " n_outputs"]) -> None:
+        streams: dict[int | None, list[tuple[int, int, Tensor]]] = defaultdict(list)
+        for node, output in zip(numbers.tolist(), self.outputs, strict=True):
             vector: Tensor | None = output.vector
             if output.tokens:
                 self._edges_from_unembed(output, node)
                 vector = self._vector_past_unembed(output)
             if vector is not None:
-                streams.setdefault(output.layer, []).append((node, output.position, vector))
+                streams[output.layer].append((node, output.position, vector))
         for layer, members in streams.items():
-            numbers = torch.full((len(self.tokens), len(members)), -1)
-            for column, (node, position, _) in enumerate(members):
-                numbers[position, column] = node
-            read = torch.stack([vector for _, _, vector in members], dim=1)
-            targets = Targets.packed(numbers, self.forward.mixes_positions)
-            self._edges_into(self._stream(layer), targets, read)
+            nodes, positions, vectors = zip(*members, strict=True)
+            table = torch.full((len(self.tokens), len(members)), -1)
+            table[torch.tensor(positions), torch.arange(len(nodes))] = torch.tensor(nodes)
+            targets = Targets.packed(table, self.forward.mixes_positions)
+            self._edges_into(self._stream(layer), targets, torch.stack(vectors, dim=1))
 
     def _edges_from_unembed(self, output: Output, node: int) -> None:
         """From the unembedding's bias and, if it is decomposed, its subcomponents."""
@@ -349,7 +314,7 @@ class GraphBuilder:
         for nodes in self.places["unembed"]:
             self.collector.add(nodes, gradient, table)
 
-    def _vector_past_unembed(self, output: Output) -> Tensor | None:
+    def _vector_past_unembed(self, output: Output) -> Float[Tensor, " d_model"] | None:
         """What of a logit's vector is not cut at the unembedding; `None` for nothing."""
         if "unembed" not in self.forward.decomposed:
             return output.vector
@@ -357,12 +322,3 @@ class GraphBuilder:
             return None
         coefficients = output.vector.new_tensor(list(output.tokens.values()))
         return self.vpd.delta("unembed")[:, list(output.tokens)] @ coefficients
-
-
-def _without_idle(nodes: Nodes, edges: Edges) -> tuple[Nodes, Edges]:
-    """Drop what contributes nothing to anything, unless it is a subcomponent or an output."""
-    used = nodes.of_kind("subcomponent", "output", "embedding")
-    used[edges.source.long()] = True
-    renumbered = (used.cumsum(0) - 1).int()
-    source, target = renumbered[edges.source.long()], renumbered[edges.target.long()]
-    return nodes.where(used), Edges(source, target, edges.weight)

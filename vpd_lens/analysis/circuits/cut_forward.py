@@ -21,10 +21,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vpd_lens.analysis.circuits.linear import LinearNorm, NeuronGains, attended, norm_modules
+from vpd_lens.analysis.circuits.linear import LinearNorm, attended, gained, norm_modules
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.errors import InputError, VPDError
 from vpd_lens.sites import Site, find_sites, model_kind
@@ -46,7 +46,7 @@ class Cut:
             bias of a matrix or a norm.
         norms: Input and output of each norm.
         residuals: Residual stream after each block, with graph.
-        embeddings: Token embeddings `[pos, d_model]`, of a batch `[row, pos, d_model]`.
+        embeddings: Token embeddings `[row, pos, d_model]`.
         positions: What the residual stream begins with beyond those, or `None`.
     """
 
@@ -62,11 +62,9 @@ class Cut:
 class CutForward:
     """Runs a decomposed transformer cut at its matrices.
 
-    Args:
-        vpd: The decomposition.
-        frozen: Hold the norms' scales, the attention patterns and every neuron's gain at their
-            values on the prompt, so that what is between two cuts is linear.
-        through_delta: Let gradients pass through the deltas.
+    `frozen` holds the norms' scales, the attention patterns and every neuron's gain at their values
+    on the prompt, so that what is between two cuts is linear. With `through_delta` gradients pass
+    through the deltas.
 
     Raises:
         InputError: If the model is not a transformer of TransformerLens.
@@ -78,16 +76,15 @@ class CutForward:
                 f"attribution graphs need a HookedTransformer or a TransformerBridge; "
                 f"{type(vpd.model).__name__} is neither."
             )
-        self.vpd = vpd
-        self.frozen = frozen
-        self.through_delta = through_delta
+        self.vpd, self.frozen, self.through_delta = vpd, frozen, through_delta
         # The decomposition's own Site objects where there are some, for names and weights.
         own = {site.name: site for site in vpd.sites}
         self.sites = [own.get(s.name, s) for s in find_sites(vpd.model, r".")]
         self.decomposed = set(own)
-        attention = {f"blocks.{i}.attn.o" for i in range(len(vpd.model.blocks))}  # type: ignore[arg-type]
+        self.n_blocks = len(vpd.model.blocks)  # type: ignore[arg-type]
         if frozen:
             _require_known_parts(vpd.model, {site.name for site in self.sites})
+        attention = {f"blocks.{i}.attn.o" for i in range(self.n_blocks)}
         self.mixes_positions = through_delta or not attention <= self.decomposed
         with vpd.undisturbed():
             self.norms = [
@@ -101,55 +98,41 @@ class CutForward:
         rows: int = 1,
         hooks: Sequence[tuple[str, Any]] = (),
     ) -> Cut:
-        """Run the target model on `rows` copies of a prompt, or on a batch.
+        """Run the target model on a batch, or on `rows` copies of a prompt.
 
-        Args:
-            tokens: The prompt, or the batch.
-            rows: Copies of a prompt, each of which can receive its own cotangents.
-            hooks: Further TransformerLens hooks, which see tensors with their graph.
+        Each copy can receive its own cotangents. Further `hooks` see tensors with their graph.
         """
-        cut = Cut()
-        once = torch.atleast_2d(tokens)
-        batch = once.expand(max(rows, len(once)), -1)
+        model, once = self.vpd.model, torch.atleast_2d(tokens)
         with ExitStack() as stack:
             stack.enter_context(self.vpd.undisturbed())
-            self._patterns = self._attention_patterns(once) if self.frozen else {}
+            pass_ = _Pass(self, self._attention_patterns(once) if self.frozen else {})
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(self.vpd.model.hooks(fwd_hooks=[*hooks, *self._lens_hooks(cut)]))
-            gains = NeuronGains(self.sites) if self.frozen else None
-            stack.enter_context(_registered(self._norm_hooks(cut)))
-            stack.enter_context(_registered(self._site_hooks(cut, gains)))
-            stack.enter_context(narrowed_unembedding(self.vpd.model, _one_position))
-            self.vpd.run(None, batch)
-        if tokens.ndim == 1:
-            cut.embeddings = cut.embeddings[0]
-            cut.positions = None if cut.positions is None else cut.positions[0]
-        if EMBEDDING not in cut.leaves or "unembed" not in cut.inputs:
+            stack.enter_context(model.hooks(fwd_hooks=[*hooks, *pass_.lens_hooks()]))
+            for name, module, norm in self.norms:
+                hook = module.register_forward_hook(partial(pass_.norm, name, norm))
+                stack.callback(hook.remove)
+            for site in self.sites:
+                read = partial(pass_.cut.inputs.__setitem__, site.name)
+                for hook in site.attach(read, partial(pass_.edit, site)):
+                    stack.callback(hook.remove)
+            stack.enter_context(narrowed_unembedding(model, lambda stream: stream[:1, -1:]))
+            self.vpd.run(None, once.expand(max(rows, len(once)), -1))
+        if EMBEDDING not in pass_.cut.leaves or "unembed" not in pass_.cut.inputs:
             raise VPDError(
-                f"the forward pass of this {type(self.vpd.model).__name__} went around its "
+                f"the forward pass of this {type(model).__name__} went around its "
                 "residual stream's beginning or its unembedding, so no graph can be traced."
             )
-        return cut
-
-    # ------------------------------------------------------------------ hooks
-
-    def _lens_hooks(self, cut: Cut) -> list[tuple[str, Any]]:
-        """TransformerLens hooks on the residual stream."""
-        hooks: list[tuple[str, Any]] = [
-            ("hook_embed", partial(_note_embedding, cut)),
-            ("blocks.0.hook_resid_pre", partial(_begin, cut)),
-        ]
-        if getattr(self.vpd.model.cfg, "positional_embedding_type", None) == "shortformer":
-            hooks.append(("hook_pos_embed", partial(_begin_beside, cut)))
-        for i in range(len(self.vpd.model.blocks)):  # type: ignore[arg-type]
-            hooks.append((f"blocks.{i}.hook_resid_post", partial(_note_residual, cut)))
-        return hooks
+        return pass_.cut
 
     def _attention_patterns(self, tokens: Int[Tensor, "row pos"]) -> dict[str, Tensor]:
         """Every layer's pattern, from a forward of its own: some models show it too late."""
         patterns: dict[str, Tensor] = {}
         layers = [s.name.removesuffix(".o") for s in self.sites if s.name.endswith(".attn.o")]
-        hooks = [(f"{n}.hook_pattern", partial(_note_pattern, patterns, n)) for n in layers]
+
+        def note(prefix: str, pattern: Tensor, hook: Any) -> None:
+            patterns[prefix] = pattern.detach()
+
+        hooks = [(f"{layer}.hook_pattern", partial(note, layer)) for layer in layers]
         with torch.no_grad(), self.vpd.model.hooks(fwd_hooks=hooks):
             self.vpd.run(None, tokens)
         if missing := [layer for layer in layers if layer not in patterns]:
@@ -159,86 +142,98 @@ class CutForward:
             )
         return patterns
 
-    def _site_hooks(self, cut: Cut, gains: NeuronGains | None) -> list[Any]:
-        handles = []
-        self._values: dict[str, Tensor] = {}
-        for site in self.sites:
-            edit = partial(self._edit, cut, site, gains)
-            handles += site.attach(partial(cut.inputs.__setitem__, site.name), edit)
-        return handles
 
-    def _edit(self, cut: Cut, site: Site, gains: NeuronGains | None, y: Tensor) -> Tensor | None:
-        x = cut.inputs[site.name]
-        if site.name == "unembed":
-            pass  # its output is narrowed, and no gradient comes from behind it
-        elif gains is not None:
-            x = self._linear_input(cut, site, gains, x)
-            cut.inputs[site.name] = x
-            y = _same_value(y, self._linear_output(site, x))
-        elif site.name in self.decomposed:
-            y = self._cut_output(site, x, y)
-        leaf = cut.leaves[site.name] = torch.zeros_like(y).requires_grad_()
-        if site.bias is not None:
-            cut.constants[site.name] = site.bias
-        y = y + leaf
-        self._values[site.name] = y
-        if gains is not None:
-            gains.see(site.name, y)
-        return y
+class _Pass:
+    """The hooks of one forward, which fill its `Cut`."""
 
-    def _cut_output(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        """`y`, whose gradient stops at the matrix, or passes through its delta only."""
-        if not self.through_delta:
-            return y.detach()
-        v, u = self.vpd.v(site.name).detach(), self.vpd.u(site.name).detach()
-        passing = (x @ v.to(x.dtype)) @ u.to(x.dtype)
-        return y - (passing - passing.detach())
+    def __init__(self, forward: CutForward, patterns: dict[str, Tensor]) -> None:
+        self.forward, self.patterns, self.cut = forward, patterns, Cut()
+        self.values: dict[str, Tensor] = {}
 
-    def _linear_input(self, cut: Cut, site: Site, gains: NeuronGains, x: Tensor) -> Tensor:
-        """What the matrix reads, as a linear function of the cuts before it."""
-        prefix, _, part = site.name.rpartition(".")
-        if part == "o":
-            value = self._values[f"{prefix}.v"]
-            return _same_value(x, attended(self._patterns[prefix], value, x, site.name))
-        if part == "out" and prefix.endswith(".mlp"):
-            linear, constant = gains.output(prefix, x)
-            if constant is not None:
-                # The leaf stands before the matrix, where the activation's offset is.
-                leaf = torch.zeros_like(x).requires_grad_()
-                cut.leaves[f"{prefix}.act"] = leaf
-                cut.constants[f"{prefix}.act"] = constant[0]
-                linear = linear + leaf
-            return _same_value(x, linear)
-        return x
-
-    def _linear_output(self, site: Site, x: Tensor) -> Tensor | None:
-        """What of the output the gradient may pass through; `None` for nothing."""
-        if site.name not in self.decomposed:
-            return x @ site.weight.to(x.dtype)
-        if self.through_delta:
-            return x @ self.vpd.delta(site.name).to(x.dtype)
-        return None
-
-    def _norm_hooks(self, cut: Cut) -> list[Any]:
-        return [
-            module.register_forward_hook(partial(self._norm, cut, name, norm))
-            for name, module, norm in self.norms
+    def lens_hooks(self) -> list[tuple[str, Any]]:
+        """TransformerLens hooks on the residual stream."""
+        cfg, n_blocks = self.forward.vpd.model.cfg, self.forward.n_blocks
+        hooks: list[tuple[str, Any]] = [
+            ("hook_embed", self.note_embedding),
+            ("blocks.0.hook_resid_pre", self.begin),
+            *((f"blocks.{i}.hook_resid_post", self.note_residual) for i in range(n_blocks)),
         ]
+        if getattr(cfg, "positional_embedding_type", None) == "shortformer":
+            hooks.append(("hook_pos_embed", self.begin_beside))
+        return hooks
 
-    def _norm(
-        self, cut: Cut, name: str, norm: LinearNorm, _module: nn.Module, args: tuple, y: Tensor
+    def note_embedding(self, embedding: Tensor, hook: Any) -> None:
+        self.cut.embeddings = embedding.detach()
+
+    def note_residual(self, residual: Tensor, hook: Any) -> None:
+        self.cut.residuals.append(residual)
+
+    def begin(self, residual: Tensor, hook: Any) -> Tensor:
+        """The residual stream begins at a leaf: the token's embedding and what is added to it."""
+        start = residual.detach()
+        if self.cut.embeddings.shape != start.shape:
+            self.cut.embeddings = start
+        rest = start - self.cut.embeddings
+        self.cut.positions = rest if bool(rest.any()) else None
+        return start + self._leaf(EMBEDDING, start)
+
+    def begin_beside(self, positions: Tensor, hook: Any) -> Tensor:
+        """Position embeddings that only q and k see, and the residual stream never holds."""
+        return positions + self._leaf(POSITIONS, positions, positions[0].detach())
+
+    def norm(
+        self, name: str, norm: LinearNorm, _module: nn.Module, args: tuple, y: Tensor
     ) -> Tensor:
-        cut.norms[name] = args[0].detach(), y.detach()
-        if self.frozen:
+        self.cut.norms[name] = args[0].detach(), y.detach()
+        if self.forward.frozen:
             y = _same_value(y, norm.linear(args[0], y))
         if norm.bias is None:
             return y
         # HookedTransformer calls a norm once for each of q, k and v: one leaf for all.
-        if name not in cut.leaves:
-            shape = *cut.leaves[EMBEDDING].shape[:2], y.shape[-1]
-            cut.leaves[name] = y.new_zeros(shape).requires_grad_()
-            cut.constants[name] = norm.bias.to(y.dtype)
-        return y + cut.leaves[name].view(y.shape)  # OPT's MLP runs on [row * pos, d]
+        if (leaf := self.cut.leaves.get(name)) is None:
+            like = y.new_empty(*self.cut.leaves[EMBEDDING].shape[:2], y.shape[-1])
+            leaf = self._leaf(name, like, norm.bias.to(y.dtype))
+        return y + leaf.view(y.shape)  # OPT's MLP runs on [row * pos, d]
+
+    def edit(self, site: Site, y: Tensor) -> Tensor:
+        """The output of a matrix: its value, what gradients may pass, and a leaf."""
+        name, frozen, x = site.name, self.forward.frozen, self.cut.inputs[site.name]
+        if name == "unembed":
+            pass  # its output is narrowed, and no gradient comes from behind it
+        elif frozen or name in self.forward.decomposed:
+            if frozen:
+                x = self.cut.inputs[name] = self._linear_input(name, x)
+            y = _same_value(y, self._passing(site, x))
+        y = self.values[name] = y + self._leaf(name, y, site.bias)
+        return y
+
+    def _linear_input(self, name: str, x: Float[Tensor, "row pos d"]) -> Float[Tensor, "row pos d"]:
+        """What the matrix reads, as a linear function of the cuts before it."""
+        prefix, _, part = name.rpartition(".")
+        if part == "o":
+            linear = attended(self.patterns[prefix], self.values[f"{prefix}.v"], x, name)
+        elif part == "out" and prefix.endswith(".mlp"):
+            linear, constant = gained(self.values[f"{prefix}.in"], x)
+            if constant is not None:
+                # The leaf stands before the matrix, where the activation's offset is.
+                linear = linear + self._leaf(f"{prefix}.act", x, constant[0])
+        else:
+            return x
+        return _same_value(x, linear)
+
+    def _passing(self, site: Site, x: Float[Tensor, "row pos d"]) -> Tensor | None:
+        """What of the output the gradient may pass through; `None` for nothing."""
+        if site.name not in self.forward.decomposed:
+            return x @ site.weight.to(x.dtype)
+        if self.forward.through_delta:
+            return x @ self.forward.vpd.delta(site.name).to(x.dtype)
+        return None
+
+    def _leaf(self, name: str, like: Tensor, constant: Tensor | None = None) -> Tensor:
+        if constant is not None:
+            self.cut.constants[name] = constant
+        leaf = self.cut.leaves[name] = torch.zeros_like(like).requires_grad_()
+        return leaf
 
 
 def _require_known_parts(model: nn.Module, names: set[str]) -> None:
@@ -251,14 +246,18 @@ def _require_known_parts(model: nn.Module, names: set[str]) -> None:
             )
 
 
+def _same_value(value: Tensor, linear: Tensor | None) -> Tensor:
+    """The value of the first with the gradient of the second."""
+    value = value.detach()
+    return value if linear is None else value + (linear - linear.detach())
+
+
 @contextmanager
 def narrowed_unembedding(model: nn.Module, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Compute logits only where they are needed: in long prompts they are most of the memory.
 
-    Args:
-        model: A HookedTransformer or TransformerBridge.
-        select: From the unembedding's input `[row, pos, d_model]`, what it is to multiply. Hooks
-            on that input see all of it.
+    `select` takes from the unembedding's input `[row, pos, d_model]` what it is to multiply. Hooks
+    on that input see all of it.
     """
     point = find_sites(model, ["unembed"])[0].inputs[-1]
     module = point.module
@@ -267,62 +266,12 @@ def narrowed_unembedding(model: nn.Module, select: Callable[[Tensor], Tensor]) -
     else:
         last = module.register_forward_hook(lambda _, args, x: select(x))
         # A site's own hook moves itself to the end of the queue; this one goes behind it.
-        behind = partial(_move_last, last.id)
-        handles = [last, module.register_forward_pre_hook(behind)]
-    with _registered(handles):
-        yield
-
-
-def _move_last(hook_id: int, module: nn.Module, _args: tuple) -> None:
-    module._forward_hooks.move_to_end(hook_id)
-
-
-def _one_position(stream: Tensor) -> Tensor:
-    return stream[:1, -1:]
-
-
-@contextmanager
-def _registered(handles: Sequence[Any]) -> Iterator[None]:
+        behind = module.register_forward_pre_hook(
+            lambda module, args: module._forward_hooks.move_to_end(last.id)
+        )
+        handles = [last, behind]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _same_value(value: Tensor, linear: Tensor | None) -> Tensor:
-    """The value of the first with the gradient of the second."""
-    value = value.detach()
-    return value if linear is None else value + (linear - linear.detach())
-
-
-def _note_embedding(cut: Cut, embedding: Tensor, hook: Any) -> None:
-    cut.embeddings = embedding.detach()
-
-
-def _begin(cut: Cut, residual: Tensor, hook: Any) -> Tensor:
-    """The residual stream begins at a leaf: the token's embedding and what is added to it."""
-    start = residual.detach()
-    if cut.embeddings.shape != start.shape:
-        cut.embeddings = start
-    rest = start - cut.embeddings
-    cut.positions = rest if bool(rest.abs().max() > 0) else None
-    leaf = torch.zeros_like(start).requires_grad_()
-    cut.leaves[EMBEDDING] = leaf
-    return start + leaf
-
-
-def _begin_beside(cut: Cut, positions: Tensor, hook: Any) -> Tensor:
-    """Position embeddings that only q and k see, and the residual stream never holds."""
-    leaf = torch.zeros_like(positions).requires_grad_()
-    cut.leaves[POSITIONS] = leaf
-    cut.constants[POSITIONS] = positions[0].detach()
-    return positions + leaf
-
-
-def _note_residual(cut: Cut, residual: Tensor, hook: Any) -> None:
-    cut.residuals.append(residual)
-
-
-def _note_pattern(patterns: dict[str, Tensor], prefix: str, pattern: Tensor, hook: Any) -> None:
-    patterns[prefix] = pattern.detach()

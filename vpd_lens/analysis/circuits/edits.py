@@ -7,14 +7,15 @@ other hooks and generation like any hook does.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vpd_lens.analysis.circuits.targets import explained_decomposition, prompt_tokens
@@ -45,9 +46,8 @@ class Scale:
     """Multiply the masks of subcomponents.
 
     Attributes:
-        subcomponents: As in `Ablate`.
+        subcomponents: As in `Ablate`, like `positions`.
         factor: 0 ablates, 1 does nothing, 2 doubles, -1 reverses.
-        positions: As in `Ablate`.
     """
 
     subcomponents: str | Sequence[str]
@@ -60,9 +60,8 @@ class Patch:
     """Give subcomponents the activations that they have on another prompt, and switch them on.
 
     Attributes:
-        subcomponents: As in `Ablate`.
+        subcomponents: As in `Ablate`, like `positions`, which the other prompt must have too.
         source: The other prompt, text or token ids.
-        positions: As in `Ablate`; must lie in the other prompt too.
         shift: Position in the other prompt minus position here.
     """
 
@@ -77,18 +76,42 @@ Edit = Ablate | Scale | Patch
 
 @dataclass
 class _SiteEdit:
-    """One edit at one site: columns, positions, and what happens there.
-
-    With `acts` these become the activations; without, masks are multiplied by `factor`, or set to
-    1 if there is none.
-    """
+    """One edit at one site: masks are multiplied by `factor`, or set to 1, or `acts` are given."""
 
     site: str
     columns: Int[Tensor, " n"]
-    positions: Positions
-    factor: float | None = None
+    where: slice | list[int]
+    factor: float | None
     acts: Float[Tensor, "pos n"] | None = None
     shift: int = 0
+
+    def at(self, here: Int[Tensor, " pos"]) -> Bool[Tensor, " pos"]:
+        """Which positions of a forward it changes."""
+        if not isinstance(self.where, slice):
+            return torch.isin(here, torch.tensor(self.where, device=here.device))
+        start, step = self.where.start or 0, self.where.step or 1
+        stop = torch.inf if self.where.stop is None else self.where.stop
+        return (here >= start) & (here < stop) & ((here - start) % step == 0)
+
+    def apply(self, clock: _Clock, value: Tensor, hook: Any) -> Tensor:
+        """Change some columns of `[batch, pos, C]` at the positions that this forward holds."""
+        here = clock.offset + torch.arange(value.shape[1], device=value.device)
+        chosen = self.at(here).nonzero()
+        if len(chosen) == 0:
+            return value
+        value = value.clone()
+        index = slice(None), chosen, self.columns.to(value.device)
+        if self.acts is None:
+            value[index] = 1.0 if self.factor is None else self.factor * value[index]
+            return value
+        source = here[chosen[:, 0]] + self.shift
+        if int(source.min()) < 0 or int(source.max()) >= len(self.acts):
+            raise InputError(
+                f"Patch of {self.site}: position {int(source.max())} is not in the source prompt, "
+                f"which has {len(self.acts)} tokens. Name positions that both prompts have."
+            )
+        value[index] = self.acts[source].to(value.dtype)
+        return value
 
 
 @dataclass
@@ -140,80 +163,62 @@ def edited(
         ...     model.generate("def read(self", max_new_tokens=8)
     """
     vpd = explained_decomposition(model)
-    resolved = [part for edit in _several(edits) for part in _resolve(vpd, edit, prepend_bos)]
-    clock = _Clock(vpd)
-    hooks: list[tuple[str, Any]] = []
-    if resolved:
-        hooks.append(("blocks.0.hook_resid_pre", clock.tick))
-    for part in resolved:
+    with applied(vpd, resolved(vpd, edits, prepend_bos)):
+        yield model
+
+
+@contextmanager
+def applied(vpd: Decomposition, parts: Sequence[_SiteEdit]) -> Iterator[None]:
+    """Hooks for edits by site and position."""
+    model, clock = vpd.model, _Clock(vpd)
+    hooks: list[tuple[str, Any]] = [("blocks.0.hook_resid_pre", clock.tick)] if parts else []
+    for part in parts:
         point = "hook_mask" if part.acts is None else "hook_acts"
-        hooks.append((f"{part.site}.vpd.{point}", partial(_apply, part, clock)))
-    entries = [model, getattr(model, "original_model", None)]
-    handles = [
-        entry.register_forward_pre_hook(clock.see_cache, with_kwargs=True)
-        for entry in entries
-        if resolved and isinstance(entry, nn.Module)
-    ]
-    try:
-        with model.hooks(fwd_hooks=hooks):  # type: ignore[operator]
-            yield model
-    finally:
-        for handle in handles:
-            handle.remove()
+        hooks.append((f"{part.site}.vpd.{point}", partial(part.apply, clock)))
+    with ExitStack() as stack:
+        for entry in (model, getattr(model, "original_model", None)):
+            if parts and isinstance(entry, nn.Module):
+                see = entry.register_forward_pre_hook(clock.see_cache, with_kwargs=True)
+                stack.callback(see.remove)
+        stack.enter_context(model.hooks(fwd_hooks=hooks))
+        yield
 
 
-def _apply(edit: _SiteEdit, clock: _Clock, value: Tensor, hook: Any) -> Tensor:
-    """Change some columns of `[batch, pos, C]` at the positions that this forward holds."""
-    here = clock.offset + torch.arange(value.shape[1], device=value.device)
-    chosen = (_contains(edit.positions, here)).nonzero()[:, 0]
-    if len(chosen) == 0:
-        return value
-    value = value.clone()
-    index = chosen[:, None], edit.columns.to(value.device)[None]
-    if edit.acts is None:
-        kept = 1.0 if edit.factor is None else edit.factor * value[:, index[0], index[1]]
-        value[:, index[0], index[1]] = kept
-    else:
-        source = here[chosen] + edit.shift
-        if int(source.min()) < 0 or int(source.max()) >= len(edit.acts):
-            raise InputError(
-                f"Patch of {edit.site}: position {int(source.max())} is not in the source prompt, "
-                f"which has {len(edit.acts)} tokens. Name positions that both prompts have."
-            )
-        value[:, index[0], index[1]] = edit.acts[source].to(value.dtype)
-    return value
+def resolved(
+    vpd: Decomposition,
+    edits: Edit | Sequence[Edit],
+    prepend_bos: bool | None,
+    n_positions: int | None = None,
+) -> list[_SiteEdit]:
+    """Edits by site and position; of a prompt of `n_positions`, only at positions that it has.
+
+    Raises:
+        InputError: If a subcomponent or position does not exist.
+    """
+    parts = []
+    for edit in [edits] if isinstance(edits, Edit) else edits:
+        factor = {Ablate: 0.0, Patch: None}.get(type(edit), getattr(edit, "factor", None))
+        acts = _source_activations(vpd, edit, prepend_bos) if isinstance(edit, Patch) else {}
+        for (site, position), indices in _grouped(vpd, edit).items():
+            columns = sorted(indices)
+            where = _where(edit, edit.positions if position is None else position, n_positions)
+            part = _SiteEdit(site, torch.tensor(columns), where, factor)
+            parts.append(part)
+            if isinstance(edit, Patch):
+                parts.append(replace(part, acts=acts[site][:, columns], shift=edit.shift))
+    return parts
 
 
-def _contains(positions: Positions, here: Int[Tensor, " pos"]) -> Tensor:
-    if positions is None:
-        return torch.ones_like(here, dtype=torch.bool)
-    if isinstance(positions, slice):
-        start, stop, step = positions.start or 0, positions.stop, positions.step or 1
-        inside = (here >= start) & ((here - start) % step == 0)
-        return inside if stop is None else inside & (here < stop)
-    return torch.isin(here, torch.tensor(_listed(positions), device=here.device))
-
-
-def _resolve(vpd: Decomposition, edit: Edit, prepend_bos: bool | None) -> list[_SiteEdit]:
-    """The edit by site and position."""
-    _require_positions(edit.positions)
-    groups: dict[tuple[str, int | None], list[int]] = {}
-    for name in _names(edit):
-        site, index, position = parse_name(vpd, name)
+def _grouped(vpd: Decomposition, edit: Edit) -> dict[tuple[str, int | None], set[int]]:
+    """Subcomponents by site and by the position in their names, if there is one."""
+    names = edit.subcomponents
+    groups: dict[tuple[str, int | None], set[int]] = defaultdict(set)
+    for name in [names] if isinstance(names, str) else names:
+        site, index, position = _parsed(vpd, name)
         if position is not None and edit.positions is not None:
             raise InputError(f"{name!r} names a position, and positions={edit.positions!r} too.")
-        groups.setdefault((site, position), []).append(index)
-    factor = {Ablate: 0.0, Patch: None}.get(type(edit), getattr(edit, "factor", None))
-    acts = _source_activations(vpd, edit, prepend_bos) if isinstance(edit, Patch) else {}
-    parts = []
-    for (site, position), indices in groups.items():
-        columns = torch.tensor(sorted(set(indices)))
-        part = _SiteEdit(site, columns, edit.positions if position is None else position, factor)
-        parts.append(part)
-        if isinstance(edit, Patch):
-            taken = acts[site][:, columns.to(acts[site].device)]
-            parts.append(replace(part, acts=taken, shift=edit.shift))
-    return parts
+        groups[site, position].add(index)
+    return groups
 
 
 @torch.no_grad()
@@ -222,18 +227,13 @@ def _source_activations(
 ) -> dict[str, Float[Tensor, "pos C"]]:
     if edit.source is None:
         raise InputError("Patch needs source=..., the prompt whose activations to take.")
-    tokens = prompt_tokens(vpd.model, edit.source, prepend_bos)
-    _, inputs = vpd.target(tokens[None])
+    _, inputs = vpd.target(prompt_tokens(vpd.model, edit.source, prepend_bos)[None])
     pairs = zip(vpd.layout.names, inputs, vpd.subcomponents.v, strict=True)
     return {name: x[0].float() @ v.float() for name, x, v in pairs}
 
 
-def parse_name(vpd: Decomposition, name: str) -> tuple[str, int, int | None]:
-    """Site, index and position of `"blocks.0.mlp.in:31@5"`; the position may be left out.
-
-    Raises:
-        InputError: If there is no such subcomponent.
-    """
+def _parsed(vpd: Decomposition, name: str) -> tuple[str, int, int | None]:
+    """Site, index and position of `"blocks.0.mlp.in:31@5"`; the position may be left out."""
     match = re.fullmatch(r"(.+):(\d+)(?:@(\d+))?", name)
     if match is None:
         raise InputError(
@@ -241,54 +241,36 @@ def parse_name(vpd: Decomposition, name: str) -> tuple[str, int, int | None]:
             "'blocks.0.mlp.in:31@5' (at a position)."
         )
     site, index = match[1], int(match[2])
-    if site not in vpd.layout.names:
-        raise InputError(f"{name!r}: no site {site!r}; sites: {list(vpd.layout.names)}.")
-    size = vpd.layout.sizes[vpd.layout.names.index(site)]
-    if index >= size:
-        raise InputError(f"{name!r}: {site} has {size} subcomponents, 0 to {size - 1}.")
+    sizes = dict(zip(vpd.layout.names, vpd.layout.sizes, strict=True))
+    if site not in sizes:
+        raise InputError(f"{name!r}: no site {site!r}; sites: {list(sizes)}.")
+    if index >= sizes[site]:
+        raise InputError(
+            f"{name!r}: {site} has {sizes[site]} subcomponents, 0 to {sizes[site] - 1}."
+        )
     return site, index, None if match[3] is None else int(match[3])
 
 
-def require_in_prompt(vpd: Decomposition, edits: Edit | Sequence[Edit], n_positions: int) -> None:
-    """Edits of a prompt must name positions that it has.
-
-    Raises:
-        InputError: If one does not.
-    """
-    for edit in _several(edits):
-        given, named = edit.positions, [parse_name(vpd, name)[2] for name in _names(edit)]
-        named += [given.start] if isinstance(given, slice) else _listed(given)
-        beyond = [at for at in named if at is not None and at >= n_positions]
-        if beyond:
-            raise InputError(
-                f"{type(edit).__name__}: position {beyond[0]} is not in the prompt, which has "
-                f"{n_positions} tokens (0 to {n_positions - 1})."
-            )
-
-
-def _require_positions(positions: Positions) -> None:
-    if isinstance(positions, slice):
-        backwards = positions.step is not None and positions.step < 1
-        values = [v for v in (positions.start, positions.stop) if v is not None]
+def _where(edit: Edit, positions: Positions, n_positions: int | None) -> slice | list[int]:
+    """Positions as a slice or list, if they are counted from 0 up and in the prompt."""
+    where = slice(None) if positions is None else positions
+    if isinstance(where, slice):
+        begins = [where.start or 0]
+        ends = [] if where.stop is None else [where.stop]
+        backwards = where.step is not None and where.step < 1
     else:
-        backwards, values = isinstance(positions, bool), _listed(positions)
+        where = [where] if isinstance(where, int) else list(where)
+        begins, ends, backwards = where, [], isinstance(positions, bool)
     if backwards:
         raise InputError(f"positions={positions!r}; expected numbers, or a slice going forwards.")
-    if any(value < 0 for value in values):
+    if any(position < 0 for position in begins + ends):
         raise InputError(
             f"positions={positions!r}: count from the beginning, because a sequence that is being "
             "generated has no fixed end."
         )
-
-
-def _several(edits: Edit | Sequence[Edit]) -> list[Edit]:
-    return [edits] if isinstance(edits, Edit) else list(edits)
-
-
-def _names(edit: Edit) -> list[str]:
-    names = edit.subcomponents
-    return [names] if isinstance(names, str) else list(names)
-
-
-def _listed(positions: int | Sequence[int] | None) -> list[int]:
-    return [positions] if isinstance(positions, int) else list(positions or ())
+    if n_positions is not None and max(begins, default=0) >= n_positions:
+        raise InputError(
+            f"{type(edit).__name__}: position {max(begins)} is not in the prompt, which has "
+            f"{n_positions} tokens (0 to {n_positions - 1})."
+        )
+    return where

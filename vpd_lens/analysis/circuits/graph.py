@@ -8,20 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import create_model
 from torch import Tensor
 
 from vpd_lens import storage
-from vpd_lens.analysis.circuits.influence import (
-    Influence,
-    influence,
-    kept_by_influence,
-    scores,
-    total_effects,
-)
+from vpd_lens.analysis.circuits import influence
+from vpd_lens.analysis.circuits.influence import Influence
 from vpd_lens.analysis.circuits.report import CircuitReport
-from vpd_lens.analysis.circuits.tables import Edges, Nodes
+from vpd_lens.analysis.circuits.tables import Edges, Nodes, subgraph
 from vpd_lens.analysis.circuits.targets import Output
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.saving import fingerprint
@@ -34,12 +29,12 @@ if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.tables import AttentionPair
     from vpd_lens.analysis.harvest import Harvest
 
-
+_TYPES = get_type_hints(Output)
 # Every field of an output but its vector, which is a tensor of the file beside the record.
 OutputRecord: Any = create_model(
     "OutputRecord",
     **{
-        f.name: (get_type_hints(Output)[f.name], ... if f.default is MISSING else f.default)
+        f.name: (_TYPES[f.name], ... if f.default is MISSING else f.default)
         for f in fields(Output)
         if f.name != "vector"
     },
@@ -66,10 +61,7 @@ class AttributionGraph:
     (`"blocks.0.mlp.in:31@5"`, `"embed@3"`, `"output:17@5"`).
 
     Attributes:
-        tokens: Token ids of the prompt.
-        strings: The tokens as text.
-        nodes: The nodes.
-        edges: The edges.
+        tokens: Token ids of the prompt; `strings` are the same as text.
         outputs: What is explained, in the order of the output nodes.
         settings: How the graph was made.
         circuit: What `prune=` found out about the circuit, or `None`.
@@ -99,10 +91,9 @@ class AttributionGraph:
 
     def adjacency(self) -> Float[Tensor, "n_nodes n_nodes"]:
         """The edges as a sparse matrix: row = target, column = source."""
-        indices = torch.stack([self.edges.target, self.edges.source]).long()
-        shape = (self.n_nodes, self.n_nodes)
-        weight = self.edges.weight
-        return torch.sparse_coo_tensor(indices, weight, shape, check_invariants=True).coalesce()
+        ends, shape = torch.stack([self.edges.target, self.edges.source]), (self.n_nodes,) * 2
+        matrix = torch.sparse_coo_tensor(ends, self.edges.weight, shape, check_invariants=True)
+        return matrix.coalesce()
 
     def incoming(self, node: str | int, top: int | None = None) -> list[tuple[str, float]]:
         """Sources of a node and the weights of their edges, the strongest first, `top` at most.
@@ -113,11 +104,7 @@ class AttributionGraph:
         return self._neighbours(self.edges.target, self.edges.source, node, top)
 
     def outgoing(self, node: str | int, top: int | None = None) -> list[tuple[str, float]]:
-        """Targets of a node and the weights of their edges, the strongest first, `top` at most.
-
-        Raises:
-            InputError: If there is no node of this name or number.
-        """
+        """Targets of a node and the weights of their edges, as in `incoming`."""
         return self._neighbours(self.edges.source, self.edges.target, node, top)
 
     def _neighbours(
@@ -126,10 +113,7 @@ class AttributionGraph:
         found = here == self.nodes.find(node)
         weights, others = self.edges.weight[found], there[found]
         order = weights.abs().argsort(descending=True, stable=True)[:top]
-        pairs = zip(others[order].tolist(), weights[order].tolist(), strict=True)
-        return [(self.nodes.name(other), weight) for other, weight in pairs]
-
-    # ------------------------------------------------------------ completeness
+        return [(self.nodes.name(int(others[i])), float(weights[i])) for i in order]
 
     def gaps(self) -> Float[Tensor, " n_nodes"]:
         """Activation minus the sum of the incoming edges, for subcomponents and outputs.
@@ -137,30 +121,24 @@ class AttributionGraph:
         0 to float error with `frozen=True`; NaN for nodes that only have outgoing edges, and
         wrong for those whose sources were pruned away.
         """
-        total = torch.zeros(self.n_nodes, dtype=torch.float64)
-        total.index_add_(0, self.edges.target.long(), self.edges.weight.double())
-        gap = (self.nodes.activation.double() - total).float()
+        gap = self.nodes.activation.double()
+        gap = gap.index_add(0, self.edges.target, self.edges.weight.double(), alpha=-1).float()
         return torch.where(self.nodes.of_kind("subcomponent", "output"), gap, torch.nan)
 
     def completeness(self) -> float:
         """`1 - sum |gap| / sum |activation|`: 1 if all incoming edges add up."""
         gaps = self.gaps()
-        measured = ~gaps.isnan()
-        scale = self.nodes.activation[measured].abs().sum().clamp(min=1e-30)
-        return float(1 - gaps[measured].abs().sum() / scale)
-
-    # --------------------------------------------------------------- influence
+        scale = self.nodes.activation[~gaps.isnan()].abs().sum().clamp(min=1e-30)
+        return float(1 - gaps.abs().nansum() / scale)
 
     def total_effects(self, output: str | int | None = None) -> Float[Tensor, " n_nodes"]:
         """To first order, how much of an output each subcomponent accounts for on all paths.
 
-        Paths through what is not in the graph do not count, so a pruned graph has other effects.
+        That is the output's drop if the subcomponent were ablated there; NaN for other nodes. Paths
+        through what is not in the graph do not count, so a pruned graph has other effects.
 
         Args:
             output: Name or number of the output node; may be left out if there is one only.
-
-        Returns:
-            The output's drop if the subcomponent were ablated there; NaN for other nodes.
 
         Raises:
             InputError: If there is no such node, or several outputs and none is named.
@@ -170,66 +148,49 @@ class AttributionGraph:
                 names = self.nodes.names()[-len(self.outputs) :]
                 raise InputError(f"the graph has several outputs; name one of {names}.")
             output = -1
-        return total_effects(self.nodes, self.edges, self.nodes.find(output))
+        return influence.total_effects(self.nodes, self.edges, self.nodes.find(output))
 
     def influence(self) -> Influence:
         """Influence of every node and edge on the outputs."""
-        return influence(self.nodes, self.edges, self._weights())
+        return influence.influence(self.nodes, self.edges, self._weights())
 
     def _weights(self) -> Float[Tensor, " n_outputs"]:
         return torch.tensor([output.weight for output in self.outputs], dtype=torch.float64)
 
     def replacement_score(self) -> float:
         """Share of the outputs' influence that does not begin in errors or deltas."""
-        return scores(self.nodes, self.edges, self._weights())[0]
+        return self.influence().replacement
 
     def completeness_score(self) -> float:
         """Share of the nodes' inputs, weighted by influence, not from errors or deltas."""
-        return scores(self.nodes, self.edges, self._weights())[1]
+        return self.influence().completeness
 
     def pruned(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> AttributionGraph:
-        """The graph of the most influential nodes and edges.
-
-        Args:
-            node_threshold: Share of all influence that the kept nodes hold.
-            edge_threshold: Share of the rest that the kept edges hold.
+        """The nodes that hold a share of all influence, and edges that hold a share of the rest.
 
         Raises:
             InputError: If a threshold is not in (0, 1].
         """
-        thresholds = node_threshold, edge_threshold
-        kept = kept_by_influence(self.nodes, self.edges, *thresholds, self._weights())
+        shares = node_threshold, edge_threshold
+        kept = influence.kept_by_influence(self.nodes, self.edges, *shares, self._weights())
         return self._kept(*kept)
 
-    def filtered(self, nodes: Tensor) -> AttributionGraph:
-        """The graph of some of the nodes and the edges between them.
-
-        Args:
-            nodes: Which to keep, a boolean per node. Outputs always stay.
-        """
+    def filtered(self, nodes: Bool[Tensor, " n_nodes"]) -> AttributionGraph:
+        """The graph of some of the nodes, outputs always, and the edges between them."""
         keep = nodes | self.nodes.of_kind("output")
-        return self._kept(keep, keep[self.edges.source.long()] & keep[self.edges.target.long()])
+        return self._kept(keep, keep[self.edges.source] & keep[self.edges.target])
 
     def _kept(self, keep: Tensor, kept_edges: Tensor) -> AttributionGraph:
-        number = (keep.cumsum(0) - 1).int()
-        edges = Edges(
-            number[self.edges.source[kept_edges].long()],
-            number[self.edges.target[kept_edges].long()],
-            self.edges.weight[kept_edges],
-        )
-        return replace(self, nodes=self.nodes.where(keep), edges=edges)
+        nodes, edges = subgraph(self.nodes, self.edges, keep, kept_edges)
+        return replace(self, nodes=nodes, edges=edges)
 
     def importance(self, vpd: Decomposition) -> Float[Tensor, "pos C_total"]:
         """Importances of the graph's subcomponents, 0 for all others.
 
-        Args:
-            vpd: The decomposition that the graph is of.
-
         Raises:
-            ArtefactError: If it is of another one.
+            ArtefactError: If the graph is of another decomposition.
         """
-        recorded = self.settings.get("decomposition")
-        if recorded is not None and recorded != fingerprint(vpd):
+        if self.settings.get("decomposition") not in (None, fingerprint(vpd)):
             raise ArtefactError(
                 "this graph is of another decomposition (its V and U have another hash). Trace the "
                 "prompt again with vpd_lens.attribute."
@@ -238,17 +199,11 @@ class AttributionGraph:
         starts = {name: vpd.layout.columns(name).start for name in vpd.layout.names}
         start = torch.tensor([starts.get(place, 0) for place in self.nodes.places])
         chosen = self.nodes.where(self.nodes.of_kind("subcomponent"))
-        columns = start[chosen.place.long()] + chosen.index.long()
-        g[chosen.position.long(), columns] = chosen.importance
+        g[chosen.position, start[chosen.place] + chosen.index] = chosen.importance
         return g.to(vpd.device)
 
-    # ----------------------------------------------------------------- leaving
-
     def save(self, path: str | Path) -> Path:
-        """Write a directory that `load` reads, whole or not at all.
-
-        Args:
-            path: The directory; an earlier graph there is replaced once this one is complete.
+        """Write a directory that `load` reads, whole or not at all; an earlier graph is replaced.
 
         Raises:
             ArtefactError: If something else is there, or the disk does not take it.
@@ -262,9 +217,8 @@ class AttributionGraph:
             settings=self.settings,
             circuit=self.circuit,
         )
-        tensors = {f"nodes.{name}": getattr(self.nodes, name) for name in Nodes.columns()}
-        tensors |= {f"edges.{name}": getattr(self.edges, name) for name in Edges.columns()}
-        tensors |= {f"outputs.{i}": output.vector for i, output in enumerate(self.outputs)}
+        vectors = {f"outputs.{i}": output.vector for i, output in enumerate(self.outputs)}
+        tensors = self.nodes.named("nodes") | self.edges.named("edges") | vectors
         return storage.write(path, record, {"graph": tensors})
 
     @classmethod
@@ -285,13 +239,13 @@ class AttributionGraph:
         nodes, edges, vectors = ([tensors[name] for name in names] for names in groups)
         outputs = zip(record.outputs, vectors, strict=True)
         return cls(
-            tokens=record.tokens,
-            strings=record.strings,
-            nodes=Nodes(record.places, *nodes),
-            edges=Edges(*edges),
-            outputs=tuple(Output(vector=vector, **dict(output)) for output, vector in outputs),
-            settings=record.settings,
-            circuit=record.circuit,
+            record.tokens,
+            record.strings,
+            Nodes(record.places, *nodes),
+            Edges(*edges),
+            tuple(Output(vector=vector, **dict(output)) for output, vector in outputs),
+            record.settings,
+            record.circuit,
         )
 
     def to_networkx(self) -> networkx.DiGraph:
@@ -332,13 +286,7 @@ class AttributionGraph:
     def to_html(
         self, path: str | Path, harvest: Harvest | None = None, title: str | None = None
     ) -> Path:
-        """Write one self-contained page on which the graph can be explored.
-
-        Args:
-            path: The file.
-            harvest: Of the same decomposition, for examples on the page.
-            title: Heading of the page.
-        """
+        """Write one self-contained page to explore the graph on, with a harvest's examples."""
         from vpd_lens.viz.graph_page import to_html
 
         return to_html(self, path, harvest, title)

@@ -19,7 +19,7 @@ from torch import Tensor
 from vpd_lens.analysis.circuits.tables import Edges, Nodes
 from vpd_lens.errors import InputError
 
-ERRORS = ("error", "delta")
+Weights = Float[Tensor, " n_outputs"]
 
 
 @dataclass(frozen=True)
@@ -31,41 +31,48 @@ class Influence:
         edges: Of each edge: the share of its target's influence that comes along it.
         cumulative: For each node, the share of all influence that lies in nodes at least as
             influential: small for the most important ones. 0 for outputs.
+        replacement: Share of the influence at the graph's beginnings (embeddings, biases, errors,
+            deltas) that is not errors' or deltas'.
+        completeness: Of every node the share of its input that does not come from errors or
+            deltas (1 without inputs), weighted by the nodes' influence.
     """
 
     nodes: Float[Tensor, " n_nodes"]
     edges: Float[Tensor, " n_edges"]
     cumulative: Float[Tensor, " n_nodes"]
+    replacement: float
+    completeness: float
 
 
-Weights = Float[Tensor, " n_outputs"] | None
-
-
-def influence(nodes: Nodes, edges: Edges, weights: Weights = None) -> Influence:
-    """Influence of every node and edge."""
-    total = _reaching(nodes, edges, weights)
-    shares = _shares(edges, len(nodes))
-    onward = torch.from_numpy(total)[edges.target.long()]
-    others = total.copy()
-    others[nodes.of_kind("output").numpy()] = 0
-    order = np.argsort(-others, kind="stable")
-    sums = np.cumsum(others[order])
-    cumulative = np.empty_like(others)
-    cumulative[order] = sums / max(float(sums[-1]) if len(sums) else 0.0, 1e-30)
-    cumulative[nodes.of_kind("output").numpy()] = 0
+def influence(nodes: Nodes, edges: Edges, weights: Weights) -> Influence:
+    """Influence of every node and edge; `weights` are the outputs'."""
+    weight = torch.zeros(len(nodes), dtype=torch.float64)
+    weight[nodes.of_kind("output")] = weights.double()
+    weight /= weight.sum().clamp(min=1e-30)
+    # Each edge's share of the absolute weight into its target.
+    shares = edges.weight.abs().double()
+    shares /= edges.target.bincount(shares, minlength=len(nodes)).clamp(min=1e-30)[edges.target]
+    total = weight + _along_paths(weight, shares, edges, nodes)
+    others = total.masked_fill(nodes.of_kind("output"), 0)
+    order = others.argsort(descending=True, stable=True)
+    sums, cumulative = others[order].cumsum(0), torch.empty_like(others)
+    cumulative[order] = sums / sums[-1:].clamp(min=1e-30)
+    cumulative[nodes.of_kind("output")] = 0
+    error, begin = nodes.of_kind("error", "delta"), nodes.of_kind("embedding", "position", "bias")
+    ends = float(total[error | begin].sum())
+    from_error = torch.zeros_like(total)
+    from_error.index_add_(0, edges.target, shares * error[edges.source])
     return Influence(
-        torch.from_numpy(total).float(),
-        (torch.from_numpy(shares) * onward).float(),
-        torch.from_numpy(cumulative).float(),
+        total.float(),
+        (shares * total[edges.target]).float(),
+        cumulative.float(),
+        replacement=float(total[begin].sum()) / ends if ends > 0 else 1.0,
+        completeness=float((total * (1 - from_error)).sum() / total.sum()),
     )
 
 
 def kept_by_influence(
-    nodes: Nodes,
-    edges: Edges,
-    node_threshold: float,
-    edge_threshold: float,
-    weights: Weights = None,
+    nodes: Nodes, edges: Edges, node_threshold: float, edge_threshold: float, weights: Weights
 ) -> tuple[Bool[Tensor, " n_nodes"], Bool[Tensor, " n_edges"]]:
     """The nodes that hold a share of all influence, and then the edges that do.
 
@@ -81,91 +88,49 @@ def kept_by_influence(
     ends = nodes.of_kind("embedding", "output")
     first = influence(nodes, edges, weights).nodes
     keep = _holding(first, node_threshold, ~nodes.of_kind("output")) | ends
-    among = keep[edges.source.long()] & keep[edges.target.long()]
-    left = Edges(edges.source[among], edges.target[among], edges.weight[among])
-    scores = torch.zeros(len(edges.weight))
-    scores[among] = influence(nodes, left, weights).edges
-    kept_edges = _holding(scores, edge_threshold, among) & among
+    among = keep[edges.source] & keep[edges.target]
+    scores = torch.zeros(len(among))
+    scores[among] = influence(nodes, edges.where(among), weights).edges
+    kept_edges = _holding(scores, edge_threshold, among)
     needs_input = nodes.of_kind("subcomponent")
     while True:
-        source, target = edges.source[kept_edges].long(), edges.target[kept_edges].long()
-        leads = torch.zeros(len(nodes), dtype=torch.bool).index_fill_(0, source, True)
-        reached = torch.zeros(len(nodes), dtype=torch.bool).index_fill_(0, target, True)
+        leads, reached = torch.zeros_like(keep), torch.zeros_like(keep)
+        leads[edges.source[kept_edges]] = reached[edges.target[kept_edges]] = True
         still = keep & (ends | (leads & (reached | ~needs_input)))
-        if bool((still == keep).all()):
+        if torch.equal(still, keep):
             return keep, kept_edges
         keep = still
-        kept_edges &= keep[edges.source.long()] & keep[edges.target.long()]
-
-
-def scores(nodes: Nodes, edges: Edges, weights: Weights = None) -> tuple[float, float]:
-    """Replacement and completeness score, both in [0, 1].
-
-    Returns:
-        Replacement: share of the influence at the graph's beginnings (embeddings, biases, errors,
-            deltas) that is not errors' or deltas'. Completeness: of every node the share of its
-            input that does not come from errors or deltas (1 without inputs), weighted by the
-            nodes' influence.
-    """
-    total = _reaching(nodes, edges, weights)
-    error = nodes.of_kind(*ERRORS).numpy()
-    begin = nodes.of_kind("embedding", "position", "bias").numpy()
-    ends = total[error].sum() + total[begin].sum()
-    replacement = float(total[begin].sum() / ends) if ends > 0 else 1.0
-    from_error = np.zeros(len(nodes))
-    shares = _shares(edges, len(nodes))
-    np.add.at(from_error, edges.target.numpy(), shares * error[edges.source.numpy()])
-    return replacement, float((total * (1 - from_error)).sum() / total.sum())
+        kept_edges &= keep[edges.source] & keep[edges.target]
 
 
 def total_effects(nodes: Nodes, edges: Edges, output: int) -> Float[Tensor, " n_nodes"]:
     """The part of an output that each subcomponent accounts for, along all paths, to first order.
 
-    Edges are local: `w / (a_s g_s)` is the derivative of the target's activation by the source's.
-    The total derivative of an output by a node is the sum over all paths of products of these, and
-    the node's activation times it is the output's change when the node is ablated.
-
-    Returns:
-        `a_s d(output)/d(a_s)` for subcomponents, NaN for other nodes. Effects of nodes on one path
-        overlap, so they do not add up to the output.
+    It is `a_s d(output)/d(a_s)`, and NaN for other nodes. An edge's `w / (a_s g_s)` is the
+    derivative of its target's activation by its source's, and the derivative of an output is the
+    sum over all paths of products of these. Effects of nodes on one path overlap: they do not add
+    up to the output.
     """
     inner, activation = nodes.of_kind("subcomponent"), nodes.activation.double()
-    kept = inner[edges.source.long()]
-    local = Edges(edges.source[kept], edges.target[kept], edges.weight[kept].double())
-    slopes = local.weight / (activation * nodes.importance)[local.source.long()]
-    start = np.zeros(len(nodes))
+    local = edges.where(inner[edges.source])
+    slopes = local.weight.double() / (activation * nodes.importance)[local.source]
+    start = torch.zeros_like(activation)
     start[output] = 1
-    effects = torch.from_numpy(_along_paths(start, slopes.numpy(), local, nodes)) * activation
+    effects = _along_paths(start, slopes, local, nodes) * activation
     return torch.where(inner, effects, torch.nan).float()
 
 
-def _shares(edges: Edges, n_nodes: int) -> np.ndarray:
-    """Each edge's share of the absolute weight into its target."""
-    weight, target = edges.weight.abs().double().numpy(), edges.target.numpy()
-    incoming = np.bincount(target, weight, minlength=n_nodes)
-    return weight / np.maximum(incoming, 1e-30)[target]
-
-
-def _reaching(nodes: Nodes, edges: Edges, weights: Weights) -> np.ndarray:
-    """Influence of every node: the outputs' weights, and what flows back along all paths."""
-    is_output = nodes.of_kind("output").numpy()
-    weight = np.zeros(len(nodes))
-    weight[is_output] = nodes.importance.numpy()[is_output] if weights is None else weights.numpy()
-    weight = weight / max(float(weight.sum()), 1e-30)
-    return weight + _along_paths(weight, _shares(edges, len(nodes)), edges, nodes)
-
-
-def _along_paths(start: np.ndarray, values: np.ndarray, edges: Edges, nodes: Nodes) -> np.ndarray:
+def _along_paths(
+    start: Float[Tensor, " n_nodes"], values: Float[Tensor, " n_edges"], edges: Edges, nodes: Nodes
+) -> Float[Tensor, " n_nodes"]:
     """`w A + w A^2 + ...`, with `w` the start at some nodes and `A[target, source]` the values."""
     ends = edges.target.numpy(), edges.source.numpy()
-    matrix = csr_matrix((values, ends), shape=(len(nodes), len(nodes)))
-    total, wave = np.zeros(len(nodes)), start
-    for _ in range(len(nodes.places) + 1):  # a path visits each place at most once
+    matrix = csr_matrix((values.numpy(), ends), shape=(len(nodes), len(nodes)))
+    wave, total = start.numpy(), np.zeros(len(nodes))
+    for _ in nodes.places:  # a path visits each place at most once
         wave = wave @ matrix
-        if not wave.any():
-            break
         total += wave
-    return total
+    return torch.from_numpy(total)
 
 
 def _holding(
@@ -175,6 +140,6 @@ def _holding(
     held = torch.where(among, values.double(), 0)
     order = held.argsort(descending=True, stable=True)
     before = held[order].cumsum(0) - held[order]
-    keep = torch.zeros(len(values), dtype=torch.bool)
+    keep = torch.zeros_like(among)
     keep[order] = before < share * held.sum()
     return keep & among & (held > 0)

@@ -11,15 +11,18 @@ from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor, nn
 
-from vpd_lens.analysis.circuits.edits import Edit, edited, require_in_prompt
+from vpd_lens.analysis.circuits.behaviour import kl_divergence
+from vpd_lens.analysis.circuits.edits import Edit, applied, resolved
 from vpd_lens.analysis.circuits.graph import AttributionGraph
 from vpd_lens.analysis.circuits.targets import (
+    checked_importance,
     explained_decomposition,
+    in_prompt,
     prompt_tokens,
     token_id,
     token_text,
 )
-from vpd_lens.decomposition import Decomposition, Masks
+from vpd_lens.decomposition import Masks
 from vpd_lens.decomposition.adversary import ascend
 from vpd_lens.decomposition.masks import AnyMasks, uniform_sources
 from vpd_lens.errors import InputError
@@ -32,7 +35,7 @@ class InterventionResult:
     """Predictions of the target model, of a regime of masks, and of the edited regime.
 
     Attributes:
-        target: The target model's logits, `[pos, vocab]`.
+        target: The target model's logits.
         base: Logits under the regime's masks without the edits; the target's in `"ablated"`.
         edited: Logits with the edits.
         position: The position that probabilities are of.
@@ -59,27 +62,16 @@ class InterventionResult:
     def top(self, k: int = 5) -> list[tuple[str, float, float]]:
         """The likeliest tokens after the edits: text, probability, and that of the base."""
         p = self._distributions()
-        best = p["edited"].topk(k)
+        best = p["edited"].topk(k).indices.tolist()
         return [
-            (token_text(self.model, token), float(value), float(p["base"][token]))
-            for value, token in zip(best.values, best.indices.tolist(), strict=True)
+            (token_text(self.model, token), float(p["edited"][token]), float(p["base"][token]))
+            for token in best
         ]
 
     @property
     def kl(self) -> Float[Tensor, " pos"]:
         """KL of the edited predictions from the target model's, in nats, at each position."""
-        return _kl(self.edited, self.target)
-
-    def __repr__(self) -> str:
-        token, p, before = self.top(1)[0]
-        return (
-            f"InterventionResult(position {self.position}: {token!r} {before:.3f} -> {p:.3f}, "
-            f"KL from the target {float(self.kl[self.position]):.3f})"
-        )
-
-    def _distributions(self) -> dict[str, Tensor]:
-        logits = {"target": self.target, "base": self.base, "edited": self.edited}
-        return {name: value[self.position].float().softmax(-1) for name, value in logits.items()}
+        return kl_divergence(self.edited, self.target)
 
     def table(self) -> Table:
         """As a rich table: tokens asked for, and the likeliest after the edits."""
@@ -88,10 +80,20 @@ class InterventionResult:
         p = self._distributions()
         best = p["edited"].topk(5).indices.tolist()
         for token in dict.fromkeys([*self.tokens, *best]):
-            table.add_row(
-                repr(token_text(self.model, token)), *(f"{q[token]:.3f}" for q in p.values())
-            )
+            figures = (f"{q[token]:.3f}" for q in p.values())
+            table.add_row(repr(token_text(self.model, token)), *figures)
         return table
+
+    def __repr__(self) -> str:
+        token, p, before = self.top(1)[0]
+        return (
+            f"InterventionResult(position {self.position}: {token!r} {before:.3f} -> {p:.3f}, "
+            f"KL from the target {float(self.kl[self.position]):.3f})"
+        )
+
+    def _distributions(self) -> dict[str, Float[Tensor, " vocab"]]:
+        logits = {"target": self.target, "base": self.base, "edited": self.edited}
+        return {name: value[self.position].float().softmax(-1) for name, value in logits.items()}
 
 
 @torch.inference_mode(False)
@@ -120,8 +122,8 @@ def intervene(
             `"ci"`, only what is important; `"stochastic"`, random masks above the importances;
             `"adversarial"`, the same with the sources of what the importance function calls
             important on this prompt chosen to raise the KL at `position`.
-        importance: Importances for these regimes, `[pos, C_total]`; by default those of the
-            importance function, or of the graph.
+        importance: Importances for these regimes; by default those of the importance function, or
+            of the graph.
         target: Tokens to show in the table.
         position: Whose predictions are compared; by default the last, of a graph that of its last
             output, since nothing after it is in the graph.
@@ -152,81 +154,37 @@ def intervene(
             end = max(output.position for output in prompt.outputs)
         prompt = list(prompt.tokens)
     tokens = prompt_tokens(model, prompt, prepend_bos)[None]
-    position = _position(position, end, tokens.shape[1])
-    require_in_prompt(vpd, edits, tokens.shape[1])
-    asked = [target] if isinstance(target, str | int) else list(target)
-    n_vocab = int(model.cfg.d_vocab)  # type: ignore[arg-type]
-    ids = [token_id(model, token, n_vocab) for token in asked]
-    with torch.no_grad(), vpd.undisturbed():
-        clean = vpd.run(None, tokens)
-        g = None if regime == "ablated" else _importance(vpd, tokens, importance)
-        masks = _masks(vpd, tokens, clean, regime, g, (position, steps, step_size), seed)
-        base = vpd.run(masks, tokens)
-        with edited(model, edits, prepend_bos=prepend_bos):
-            changed = vpd.run(masks, tokens)
-    return InterventionResult(
-        target=clean[0],
-        base=base[0],
-        edited=changed[0],
-        position=position,
-        tokens=tuple(ids),
-        model=model,
-    )
-
-
-def _position(position: int | None, end: int | None, n_positions: int) -> int:
     if position is None:
-        return n_positions - 1 if end is None else end
-    if not -n_positions <= position < n_positions:
-        raise InputError(f"position={position}; the prompt has {n_positions} tokens.")
-    position %= n_positions
+        position = -1 if end is None else end
+    position = in_prompt(position, tokens.shape[1])
     if end is not None and position > end:
         raise InputError(
             f"position={position}, but the graph ends at its last output, position {end}; what "
             "comes after has no importances. Give importance=..., or a position in the graph."
         )
-    return position
+    parts = resolved(vpd, edits, prepend_bos, tokens.shape[1])
+    asked = [target] if isinstance(target, str | int) else target
+    n_vocab = int(model.cfg.d_vocab)  # type: ignore[arg-type]
+    ids = tuple(token_id(model, token, n_vocab) for token in asked)
+    with torch.no_grad(), vpd.undisturbed():
+        clean = vpd.run(None, tokens)
+        masks = None
+        if regime != "ablated":
+            g = own = vpd.causal_importance(tokens)
+            if importance is not None:
+                g = checked_importance(vpd, importance, tokens.shape[1])[None].to(own)
+            generator = torch.Generator(device=g.device).manual_seed(seed)
+            sources = uniform_sources(g, vpd.layout, generator)
+            if regime == "adversarial":
 
+                def divergence(masks: AnyMasks) -> Float[Tensor, ""]:
+                    return kl_divergence(vpd.run(masks, tokens)[0], clean[0])[position]
 
-def _importance(vpd: Decomposition, tokens: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Importances of the regime, and those of the importance function."""
-    own = vpd.causal_importance(tokens)
-    g = own if given is None else given.to(own).clone()[None]
-    if g.shape != own.shape:
-        raise InputError(
-            f"importance has shape {tuple(g.shape[1:])}; expected [pos, C_total] = "
-            f"{tuple(own.shape[1:])}."
-        )
-    return g, own
-
-
-def _masks(
-    vpd: Decomposition,
-    tokens: Tensor,
-    clean: Tensor,
-    regime: Regime,
-    importance: tuple[Tensor, Tensor] | None,
-    adversary: tuple[int, int, float],
-    seed: int,
-) -> AnyMasks | None:
-    if importance is None:
-        return None
-    g, own = importance
-    if regime == "ci":
-        return Masks(g, g.new_zeros(*g.shape[:-1], vpd.layout.n_sites))
-    generator = torch.Generator(device=g.device).manual_seed(seed)
-    sources = uniform_sources(g, vpd.layout, generator)
-    if regime == "adversarial":
-        position, steps, step_size = adversary
-
-        def divergence(masks: AnyMasks) -> Tensor:
-            return _kl(vpd.run(masks, tokens)[0], clean[0])[position]
-
-        with torch.enable_grad(), vpd.frozen_subcomponents():
-            sources, _ = ascend(divergence, g, sources, steps, step_size, moves=own > 0)
-    return sources.over(g)
-
-
-def _kl(logits: Float[Tensor, "pos vocab"], clean: Float[Tensor, "pos vocab"]) -> Tensor:
-    p, q = clean.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+                with torch.enable_grad(), vpd.frozen_subcomponents():
+                    sources, _ = ascend(divergence, g, sources, steps, step_size, moves=own > 0)
+            no_delta = g.new_zeros(*g.shape[:-1], vpd.layout.n_sites)
+            masks = Masks(g, no_delta) if regime == "ci" else sources.over(g)
+        base = vpd.run(masks, tokens)
+        with applied(vpd, parts):
+            changed = vpd.run(masks, tokens)
+    return InterventionResult(clean[0], base[0], changed[0], position, ids, model)

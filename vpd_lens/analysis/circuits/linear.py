@@ -7,7 +7,7 @@ of earlier matrices, so the contributions of all of them add up to it exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from vpd_lens.errors import VPDError
-from vpd_lens.sites import Site
 from vpd_lens.sites.site import relative_error
 
 _NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
@@ -27,14 +26,12 @@ _LARGE = 1e3  # beside it no norm's epsilon counts
 
 def norm_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The norms on the residual stream, by TransformerLens' names."""
-    for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
-        for name in _NORMS:
-            module = block._modules.get(name)
+    owners = {f"blocks.{i}.": (block, _NORMS) for i, block in enumerate(model.blocks)}  # type: ignore[arg-type]
+    for prefix, (owner, names) in {**owners, "": (model, ("ln_final",))}.items():
+        for name in names:
+            module = owner._modules.get(name)
             if module is not None and not isinstance(module, nn.Identity):
-                yield f"blocks.{index}.{name}", module
-    final = model._modules.get("ln_final")
-    if final is not None and not isinstance(final, nn.Identity):
-        yield "ln_final", final
+                yield f"{prefix}{name}", module
 
 
 @contextmanager
@@ -54,16 +51,9 @@ def _silent(module: nn.Module) -> Iterator[None]:
 class LinearNorm:
     """A LayerNorm or RMSNorm, of whatever class, as a linear map with a fixed scale.
 
-    Its weight and bias are found by what it does to two inputs, because libraries keep them in
-    different ways (`w`, `weight`, `1 + weight`, folded into the next matrix).
-
-    Args:
-        module: The norm.
-        d_model: Its width.
-        like: A tensor of the model's device and dtype.
-
-    Attributes:
-        bias: Its bias `[d_model]`, or `None` without one.
+    Its `weight [d_model]` and `bias` (or `None`) are found by what it does to some inputs of the
+    device and dtype of `like`, because libraries keep them in different ways (`w`, `weight`,
+    `1 + weight`, folded into the next matrix).
     """
 
     @torch.no_grad()
@@ -85,11 +75,7 @@ class LinearNorm:
         self.bias = bias if bool(bias.abs().max() > 0) else None
 
     def linear(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """The output `y` as a linear function of the input `x`, whose scale is a constant.
-
-        Raises:
-            VPDError: If the module is no norm of this form.
-        """
+        """The output `y` as a linear function of the input `x`, whose scale is a constant."""
         with torch.no_grad():
             scaled = y.float() if self.bias is None else y.float() - self.bias
             unscaled = self._weighted(x.float())
@@ -109,11 +95,7 @@ def attended(
     z: Float[Tensor, "row query d"],
     name: str,
 ) -> Float[Tensor, "row query d"]:
-    """The attention's result `z` as a linear function of its values, the pattern being a constant.
-
-    Raises:
-        VPDError: If `z` is something else.
-    """
+    """The attention's result `z` as a linear function of its values, with a constant pattern."""
     n_heads = pattern.shape[1]
     d_head = z.shape[-1] // n_heads
     value = rearrange(value, "row key (head d_head) -> row head key d_head", d_head=d_head)
@@ -123,39 +105,18 @@ def attended(
     return out
 
 
-class NeuronGains:
-    """Every MLP's neurons as multiplications by a fixed gain: activation over pre-activation.
+def gained(
+    pre: Float[Tensor, "row pos d_mlp"], x: Float[Tensor, "row pos d_mlp"]
+) -> tuple[Float[Tensor, "row pos d_mlp"], Float[Tensor, "row pos d_mlp"] | None]:
+    """Neurons' activations `x` as a fixed gain times what `mlp.in` writes, and what is left of `x`.
 
-    In a gated MLP the gain multiplies the output of `in`; `gate` acts through the gain only, like
-    q and k through the pattern.
-
-    Args:
-        sites: All matrices of the model.
+    In a gated MLP `gate` acts through the gain only, like q and k through the pattern. What is left
+    is `None` unless an activation is not 0 at 0.
     """
-
-    def __init__(self, sites: Sequence[Site]) -> None:
-        self._wanted = {site.name for site in sites if site.name.endswith(".mlp.in")}
-        self._before: dict[str, Tensor] = {}
-
-    def see(self, name: str, y: Tensor) -> None:
-        """Remember the pre-activations of an MLP."""
-        if name in self._wanted:
-            self._before[name] = y
-
-    def output(
-        self, prefix: str, x: Float[Tensor, "row pos d_mlp"]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The neurons' activations `x` as gain times pre-activation, and what is left of them.
-
-        Returns:
-            The linear function, and a constant where an activation is not 0 at 0.
-        """
-        before = self._before[f"{prefix}.in"]
-        pre = before.detach()
-        gain = torch.where(pre == 0, 0, x.detach() / torch.where(pre == 0, 1, pre))
-        left = x.detach() - gain * pre
-        linear = gain * before
-        return linear, left if bool((left.abs() > 1e-3 * x.detach().abs().max()).any()) else None
+    x, fixed = x.detach(), pre.detach()
+    gain = torch.where(fixed == 0, 0, x / torch.where(fixed == 0, 1, fixed))
+    left = x - gain * fixed
+    return gain * pre, left if bool((left.abs() > 1e-3 * x.abs().max()).any()) else None
 
 
 def _require_equal(got: Tensor, expected: Tensor, problem: str) -> None:

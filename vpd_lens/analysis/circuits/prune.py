@@ -4,23 +4,19 @@
    important on a prompt, are where the search starts; everything else is constant.
 2. Each step lowers the behaviour's loss under random masks, and under the masks of an adversary
    who starts anew at every step, plus the price of the nodes.
-3. What is left above 0 is the circuit; it is measured under attacks that it was not trained on
-   (`report`).
+3. What is left above 0 is the circuit; it is measured under attacks that it was not trained on.
 
 Source: VPD, pruning to one behaviour.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from vpd_lens.analysis.circuits.behaviour import (
@@ -31,14 +27,15 @@ from vpd_lens.analysis.circuits.behaviour import (
     behaviour_of,
 )
 from vpd_lens.analysis.circuits.cut_forward import narrowed_unembedding
-from vpd_lens.analysis.circuits.report import CircuitReport, CircuitTest
-from vpd_lens.analysis.circuits.targets import explained_decomposition
+from vpd_lens.analysis.circuits.report import CircuitReport
+from vpd_lens.analysis.circuits.targets import explained_decomposition, token_text
 from vpd_lens.config import OptimiserConfig
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.adversary import ascend
 from vpd_lens.decomposition.importance import lower_leaky, upper_leaky
 from vpd_lens.decomposition.masks import AnyMasks, Masks, uniform_sources
 from vpd_lens.errors import InputError
+from vpd_lens.progress import Progress
 from vpd_lens.training.optimiser import learning_rate
 
 EPS = 1e-6  # keeps the slope of g^p finite at 0
@@ -49,8 +46,7 @@ class Circuit:
     """The subcomponents that carry a behaviour.
 
     Attributes:
-        importance: Optimised importances, `[prompt, pos, C_total]`; 0 for what is not in the
-            circuit.
+        importance: Optimised importances; 0 for what is not in the circuit.
         behaviour: Prompts and targets.
         report: What the circuit is worth under every kind of mask.
         config: How it was found.
@@ -62,14 +58,7 @@ class Circuit:
     config: PruneConfig
 
     def of_prompt(self, index: int = 0) -> Float[Tensor, "pos C_total"]:
-        """Importances on one prompt, for `vpd_lens.attribute(importance=...)`.
-
-        Args:
-            index: Number of the prompt.
-
-        Returns:
-            In [0, 1], without the padding of shorter prompts.
-        """
+        """Importances in [0, 1] on one of the prompts, without the padding of shorter ones."""
         return self.importance[index, : int(self.behaviour.lengths[index])]
 
     def __repr__(self) -> str:
@@ -97,8 +86,7 @@ def prune(
             id, `Token`, or `LogitDifference`. `None`: the model's own likeliest.
         config: Settings; by default adversarial pruning, on cross-entropy or the difference.
         prepend_bos: Whether text gets a BOS token; `None`: the model's own default.
-        progress: Say how long it will take, and show a bar, or lines where the output is no
-            terminal.
+        progress: Say how far the search is, and how long it will take.
 
     Returns:
         The circuit; `print(circuit.report)`.
@@ -120,11 +108,10 @@ def prune(
         z = _before_sigmoid(vpd, behaviour)
         if "unembed" not in vpd.layout.names:
             stack.enter_context(narrowed_unembedding(model, behaviour.at_position))
-        meter = stack.enter_context(_Meter(_n_passes(config), progress))
-        search = _Search(vpd, behaviour, z, config, meter)
+        bar = stack.enter_context(Progress("Pruning", _n_passes(config), show=progress))
+        search = _Search(vpd, behaviour, z, config, bar)
         importance = search.run()
-        test = CircuitTest(search.logits_under, behaviour, search.alive, vpd.layout, config)
-        report = test.report(importance, search.before, search.clean)
+        report = search.report(importance)
     return Circuit(importance, behaviour, report, config)
 
 
@@ -134,22 +121,22 @@ def _before_sigmoid(
 ) -> Float[Tensor, "prompt pos C_total"]:
     """Values before the sigmoid, of each prompt alone: the importance function sees padding."""
     z = torch.zeros(*behaviour.tokens.shape, vpd.layout.total, device=behaviour.tokens.device)
-    for index, length in enumerate(behaviour.lengths.tolist()):
-        _, inputs = vpd.target(behaviour.tokens[index : index + 1, :length])
-        z[index, :length] = vpd.pre_importance(inputs)[0]
+    for row, length in enumerate(behaviour.lengths.tolist()):
+        _, inputs = vpd.target(behaviour.prompt(row)[None])
+        z[row, :length] = vpd.pre_importance(inputs)[0]
     return z
 
 
-class _Search:
-    """The optimisation of one circuit for each prompt.
+def _n_passes(config: PruneConfig) -> int:
+    """Forwards and backwards of a search and of the report on it."""
+    step = 2 * config.adversary_steps + 4 if config.method == "adversarial" else 2
+    attacks = 1 + sum(2 * steps + 1 for steps in config.attack_steps)
+    test = 2 + config.draws + 2 * config.attack_restarts * attacks
+    return 1 + config.steps * step + 2 * test
 
-    Args:
-        vpd: The decomposition.
-        behaviour: Prompts and targets.
-        z: The importance function's values before the sigmoid, `[prompt, pos, C_total]`.
-        config: Settings.
-        meter: Learns of every pass through the model.
-    """
+
+class _Search:
+    """The optimisation of one circuit for each prompt, from `z` on, and the test of the result."""
 
     def __init__(
         self,
@@ -157,9 +144,9 @@ class _Search:
         behaviour: Behaviour,
         z: Float[Tensor, "prompt pos C_total"],
         config: PruneConfig,
-        meter: _Meter,
+        bar: Progress,
     ) -> None:
-        self.vpd, self.behaviour, self.config, self.meter = vpd, behaviour, config, meter
+        self.vpd, self.behaviour, self.config, self.bar = vpd, behaviour, config, bar
         self.before = lower_leaky(z) * behaviour.relevant[..., None]
         self.alive: Bool[Tensor, "prompt pos C_total"] = self.before > 0
         if not bool(self.alive.any()):
@@ -168,15 +155,14 @@ class _Search:
                 "Is the decomposition trained?"
             )
         with torch.no_grad():
-            self.clean = self.logits_under(None)
+            self.clean = self._logits(None)
         self.phi = z[self.alive].clone().requires_grad_()
-        self.where = self.alive.nonzero(as_tuple=True)
         self.generator = torch.Generator(device=z.device).manual_seed(config.seed)
 
-    def logits_under(self, masks: AnyMasks | None) -> Float[Tensor, "prompt vocab"]:
+    def _logits(self, masks: AnyMasks | None) -> Float[Tensor, "prompt vocab"]:
         """Logits at the behaviour's positions."""
         logits = self.vpd.run(masks, self.behaviour.tokens)
-        self.meter.advance(self.meter.task, 2 if torch.is_grad_enabled() else 1)
+        self.bar.advance(2 if torch.is_grad_enabled() else 1)
         if logits.shape[1] > 1:
             logits = self.behaviour.at_position(logits)
         return logits[:, 0].float()
@@ -191,80 +177,86 @@ class _Search:
                 # The first step of a warm-up from 0 would do nothing.
                 group["lr"] = learning_rate(schedule, config.lr, step + 1, config.steps + 1)
             loss = self._reconstruction()
-            total = loss + config.coefficient * self._minimality()
-            (self.phi.grad,) = torch.autograd.grad(total, [self.phi])
+            price = ((upper_leaky(self.phi) + EPS) ** config.p).sum() / len(self.clean)
+            (self.phi.grad,) = torch.autograd.grad(loss + config.coefficient * price, [self.phi])
             optimiser.step()
-            if step == 0:
-                self.meter.estimate()
             if step % max(1, config.steps // 10) == 0:
-                nodes = int((self.phi > 0).sum()) / len(self.behaviour.tokens)
+                nodes = int((self.phi > 0).sum()) / len(self.clean)
                 text = f"step {step + 1}  loss {float(loss.detach()):.2f}  nodes {nodes:.0f}"
-                self.meter.say(text)
+                self.bar.console.print(f"Pruning  {text}", highlight=False)
         return self._importance().detach()
 
     def _importance(self) -> Float[Tensor, "prompt pos C_total"]:
-        g = torch.zeros(self.alive.shape, device=self.phi.device)
-        return g.index_put(self.where, lower_leaky(self.phi))
-
-    def _minimality(self) -> Float[Tensor, ""]:
-        powers = (upper_leaky(self.phi) + EPS) ** self.config.p
-        return powers.sum() / len(self.behaviour.tokens)
+        return torch.zeros_like(self.before).masked_scatter(self.alive, lower_leaky(self.phi))
 
     def _reconstruction(self) -> Float[Tensor, ""]:
-        g, layout = self._importance(), self.vpd.layout
-        if self.config.method == "ci":
+        g, config, layout = self._importance(), self.config, self.vpd.layout
+        if config.method == "ci":
             return self._loss(Masks(g, g.new_zeros(*g.shape[:-1], layout.n_sites)))
         stochastic = self._loss(uniform_sources(g, layout, self.generator).over(g))
-        if self.config.method == "stochastic":
+        if config.method == "stochastic":
             return stochastic
         # Not shared over positions, unlike in training: a circuit is of one prompt, so its
         # adversary may know the prompt.
         start = uniform_sources(g, layout, self.generator)
-        steps = self.config.adversary_steps, self.config.adversary_step_size
+        steps = config.adversary_steps, config.adversary_step_size
         sources, _ = ascend(self._distance, g, start, *steps, moves=self.alive)
         return 0.5 * stochastic + 0.5 * self._loss(sources.over(g))
 
     def _loss(self, masks: AnyMasks) -> Float[Tensor, ""]:
-        logits, objective = self.logits_under(masks), self.config.objective
-        return self.behaviour.loss(logits, self.clean, objective).mean()
+        return self.behaviour.loss(self._logits(masks), self.clean).mean()
 
     def _distance(self, masks: AnyMasks) -> Float[Tensor, ""]:
         """What the adversary raises: not clamped, as a clamped loss has no slope where it is 0."""
-        logits, objective = self.logits_under(masks), self.config.objective
-        return self.behaviour.distance(logits, self.clean, objective).mean()
+        return self.behaviour.distance(self._logits(masks), self.clean).mean()
 
+    def report(self, circuit: Float[Tensor, "prompt pos C_total"]) -> CircuitReport:
+        """Compare a circuit with what it was found in."""
+        counts, layout = (circuit > 0).float().sum(1), self.vpd.layout
+        by_site = layout.sum_per_site(counts).mean(0).tolist()
+        return CircuitReport(
+            targets=tuple(token_text(self.vpd.model, t) for t in self.behaviour.target.tolist()),
+            method=self.config.method,
+            nodes=float(counts.sum(-1).mean()),
+            nodes_before=float(self.alive.float().sum((1, 2)).mean()),
+            nodes_by_site=dict(zip(layout.names, by_site, strict=True)),
+            probability=self._probabilities(circuit),
+            probability_before=self._probabilities(self.before),
+        )
 
-def _n_passes(config: PruneConfig) -> int:
-    """Forwards and backwards of a search and of the report on it."""
-    step = 2 * config.adversary_steps + 4 if config.method == "adversarial" else 2
-    attacks = 1 + sum(2 * steps + 1 for steps in config.attack_steps)
-    test = 2 + config.draws + 2 * config.attack_restarts * attacks
-    return 1 + config.steps * step + 2 * test
+    @torch.no_grad()
+    def _probabilities(
+        self, g: Float[Tensor, "prompt pos C_total"]
+    ) -> dict[str, tuple[float, ...]]:
+        """Probability of each prompt's token under every kind of mask; see `CircuitReport`."""
+        config, layout, p = self.config, self.vpd.layout, self._probability
+        generator = torch.Generator(device=g.device).manual_seed(config.seed + 1)
+        none = g.new_zeros(*g.shape[:-1], layout.n_sites)
+        draws = torch.stack(
+            [p(uniform_sources(g, layout, generator).over(g)) for _ in range(config.draws)]
+        )
+        found = {
+            "target": self.behaviour.probability(self.clean),
+            "ci": p(Masks(g, none)),
+            "stochastic": draws.mean(0),
+            "stochastic, worst": draws.min(0).values,
+        }
+        # The same starts for all attacks: what an attack does not move differs between starts.
+        starts = [uniform_sources(g, layout, generator) for _ in range(config.attack_restarts)]
+        for name, attacked in (("", self.alive), (", all", None)):
+            worst = torch.stack([p(start.over(g)) for start in starts]).min(0).values
+            for steps in sorted(config.attack_steps):
+                size = max(config.attack_step_size, 2 / steps)
+                for start in starts:
+                    with torch.enable_grad():
+                        sources, _ = ascend(self._surprise, g, start, steps, size, attacked)
+                    worst = torch.minimum(worst, p(sources.over(g)))
+                found[f"adversarial-{steps}{name}"] = worst
+        found["ablated"] = p(Masks(1 - g, none + 1))
+        return {name: tuple(values.tolist()) for name, values in found.items()}
 
+    def _probability(self, masks: AnyMasks) -> Float[Tensor, " prompt"]:
+        return self.behaviour.probability(self._logits(masks))
 
-class _Meter(Progress):
-    """How far a search is: a bar on a terminal, lines elsewhere, and how long all will take."""
-
-    def __init__(self, n_passes: int, progress: bool) -> None:
-        console = Console(quiet=not progress)
-        columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-        hidden = not progress or not console.is_terminal
-        super().__init__(*columns, console=console, disable=hidden, transient=True)
-        self.task, self.begun = self.add_task("Pruning", total=n_passes), time.perf_counter()
-
-    def estimate(self) -> None:
-        """Say how long everything will take, if it is long, going by the passes so far."""
-        task = self.tasks[0]
-        minutes = (time.perf_counter() - self.begun) / task.completed * (task.total or 0) / 60
-        if minutes > 1:
-            self.console.print(
-                f"Pruning will take about {minutes:.0f} minutes. Fewer steps, attack_steps or "
-                "attack_restarts in PruneConfig make it shorter.",
-                highlight=False,
-            )
-
-    def say(self, text: str) -> None:
-        """Show a text in the bar, or as a line."""
-        self.update(self.task, description=f"Pruning  {text}")
-        if self.disable:
-            self.console.print(f"Pruning  {text}", highlight=False)
+    def _surprise(self, masks: AnyMasks) -> Float[Tensor, ""]:
+        return -self._probability(masks).clamp(min=1e-30).log().sum()

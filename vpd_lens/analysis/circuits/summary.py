@@ -43,9 +43,8 @@ def _sizes(graph: AttributionGraph) -> Table:
     table.add_row("tokens", f"{len(graph.tokens):,}")
     table.add_row("nodes", f"{graph.n_nodes:,} ({kinds})")
     table.add_row("edges", f"{graph.n_edges:,}")
-    table.add_row("completeness", f"{graph.completeness():.4f}")
-    table.add_row("replacement score", f"{graph.replacement_score():.4f}")
-    table.add_row("completeness score", f"{graph.completeness_score():.4f}")
+    for score in ("completeness", "replacement_score", "completeness_score"):
+        table.add_row(score.replace("_", " "), f"{getattr(graph, score)():.4f}")
     return table
 
 
@@ -60,33 +59,27 @@ def _outputs(graph: AttributionGraph) -> Table:
 
 def _most_influential(graph: AttributionGraph) -> Table:
     nodes, influence = graph.nodes, graph.influence().nodes
-    inner = influence.masked_fill(nodes.of_kind("output"), -1)
+    inner = influence.masked_fill(nodes.of_kind("output"), 0)
     headings = "node, and its strongest input", ">influence", ">importance", ">activation"
     table = _table("Most influential nodes", *headings)
-    for node in inner.argsort(descending=True, stable=True)[:_TOP].tolist():
-        if inner[node] <= 0:
-            break
+    order = inner.argsort(descending=True, stable=True)[:_TOP]
+    for node in order[inner[order] > 0].tolist():
         name = Text(f"{nodes.name(node)}  {graph.strings[int(nodes.position[node])]!r}")
         for source, weight in graph.incoming(node, top=1):
             name.append(f"\n  <- {source} {weight:+.3g}")
-        figures = (influence[node], nodes.importance[node], nodes.activation[node])
-        table.add_row(name, *(f"{float(value):.3f}" for value in figures))
+        figures = influence, nodes.importance, nodes.activation
+        table.add_row(name, *(f"{float(column[node]):.3f}" for column in figures))
     return table
 
 
 def _l0(graph: AttributionGraph) -> Table:
     """Subcomponents per position, by block; those outside of blocks by their matrix."""
-    inner = graph.nodes.where(graph.nodes.of_kind("subcomponent"))
-    per_place = Counter(inner.place.tolist())
-    per_block: Counter[str] = Counter()
-    for i, place in enumerate(graph.nodes.places):
-        if per_place[i]:
-            parts = place.split(".")
-            per_block[".".join(parts[:2]) if parts[0] == "blocks" else place] += per_place[i]
-    longest = max(per_block.values(), default=1)
+    places, inner = graph.nodes.places, graph.nodes.of_kind("subcomponent")
+    owners = [".".join(p.split(".")[:2]) if p.startswith("blocks.") else p for p in places]
+    counts = Counter(owners[place] for place in sorted(graph.nodes.place[inner].tolist()))
     table = _table("Subcomponents per position (L0)", "block", ">L0", "")
-    for block, count in per_block.items():
-        bar = "█" * max(1, round(_BAR * count / longest))
+    for block, count in counts.items():
+        bar = "█" * max(1, round(_BAR * count / max(counts.values())))
         table.add_row(block, f"{count / len(graph.tokens):.1f}", bar)
     return table
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,9 +15,35 @@ from vpd_lens.errors import InputError
 
 KINDS = ("embedding", "position", "subcomponent", "error", "delta", "bias", "output")
 
+T = TypeVar("T", bound="_Table")
+
 
 @dataclass
-class Nodes:
+class _Table:
+    """Columns of equal length: every field of a subclass but `places`."""
+
+    @classmethod
+    def columns(cls) -> list[str]:
+        """Names of the columns."""
+        return [field.name for field in fields(cls) if field.name != "places"]
+
+    def named(self, prefix: str) -> dict[str, Tensor]:
+        """The columns by name, each with a prefix."""
+        return {f"{prefix}.{name}": getattr(self, name) for name in self.columns()}
+
+    def where(self: T, keep: Bool[Tensor, " n"] | Int[Tensor, " m"]) -> T:
+        """Some of the rows."""
+        return replace(self, **{name: getattr(self, name)[keep] for name in self.columns()})
+
+    @classmethod
+    def concatenated(cls: type[T], parts: Sequence[T]) -> T:
+        """Several tables, one below the other."""
+        columns = {n: torch.cat([getattr(part, n) for part in parts]) for n in cls.columns()}
+        return replace(parts[0], **columns)
+
+
+@dataclass
+class Nodes(_Table):
     """Nodes as columns of equal length.
 
     | kind | what it stands for | its activation |
@@ -57,42 +84,33 @@ class Nodes:
         """Which nodes are of one of these kinds."""
         return torch.isin(self.kind, torch.tensor([KINDS.index(kind) for kind in kinds]))
 
-    def where(self, keep: Bool[Tensor, " n"] | Int[Tensor, " m"]) -> Nodes:
-        """Some of the nodes."""
-        columns = {name: getattr(self, name)[keep] for name in self.columns()}
-        return Nodes(self.places, **columns)
-
-    @classmethod
-    def columns(cls) -> list[str]:
-        """Names of the columns."""
-        return [field.name for field in fields(cls) if field.name != "places"]
-
-    @classmethod
-    def concatenated(cls, places: tuple[str, ...], parts: Sequence[Nodes]) -> Nodes:
-        """Several tables, one below the other."""
-        columns = {n: torch.cat([getattr(part, n) for part in parts]) for n in cls.columns()}
-        return cls(places, **columns)
-
     def name(self, node: int) -> str:
         """A node's name, such as `blocks.0.mlp.in:31@5` or `blocks.0.mlp.in.error@5`."""
         kind, place = KINDS[int(self.kind[node])], self.places[int(self.place[node])]
-        position = int(self.position[node])
-        if kind == "subcomponent":
-            return f"{place}:{int(self.index[node])}@{position}"
-        if kind == "embedding":
-            return f"embed@{position}"
-        if kind == "position":
-            return f"embed.position@{position}"
-        if kind == "output":
-            # Logits by their token; others, whose index is -1, by their order.
-            index = int(self.index[node])
-            first = int(self.of_kind("output").nonzero()[0, 0])
-            return f"output:{index if index >= 0 else f'#{node - first}'}@{position}"
-        return f"{place}.{kind}@{position}"
+        index, position = int(self.index[node]), int(self.position[node])
+        if kind == "output" and index < 0:  # no logit of one token: named by its order
+            index = f"#{node - int(self.of_kind('output').nonzero()[0, 0])}"
+        labels = {
+            "subcomponent": f"{place}:{index}",
+            "embedding": "embed",
+            "position": "embed.position",
+            "output": f"output:{index}",
+        }
+        return f"{labels.get(kind, f'{place}.{kind}')}@{position}"
 
     def names(self) -> list[str]:
         """Names of all nodes."""
         return [self.name(node) for node in range(len(self))]
+
+    def lists(self) -> dict[str, list[Any]]:
+        """The columns as lists, with names, and with kinds and sites as text."""
+        plain = ("position", "index", "activation", "importance")
+        return {
+            "name": self.names(),
+            "kind": [KINDS[kind] for kind in self.kind.tolist()],
+            "site": [self.places[place] for place in self.place.tolist()],
+            **{name: getattr(self, name).tolist() for name in plain},
+        }
 
     def find(self, name: str | int) -> int:
         """The node of this name.
@@ -104,11 +122,10 @@ class Nodes:
             if not -len(self) <= name < len(self):
                 raise InputError(f"node {name}: the graph has {len(self)} nodes.")
             return name % len(self)
-        match = re.fullmatch(r"(.+?)(?::#?(-?\d+))?@(\d+)", name)
-        if match is not None:
-            for node in (self.position == int(match[3])).nonzero()[:, 0].tolist():
-                if self.name(node) == name:
-                    return node
+        at = re.search(r"@(\d+)$", name)
+        for node in (self.position == int(at[1])).nonzero()[:, 0].tolist() if at else ():
+            if self.name(node) == name:
+                return node
         raise InputError(
             f"no node named {name!r} in this graph; names are like 'blocks.0.mlp.in:31@5' "
             "(site:subcomponent@position), 'embed@5' and 'output:17@5'."
@@ -116,39 +133,27 @@ class Nodes:
 
 
 @dataclass
-class Edges:
+class Edges(_Table):
     """Edges as columns: from node, to node, weight."""
 
     source: Int[Tensor, " n_edges"]
     target: Int[Tensor, " n_edges"]
     weight: Float[Tensor, " n_edges"]
 
-    @classmethod
-    def columns(cls) -> list[str]:
-        """Names of the columns."""
-        return [field.name for field in fields(cls)]
 
-    @classmethod
-    def concatenated(cls, parts: Sequence[Edges]) -> Edges:
-        """Several tables, one below the other."""
-        if not parts:
-            empty = torch.zeros(0, dtype=torch.int32)
-            return cls(empty, empty.clone(), torch.zeros(0))
-        return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in cls.columns()))
+def subgraph(
+    nodes: Nodes, edges: Edges, keep: Bool[Tensor, " n_nodes"], kept_edges: Bool[Tensor, " n_edges"]
+) -> tuple[Nodes, Edges]:
+    """Some nodes, numbered anew, and some edges between them."""
+    number, edges = (keep.cumsum(0) - 1).int(), edges.where(kept_edges)
+    return nodes.where(keep), Edges(number[edges.source], number[edges.target], edges.weight)
 
 
 @dataclass(frozen=True)
 class AttentionPair:
-    """The contribution of one pair of nodes to one pre-softmax attention score.
+    """What one pair of nodes, `query` and `key`, adds to one attention score before the softmax.
 
-    Attributes:
-        layer: Block.
-        head: Attention head.
-        query_position: Token that attends.
-        key_position: Token that is attended to.
-        query: Name of the query's node, such as `blocks.1.attn.q:31@5`.
-        key: Name of the key's node, such as `blocks.1.attn.k:8@2`.
-        weight: What the pair adds to the score.
+    Nodes are named as in `Nodes`: `blocks.1.attn.q:31@5`, `blocks.1.attn.k:8@2`.
     """
 
     layer: int

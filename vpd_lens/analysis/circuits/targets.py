@@ -40,12 +40,7 @@ class TopTokens:
 
 @dataclass(frozen=True)
 class Token:
-    """The logit of one token.
-
-    Attributes:
-        token: The token, as text or id.
-        position: After which token of the prompt.
-    """
+    """The logit of one token, text or id, after a position of the prompt."""
 
     token: str | int
     position: int = -1
@@ -53,13 +48,7 @@ class Token:
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """The logit of one token minus that of another.
-
-    Attributes:
-        token: The token whose logit counts positively.
-        other: The token whose logit is taken off.
-        position: After which token of the prompt.
-    """
+    """The logit of one token minus that of another, text or ids, after a position of the prompt."""
 
     token: str | int
     other: str | int
@@ -68,14 +57,10 @@ class LogitDifference:
 
 @dataclass(frozen=True)
 class Direction:
-    """The residual stream's product with a vector.
+    """The residual stream's product with a vector `[d_model]` at a position of the prompt.
 
-    Attributes:
-        vector: `[d_model]`.
-        name: What to call it.
-        position: At which token of the prompt.
-        layer: Of the residual stream after this block; `None`: after the final norm, where the
-            vectors of tokens are the columns of the unembedding.
+    The stream is that after block `layer`; with `None`, that after the final norm, where the
+    vectors of tokens are the columns of the unembedding.
     """
 
     vector: Any
@@ -92,10 +77,6 @@ class Output:
     """One output node of a graph: `vector . stream[position] + bias`.
 
     Attributes:
-        name: What it is called.
-        position: Where it is.
-        vector: What the stream is multiplied with, `[d_model]`.
-        bias: The unembedding's own.
         tokens: Coefficients of logits, by token id; empty for a direction.
         layer: Block whose residual stream is meant; `None`: the unembedding's input.
         probability: The target model's, of a token.
@@ -132,9 +113,9 @@ def resolve_targets(
     """
     if targets is None:
         targets = TopTokens()
-    several: list[Any] = list(targets) if isinstance(targets, list | tuple) else [targets]
-    resolver = _Resolver(model, logits, *unembed)
-    outputs = [output for target in several for output in resolver.outputs(target)]
+    several = list(targets) if isinstance(targets, list | tuple) else [targets]
+    resolver = _Resolver(model, logits.float().softmax(-1), *unembed)
+    outputs = [output for target in several for output in resolver.outputs(plain_target(target))]
     if not outputs:
         raise InputError("target is empty; name at least one token, or leave it out.")
     # The same logit twice is one node; directions are told apart by their order.
@@ -147,95 +128,100 @@ def resolve_targets(
 
 def plain_target(target: Any) -> Any:
     """An id from numpy or torch as an `int`; anything else as it is."""
-    if isinstance(target, bool | str) or not hasattr(target, "__index__"):
-        return target
     try:
-        return operator.index(target)
+        return target if isinstance(target, bool) else operator.index(target)
     except TypeError:
         return target
 
 
+@dataclass
 class _Resolver:
-    def __init__(
-        self, model: nn.Module, logits: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> None:
-        self.model, self.weight, self.bias = model, weight.float(), bias
-        self.probabilities = logits.float().softmax(-1)
-        self.n_positions, self.n_vocab = logits.shape
+    """What outputs are made from: the model's probabilities, and its unembedding."""
 
-    def outputs(self, target: Target) -> list[Output]:
-        target = plain_target(target)
-        if isinstance(target, bool) or not isinstance(
-            target, str | int | Token | LogitDifference | Direction | TopTokens
-        ):
-            raise InputError(
-                f"target={target!r} is not a token (text or id), Token, LogitDifference, "
-                "Direction or TopTokens."
-            )
+    model: nn.Module
+    probabilities: Float[Tensor, "pos vocab"]
+    weight: Float[Tensor, "d_model vocab"]
+    bias: Float[Tensor, " vocab"] | None
+
+    def outputs(self, target: Any) -> list[Output]:
         if isinstance(target, TopTokens):
             return self._top(target)
         if isinstance(target, Direction):
             return [self._direction(target)]
-        if isinstance(target, LogitDifference):
-            return [self._difference(target)]
-        return [self._token(target if isinstance(target, Token) else Token(target))]
-
-    def _position(self, position: int) -> int:
-        if not -self.n_positions <= position < self.n_positions:
+        if isinstance(target, bool) or not isinstance(target, str | int | Token | LogitDifference):
             raise InputError(
-                f"position={position} is not in the prompt, which has {self.n_positions} tokens."
+                f"target={target!r} is not a token (text or id), Token, LogitDifference, "
+                "Direction or TopTokens."
             )
-        return position % self.n_positions
+        position, token, other = read_tokens(self.model, target, *self.probabilities.shape)
+        return [self._logit(position, {token: 1.0} if other < 0 else {token: 1.0, other: -1.0})]
 
-    def _logit(self, name: str, position: int, tokens: dict[int, float]) -> Output:
-        ids, coefficients = list(tokens), self.weight.new_tensor(list(tokens.values()))
-        bias = 0.0 if self.bias is None else float(self.bias.float()[ids] @ coefficients)
-        vector = self.weight[:, ids] @ coefficients
-        probability = float(self.probabilities[position, ids[0]])
-        return Output(name, position, vector, bias, tokens, None, probability)
-
-    def _token(self, target: Token) -> Output:
-        token = token_id(self.model, target.token, self.n_vocab)
-        return self._logit(self._text(token), self._position(target.position), {token: 1.0})
-
-    def _difference(self, target: LogitDifference) -> Output:
-        first = token_id(self.model, target.token, self.n_vocab)
-        second = token_id(self.model, target.other, self.n_vocab)
-        if first == second:
-            raise InputError(f"the logit difference is of token {first} with itself.")
-        name = f"{self._text(first)} - {self._text(second)}"
-        return self._logit(name, self._position(target.position), {first: 1.0, second: -1.0})
+    def _logit(self, position: int, tokens: dict[int, float]) -> Output:
+        name = " - ".join(token_text(self.model, token) for token in tokens)
+        weight = self.weight.float()[:, list(tokens)]
+        coefficients = weight.new_tensor(list(tokens.values()))
+        bias = 0.0
+        if self.bias is not None:
+            bias = float(self.bias.float()[list(tokens)] @ coefficients)
+        probability = float(self.probabilities[position, next(iter(tokens))])
+        return Output(name, position, weight @ coefficients, bias, tokens, None, probability)
 
     def _top(self, target: TopTokens) -> list[Output]:
-        where = range(self.n_positions)
+        where, outputs = range(len(self.probabilities)), []
         if target.position is not None:
-            where = [self._position(target.position)]
-        outputs = []
+            where = [in_prompt(target.position, len(where))]
         for position in where:
             p, ids = self.probabilities[position].sort(descending=True)
-            before = p.cumsum(0) - p
-            wanted = (before < target.mass) & (p >= target.at_least)
+            wanted = (p.cumsum(0) - p < target.mass) & (p >= target.at_least)
             wanted[0] = True
             for token in ids[wanted][: target.at_most].tolist():
-                output = self._logit(self._text(token), position, {token: 1.0})
+                output = self._logit(position, {token: 1.0})
                 outputs.append(replace(output, weight=output.probability))
         return outputs
 
     def _direction(self, target: Direction) -> Output:
         vector = torch.as_tensor(target.vector, device=self.weight.device).float().flatten()
-        n_layers = len(self.model.blocks)  # type: ignore[arg-type]
         if vector.shape != self.weight.shape[:1] or not bool(vector.isfinite().all()):
             raise InputError(
                 f"Direction.vector has shape {tuple(vector.shape)}; expected {len(self.weight)} "
                 "finite numbers, one per dimension of the residual stream."
             )
+        n_layers = len(self.model.blocks)  # type: ignore[arg-type]
         if target.layer is not None and not 0 <= target.layer < n_layers:
             raise InputError(f"Direction.layer={target.layer}; the model has {n_layers} blocks.")
-        position = self._position(target.position)
+        position = in_prompt(target.position, len(self.probabilities))
         return Output(target.name, position, vector, 0.0, {}, target.layer, 1.0)
 
-    def _text(self, token: int) -> str:
-        return token_text(self.model, token)
+
+def read_tokens(
+    model: nn.Module, target: str | int | Token | LogitDifference, n_positions: int, n_vocab: int
+) -> tuple[int, int, int]:
+    """Position, token, and the token whose logit is taken off (-1: none).
+
+    Raises:
+        InputError: If something is not one token, or the position is not in the prompt.
+    """
+    if isinstance(target, str | int):
+        target = Token(target)
+    token, other = token_id(model, target.token, n_vocab), -1
+    if isinstance(target, LogitDifference):
+        other = token_id(model, target.other, n_vocab)
+        if token == other:
+            raise InputError(f"the logit difference is of token {token} with itself.")
+    return in_prompt(target.position, n_positions), token, other
+
+
+def in_prompt(position: int, n_positions: int) -> int:
+    """A position counted from the prompt's beginning.
+
+    Raises:
+        InputError: If the prompt does not have it.
+    """
+    if not -n_positions <= position < n_positions:
+        raise InputError(
+            f"position={position} is not in the prompt, which has {n_positions} tokens."
+        )
+    return position % n_positions
 
 
 def explained_decomposition(model: nn.Module) -> Decomposition:
@@ -251,6 +237,25 @@ def explained_decomposition(model: nn.Module) -> Decomposition:
             stacklevel=3,
         )
     return vpd
+
+
+def checked_importance(
+    vpd: Decomposition, given: Float[Tensor, "pos C_total"], n_positions: int
+) -> Float[Tensor, "pos C_total"]:
+    """Importances that a user gave for a prompt.
+
+    Raises:
+        InputError: If they have another shape, or values outside [0, 1].
+    """
+    given = given[0] if given.ndim == 3 and len(given) == 1 else given
+    expected = (n_positions, vpd.layout.total)
+    if given.shape != expected:
+        raise InputError(
+            f"importance has shape {tuple(given.shape)}; expected [pos, C_total] = {expected}."
+        )
+    if not bool(((given >= 0) & (given <= 1)).all()):
+        raise InputError("importance has values outside [0, 1].")
+    return given.detach().to(vpd.device).float().clone()
 
 
 def token_id(model: nn.Module, token: str | int, n_vocab: int) -> int:
@@ -283,9 +288,7 @@ def token_text(model: nn.Module, token: int) -> str:
 
 
 def prompt_tokens(
-    model: nn.Module,
-    prompt: str | Sequence[int] | Tensor,
-    prepend_bos: bool | None = None,
+    model: nn.Module, prompt: str | Sequence[int] | Tensor, prepend_bos: bool | None = None
 ) -> Int[Tensor, " pos"]:
     """A prompt as token ids.
 
@@ -296,10 +299,8 @@ def prompt_tokens(
     if isinstance(prompt, str):
         if getattr(model, "tokenizer", None) is None:
             raise InputError("prompt: the model has no tokenizer; give token ids.")
-        if prompt == "":
-            raise InputError("prompt is empty; there is nothing to explain.")
-        keywords = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-        tokens = model.to_tokens(prompt, truncate=False, **keywords)
+        bos = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
+        tokens = model.to_tokens(prompt, truncate=False, **bos) if prompt else torch.empty(0)
     else:
         try:
             tokens = torch.as_tensor(prompt)
@@ -307,9 +308,9 @@ def prompt_tokens(
             raise InputError(
                 f"prompt={prompt!r} is neither text nor the token ids of one prompt."
             ) from None
-        if tokens.numel() == 0:
-            raise InputError("prompt is empty; there is nothing to explain.")
-    if tokens.ndim == 2 and tokens.shape[0] == 1:
+    if tokens.numel() == 0:
+        raise InputError("prompt is empty; there is nothing to explain.")
+    if tokens.ndim == 2 and len(tokens) == 1:
         tokens = tokens[0]
     if tokens.ndim != 1 or tokens.is_floating_point():
         raise InputError(
