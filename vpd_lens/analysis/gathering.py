@@ -43,10 +43,7 @@ class Gathered(ABC):
     data_state: dict[str, Any] | None = None
 
     def check(self, decomposition: Decomposition | str) -> None:
-        """Refuse another decomposition than the one this is of.
-
-        Args:
-            decomposition: The other, or its `vpd_lens.decomposition.saving.fingerprint`.
+        """Refuse a decomposition, or its `fingerprint`, if it is not the one this is of.
 
         Raises:
             ArtefactError: If they differ.

@@ -190,13 +190,8 @@ class DatasetAttributions(Gathered):
     ) -> Float[Tensor, "n_targets n_sources"]:
         """All normalised attributions from one place to another.
 
-        Args:
-            target: A site, or `"output"` for all tokens of the vocabulary.
-            source: A site, or `"embed"` for all tokens.
-            absolute: The absolute variant.
-
-        Returns:
-            Rows and columns are the alive subcomponents (`alive[site]`), or token ids.
+        Rows and columns are the alive subcomponents of a site (`alive[site]`), or the token ids of
+        the target `"output"` and the source `"embed"`.
 
         Raises:
             InputError: If no gradient leads from one to the other.
@@ -217,7 +212,7 @@ class DatasetAttributions(Gathered):
         table = Table(title=title, title_justify="left")
         for heading in ("source", "target"):
             table.add_column(heading, overflow="fold")
-            table.add_column("", justify="right")
+            table.add_column(justify="right")
         for pair in zip_longest(sources, targets):
             table.add_row(*(cell for found in pair for cell in self._cells(found)))
         return table
@@ -328,12 +323,8 @@ class DatasetAttributions(Gathered):
     def load(cls, path: str | Path, vpd: Decomposition | None = None) -> DatasetAttributions:
         """Read what `save` wrote.
 
-        Args:
-            path: The folder.
-            vpd: The decomposition that they should belong to; `None` does not check.
-
         Raises:
-            ArtefactError: If a file is missing or damaged, or they are of another decomposition.
+            ArtefactError: If a file is missing or damaged, or of another decomposition than `vpd`.
         """
         artefact = storage.read(path, _Record)
         tensors, kept = artefact.tensors("attributions"), dict(artefact.record)

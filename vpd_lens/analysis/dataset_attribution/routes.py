@@ -91,10 +91,9 @@ class ThroughHeads(Backward):
         if sign is not None:
             return super().__call__(batch, read, sign)
         axes = torch.eye(len(read) // self.n_heads, device=read.device).repeat(1, self.n_heads)
+        ones = read.new_ones(len(batch.tokens), 1)
         by_head = [
-            batch.contributions(
-                self.matrix, self.places, axis.expand(len(batch.tokens), -1), self.n_heads
-            )
+            batch.contributions(self.matrix, self.places, ones * axis, self.n_heads)
             for axis in axes
         ]
         return read.T @ torch.stack(by_head, 1).flatten(0, 1)  # [(head d_head), n_sources]

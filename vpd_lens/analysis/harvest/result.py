@@ -143,8 +143,7 @@ class Harvest(Gathered):
         """
         if kind not in ("top", "random"):
             raise InputError(f"kind={kind!r}; expected 'top' or 'random'.")
-        chosen = self.top if kind == "top" else self.random
-        return chosen.of(self._row(site, index))
+        return (self.top if kind == "top" else self.random).of(self._row(site, index))
 
     def tokens(
         self,
@@ -157,14 +156,9 @@ class Harvest(Gathered):
     ) -> list[TokenStatistic]:
         """The `k` tokens that go most with the firing of a subcomponent, the largest first.
 
-        Args:
-            site: Its site.
-            index: Its number there.
-            side: `"input"`, the token at the position where it fires, or `"output"`, the target
-                model's next-token probabilities there.
-            k: How many.
-            by: Order: `"information"` (recall times PMI), `"recall"`, `"precision"` or `"pmi"`.
-            min_count: Leave out tokens with less weight at its firings.
+        `side` `"input"` is the token at the position where it fires, `"output"` the target model's
+        next-token probabilities there. `by` is `"information"` (recall times PMI), `"recall"`,
+        `"precision"` or `"pmi"`. Tokens of a weight below `min_count` there are left out.
 
         Raises:
             InputError: If there is no such subcomponent, side or order.
@@ -189,13 +183,13 @@ class Harvest(Gathered):
         row = self._row(site, index)
         if not self.usage.firings[row]:
             return None
-
-        def tokens(side: str) -> list[dict[str, Any]]:
-            found = self.tokens(site, index, side, k)
-            return [
-                {"token": self.strings[t.token], "recall": t.recall, "pmi": t.pmi} for t in found
+        tokens = {
+            f"{side}_tokens": [
+                {"token": self.strings[t.token], "recall": t.recall, "pmi": t.pmi}
+                for t in self.tokens(site, index, side, k)
             ]
-
+            for side in ("input", "output")
+        }
         return {
             "density": float(self.usage.firings[row]) / self.n_positions,
             "mean_importance": float(self.usage.importance[row]) / self.n_positions,
@@ -203,8 +197,7 @@ class Harvest(Gathered):
                 example._replace(tokens=[self.strings[i] for i in example.tokens])._asdict()
                 for example in self.examples(site, index)
             ],
-            "input_tokens": tokens("input"),
-            "output_tokens": tokens("output"),
+            **tokens,
         }
 
     def __repr__(self) -> str:
@@ -239,12 +232,8 @@ class Harvest(Gathered):
     def load(cls, path: str | Path, vpd: Decomposition | None = None) -> Harvest:
         """Read what `save` wrote.
 
-        Args:
-            path: The folder.
-            vpd: The decomposition that it should belong to; `None` does not check.
-
         Raises:
-            ArtefactError: If a file is missing or damaged, or it belongs to another decomposition.
+            ArtefactError: If a file is missing or damaged, or of another decomposition than `vpd`.
         """
         artefact = storage.read(path, HarvestRecord)
         tensors, kept = {name: artefact.tensors(name) for name in _PARTS}, dict(artefact.record)
