@@ -132,7 +132,8 @@ def dataset_attributions(
             batches = bar.counting(read(n_batches=n_batches))
             given = _find_alive(vpd, batches, alive_threshold)
     engine = Engine(vpd, given, settings)
-    _require_small(engine.empty("meta"), memory_limit)
+    with torch.device("meta"):
+        _require_small(engine.empty(), memory_limit)
     result = (stored or engine.empty()).moved(vpd.device)
     batches = read(state=result.data_state)
     total, done = (n * engine.n_passes for n in (n_batches, result.n_batches))
@@ -171,13 +172,12 @@ class Engine:
             for name in names
         )
 
-    def empty(self, device: str = "cpu") -> DatasetAttributions:
+    def empty(self) -> DatasetAttributions:
         """Attributions over nothing yet."""
         return DatasetAttributions.empty(
             self.alive,
             self.readout.cpu(),
             self.observer.n_tokens,
-            torch.device(device),
             places={name: route.places for name, route in self.routes.items()},
             settings=self.settings,
             **self.origin,

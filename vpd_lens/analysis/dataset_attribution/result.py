@@ -99,7 +99,6 @@ class DatasetAttributions(Gathered):
         alive: dict[str, Tensor],
         readout: Float[Tensor, "n_axes vocab"],
         n_tokens: int,
-        device: torch.device,
         *,
         places: dict[str, tuple[str, ...]],
         settings: Settings,
@@ -107,26 +106,25 @@ class DatasetAttributions(Gathered):
     ) -> DatasetAttributions:
         """Attributions over nothing yet."""
         n = {EMBEDDING: n_tokens, **{name: len(index) for name, index in alive.items()}}
-        with device:
-            signed = {
-                target: torch.zeros(n.get(target, len(readout)), sum(n[place] for place in columns))
-                for target, columns in places.items()
-            }
-            both = [target for target in signed if settings.absolute and target != OUTPUT]
-            sums = {name: torch.zeros(n[name], dtype=torch.float64) for name in alive}
-            return cls(
-                settings=settings,
-                alive=alive,
-                places=places,
-                signed=signed,
-                absolute={target: torch.zeros_like(signed[target]) for target in both},
-                importance=sums,
-                squares={name: total.clone() for name, total in sums.items()},
-                token_counts=torch.zeros(n_tokens, dtype=torch.float64),
-                logit_squares=torch.zeros(readout.shape[1], dtype=torch.float64),
-                readout=readout,
-                **kept,
-            )
+        signed = {
+            target: torch.zeros(n.get(target, len(readout)), sum(n[place] for place in columns))
+            for target, columns in places.items()
+        }
+        both = [target for target in signed if settings.absolute and target != OUTPUT]
+        sums = {name: torch.zeros(n[name], dtype=torch.float64) for name in alive}
+        return cls(
+            settings=settings,
+            alive=alive,
+            places=places,
+            signed=signed,
+            absolute={target: torch.zeros_like(signed[target]) for target in both},
+            importance=sums,
+            squares={name: total.clone() for name, total in sums.items()},
+            token_counts=torch.zeros(n_tokens, dtype=torch.float64),
+            logit_squares=torch.zeros(readout.shape[1], dtype=torch.float64),
+            readout=readout,
+            **kept,
+        )
 
     # ---------------------------------------------------------------- looking
 
@@ -331,7 +329,8 @@ class DatasetAttributions(Gathered):
         nothing = torch.empty(0, 0)
         alive = {name: tensors.get(f"alive/{name}", nothing) for name in kept.pop("sites")}
         readout, counts = (tensors.get(name, nothing) for name in ("readout", "token_counts"))
-        blank = cls.empty(alive, readout, len(counts), torch.device("meta"), **kept)
+        with torch.device("meta"):
+            blank = cls.empty(alive, readout, len(counts), **kept)
         shapes = {name: tensor.shape for name, tensor in blank._tensors().items()}
         storage.require_shapes(artefact.folder, tensors, shapes)
         groups = {g: {n: tensors[f"{g}/{n}"] for n in getattr(blank, g)} for g in _GROUPS}

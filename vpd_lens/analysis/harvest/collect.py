@@ -93,8 +93,8 @@ def harvest(
         different = f"sites were {list(result.layout.names)} and are {list(layout.names)}"
         check_same(output, result.settings, settings, [different] * (result.layout != layout))
     else:
-        kept = {"settings": settings, **origin(vpd, max(vocabularies))}
-        result = Harvest.empty(layout, vocabularies, vpd.device, **kept)
+        kept = origin(vpd, max(vocabularies))
+        result = Harvest.empty(layout, vocabularies, settings=settings, **kept)
     result = result.moved(vpd.device)
     batches = one_pass(
         data,

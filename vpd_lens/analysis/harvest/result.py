@@ -84,27 +84,20 @@ class Harvest(Gathered):
 
     @classmethod
     def empty(
-        cls,
-        layout: Layout,
-        vocabularies: tuple[int, int],
-        device: torch.device,
-        *,
-        settings: Settings,
-        **kept: Any,
+        cls, layout: Layout, vocabularies: tuple[int, int], *, settings: Settings, **kept: Any
     ) -> Harvest:
         """A harvest of nothing yet, for numbers of input and of output tokens."""
         c = layout.total
-        with device:
-            return cls(
-                layout=layout,
-                settings=settings,
-                usage=Usage.empty(c),
-                inputs=TokenTable.empty(c, vocabularies[0], torch.int32),
-                outputs=TokenTable.empty(c, vocabularies[1], torch.float32),
-                top=Examples.empty(c, settings.n_top, settings.context),
-                random=Examples.empty(c, settings.n_random, settings.context),
-                **kept,
-            )
+        return cls(
+            layout=layout,
+            settings=settings,
+            usage=Usage.empty(c),
+            inputs=TokenTable.empty(c, vocabularies[0], torch.int32),
+            outputs=TokenTable.empty(c, vocabularies[1], torch.float32),
+            top=Examples.empty(c, settings.n_top, settings.context),
+            random=Examples.empty(c, settings.n_random, settings.context),
+            **kept,
+        )
 
     def add(self, firings: Firings, probabilities: Float[Tensor, "batch pos vocab"]) -> None:
         """Gather one batch, with the target model's next-token probabilities on it."""
@@ -239,7 +232,8 @@ class Harvest(Gathered):
         tensors, kept = {name: artefact.tensors(name) for name in _PARTS}, dict(artefact.record)
         layout = Layout(tuple(kept.pop("sites")), tuple(kept.pop("n_subcomponents")))
         sizes = (len(tensors[name].get("everywhere", ())) for name in ("inputs", "outputs"))
-        found = cls.empty(layout, tuple(sizes), torch.device("meta"), **kept)
+        with torch.device("meta"):
+            found = cls.empty(layout, tuple(sizes), **kept)
         for name in _PARTS:
             part = vars(getattr(found, name))
             shapes = {key: blank.shape for key, blank in part.items()}
