@@ -59,16 +59,12 @@ def draw(name: str, label: str, size: tuple[float, float], plot: Callable[[Figur
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->\s*", "", body, flags=re.S)
     body = re.sub(r'<g id="[^"]*"', "<g", body).replace("xlink:href", "href")
     body = re.sub(r"font: (\S+) [^;\"]*", r"font-size: \1", body)
-    body = re.sub(r"<[^>]*>", _with_short_numbers, body)
+    # Two decimals in coordinates; text between tags keeps its digits.
+    body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), body)
     body = re.sub(r"\s*\n\s*", "\n", body)
     for stand_in, colour in _CSS.items():
         body = body.replace(stand_in, colour)
     return f'<svg viewBox="{view[1]}" role="img" aria-label="{label}">{body.strip()}'
-
-
-def _with_short_numbers(tag: re.Match[str]) -> str:
-    """A tag with two decimals in its coordinates; text between tags keeps its digits."""
-    return re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0])
 
 
 def legend_above(axes: Axes, handles: Sequence[Artist] | None = None) -> None:
