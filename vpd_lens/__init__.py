@@ -44,59 +44,27 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_WHERE = {
-    "Ablate": "vpd_lens.analysis.circuits",
-    "AttributionGraph": "vpd_lens.analysis.circuits",
-    "CausalImportanceConfig": "vpd_lens.config",
-    "DatasetAttributions": "vpd_lens.analysis.dataset_attribution",
-    "Decomposition": "vpd_lens.decomposition",
-    "EvalReport": "vpd_lens.evaluation",
-    "Harvest": "vpd_lens.analysis.harvest",
-    "Masks": "vpd_lens.decomposition",
-    "Patch": "vpd_lens.analysis.circuits",
-    "PruneConfig": "vpd_lens.analysis.circuits",
-    "Scale": "vpd_lens.analysis.circuits",
-    "Site": "vpd_lens.sites",
-    "VPDConfig": "vpd_lens.config",
-    "attribute": "vpd_lens.analysis.circuits",
-    "dataset_attributions": "vpd_lens.analysis.dataset_attribution",
-    "decompose": "vpd_lens.decomposing",
-    "edited": "vpd_lens.analysis.circuits",
-    "evaluate": "vpd_lens.evaluation",
-    "harvest": "vpd_lens.analysis.harvest",
-    "intervene": "vpd_lens.analysis.circuits",
-    "load": "vpd_lens.decomposition.saving",
-    "prune": "vpd_lens.analysis.circuits",
-    "remove": "vpd_lens.decomposition.attach",
-    "train": "vpd_lens.training",
+_MODULES = {
+    "analysis.circuits": "Ablate AttributionGraph Patch PruneConfig Scale attribute edited "
+    "intervene prune",
+    "analysis.dataset_attribution": "DatasetAttributions dataset_attributions",
+    "analysis.harvest": "Harvest harvest",
+    "config": "CausalImportanceConfig VPDConfig",
+    "decomposing": "decompose",
+    "decomposition": "Decomposition Masks",
+    "decomposition.attach": "remove",
+    "decomposition.saving": "load",
+    "evaluation": "EvalReport evaluate",
+    "sites": "Site",
+    "training": "train",
 }
+_WHERE = {name: f"vpd_lens.{where}" for where in _MODULES for name in _MODULES[where].split()}
 
-__all__ = [
-    "Ablate",
-    "AttributionGraph",
-    "CausalImportanceConfig",
-    "DatasetAttributions",
-    "Decomposition",
-    "EvalReport",
-    "Harvest",
-    "Masks",
-    "Patch",
-    "PruneConfig",
-    "Scale",
-    "Site",
-    "VPDConfig",
-    "attribute",
-    "dataset_attributions",
-    "decompose",
-    "edited",
-    "evaluate",
-    "harvest",
-    "intervene",
-    "load",
-    "prune",
-    "remove",
-    "train",
-]
+# Written out for type checkers.
+__all__ = ["Ablate", "AttributionGraph", "CausalImportanceConfig", "DatasetAttributions"]
+__all__ += ["Decomposition", "EvalReport", "Harvest", "Masks", "Patch", "PruneConfig", "Scale"]
+__all__ += ["Site", "VPDConfig", "attribute", "dataset_attributions", "decompose", "edited"]
+__all__ += ["evaluate", "harvest", "intervene", "load", "prune", "remove", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -35,9 +35,7 @@ def decompose(
 
     The model is returned as it came, with one handle added, `model.vpd`. While no masks are
     active its outputs are bit-identical to before. Its weights are frozen and never modified;
-    `vpd_lens.remove(model)` restores it.
-
-    On attach a tiny forward checks at every site that `x W + b = y`.
+    `vpd_lens.remove(model)` restores it. A tiny forward checks at every site that `x W + b = y`.
 
     Args:
         model: A HookedTransformer, a TransformerBridge, or any module with linear layers.
@@ -74,17 +72,20 @@ def decompose(
     """
     if isinstance(data, VPDConfig):
         raise ConfigError("data is a VPDConfig; pass config=..., and data=... to train on.")
-    _require_known(training)
+    own, known = (set(inspect.signature(f).parameters) for f in (decompose, train))
+    for name in training.keys() - known:
+        hint = did_you_mean(name, (own | known) - {"training"})
+        raise ConfigError(f"decompose has no argument {name!r}{hint}")
     base = config or (VPDConfig() if data is None else VPDConfig.small())
-    given = {"sites": sites, "n_subcomponents": n_subcomponents, "seed": seed}
-    recordable = {
-        name: value
-        for name, value in given.items()
-        if isinstance(value, int | str | dict) or (name == "sites" and _are_names(value))
+    # What a configuration can record: not `Site`s and callables.
+    names = isinstance(sites, list | tuple) and all(isinstance(site, str) for site in sites)
+    given = {
+        "sites": sites if names or isinstance(sites, str) else None,
+        "n_subcomponents": n_subcomponents if not callable(n_subcomponents) else None,
+        "importance": importance and importance.model_dump(),
+        "seed": seed,
     }
-    if importance is not None:
-        recordable["importance"] = importance.model_dump()
-    base = base.replaced(recordable)
+    base = base.replaced({name: value for name, value in given.items() if value is not None})
     if training and data is None:
         raise ConfigError(f"{sorted(training)} only make sense with data=...; none was given.")
     configured = base.sites if isinstance(base.sites, str) else list(base.sites)
@@ -106,16 +107,3 @@ def decompose(
         with removed_if_untrained(model):
             train(model, data, base, **training)
     return model
-
-
-def _require_known(training: dict[str, Any]) -> None:
-    own, known = (set(inspect.signature(f).parameters) for f in (decompose, train))
-    for name in training:
-        if name not in known:
-            hint = did_you_mean(name, (own | known) - {"training"})
-            raise ConfigError(f"decompose has no argument {name!r}{hint}")
-
-
-def _are_names(sites: Any) -> bool:
-    """Whether `sites` is a list of names, which a configuration can record (`Site`s it cannot)."""
-    return isinstance(sites, list | tuple) and all(isinstance(site, str) for site in sites)

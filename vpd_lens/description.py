@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,69 +16,43 @@ from vpd_lens.storage import Artefact, Record, read
 
 
 class BaseModelRecord(BaseModel):
-    """What identifies a base model.
-
-    Attributes:
-        transformer_lens_version: With which the decomposition was made.
-        torch_version: With which it was made.
-        model_class: Its class.
-        kind: `"bridge"`, `"hooked_transformer"` or `"module"`.
-        model_name: Its name, if it has one.
-        dtype: Of its weights.
-        default_prepend_bos: Its BOS policy.
-        normalization_type: As in its configuration, which folding of layer norms changes.
-        compatibility_mode: Whether a bridge is in compatibility mode.
-        weights: SHA-256 of every decomposed weight.
-    """
+    """What identifies a base model, and with what it was decomposed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     transformer_lens_version: str
     torch_version: str
     model_class: str
-    kind: str
+    kind: str  # "bridge", "hooked_transformer" or "module"
     model_name: str | None
     dtype: str
     default_prepend_bos: bool | None
-    normalization_type: str | None
+    normalization_type: str | None  # which folding of layer norms changes
     compatibility_mode: bool
-    weights: dict[str, str]
+    weights: dict[str, str]  # SHA-256 of every decomposed weight
 
 
 class Indices(BaseModel):
-    """Column numbers, from before anything was folded, of a site's subcomponents.
+    """Column numbers, from before anything was folded, of a site's subcomponents."""
 
-    Attributes:
-        kept: Those of V, ascending.
-        folded: Those of what was folded into the delta, in the order of folding.
-    """
-
-    kept: list[int]
-    folded: list[int]
+    kept: list[int]  # those of V, ascending
+    folded: list[int]  # those in the delta, in the order of folding
 
 
 class SubcomponentsRecord(Record):
-    """Which subcomponents there are, and of which model.
-
-    Attributes:
-        sites: Names of the sites.
-        n_subcomponents: Of each, what V and U have.
-        original_indices: Of every site, once anything has been folded.
-        base_model: The model they belong to.
-    """
+    """Which subcomponents there are, and of which model."""
 
     sites: tuple[str, ...]
-    n_subcomponents: tuple[int, ...]
-    original_indices: dict[str, Indices] = Field(default_factory=dict)
+    n_subcomponents: tuple[int, ...]  # of every site, what V and U have
+    original_indices: dict[str, Indices] = Field(default_factory=dict)  # once any are folded
     base_model: BaseModelRecord
 
     @model_validator(mode="after")
     def _count(self) -> SubcomponentsRecord:
         if len(self.sites) != len(self.n_subcomponents):
             raise ValueError(f"{len(self.sites)} sites, {len(self.n_subcomponents)} sizes")
-        for name, size, original in zip(
-            self.sites, self.n_subcomponents, self.indices, strict=True
-        ):
+        sites = zip(self.sites, self.n_subcomponents, self.indices, strict=True)
+        for name, size, original in sites:
             kept, numbers = original.kept, sorted([*original.kept, *original.folded])
             if kept != sorted(kept) or len(kept) != size or numbers != list(range(len(numbers))):
                 raise ValueError(
@@ -96,33 +71,21 @@ class SubcomponentsRecord(Record):
 
 
 class DecompositionRecord(SubcomponentsRecord):
-    """A decomposition, apart from its tensors.
-
-    Attributes:
-        importance: Its causal importance function.
-        divergence: Its divergence; `"custom"` for a callable.
-        trained_steps: Training steps behind it.
-        training: The `VPDConfig` of the last training.
-        metrics: What was measured.
-    """
+    """A decomposition, apart from its tensors."""
 
     kind: ClassVar[str] = "decomposition"
 
     importance: CausalImportanceConfig
-    divergence: str
+    divergence: str  # "custom" for a callable
     trained_steps: int
-    training: dict[str, Any] | None
+    training: dict[str, Any] | None  # the `VPDConfig` of the last training
     metrics: dict[str, Any] = Field(default_factory=dict)
 
 
 def describe(path: str | Path) -> Group:
     """Sites and sizes, training configuration, base model and metrics, for `rich.print`.
 
-    Args:
-        path: The directory that `vpd.save` wrote, or the output of a finished training run.
-
-    Raises:
-        ArtefactError: If it is missing, damaged or newer than this library.
+    `path` is the directory that `vpd.save` wrote, or the output of a finished training run.
     """
     artefact = read(path, DecompositionRecord)
     record = artefact.record
@@ -162,13 +125,10 @@ def _sites(record: DecompositionRecord) -> Table:
 
 def _ranges(numbers: list[int]) -> str:
     """Ascending numbers with runs joined: `0-2, 5, 7-8`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    # In a run, number and position grow together.
+    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ends = [(run[0][1], run[-1][1]) for run in (list(group) for _, group in runs)]
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ends)
 
 
 def _pairs(title: str, values: dict[str, Any]) -> Table:
@@ -185,8 +145,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested fields by dotted path."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return flat

@@ -53,10 +53,7 @@ class ProcessError(VPDError):
 def did_you_mean(got: str, known: Iterable[str], likely: Sequence[str] = ()) -> str:
     """The end of a message about an unknown name: `"; did you mean ...?"`, or `""`.
 
-    Args:
-        got: The name that was given.
-        known: Names that exist.
-        likely: What may have been meant where no known name resembles it.
+    `likely` is what may have been meant where no known name resembles the one got.
     """
     meant = difflib.get_close_matches(got, list(known), n=1) or list(likely)[:3]
     return f"; did you mean {' or '.join(meant)}?" if meant else ""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import load_file
@@ -23,7 +23,7 @@ def load_model(
     processing: Processing = "default",
     weights: bool = True,
 ) -> nn.Module:
-    """Load a base model, in evaluation mode.
+    """Load a base model, in evaluation mode, with its tokenizer if there is one.
 
     | `source` | what happens |
     |---|---|
@@ -43,19 +43,17 @@ def load_model(
         weights: False: a Hugging Face model as a bridge comes with fake tensors, for which its
             configuration is enough (to plan a run).
 
-    Returns:
-        The model, with its tokenizer if there is one.
-
     Raises:
         ArtefactError: If a directory is missing, damaged, or holds a class that this
             TransformerLens does not have.
         ConfigError: If a name is unknown or cannot be downloaded, or an argument does not fit.
     """
-    _require_one_of("model_class", model_class, ModelClass)
-    _require_one_of("processing", processing, Processing)
+    _require_one_of("model_class", model_class, get_args(ModelClass))
+    _require_one_of("processing", processing, get_args(Processing))
     device = _usable_device(device)
     path = Path(source).expanduser()
-    if _looks_like_a_path(str(source)) or path.is_dir():
+    name = str(source)  # on the hub `name` or `owner/name`; anything else can only be a directory
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or path.is_dir():
         path = existing_folder(path)
         if (path / "model.json").exists():
             return _load_0_1(path, model_class, device, processing)
@@ -63,32 +61,33 @@ def load_model(
             raise ArtefactError(
                 f"{path}: no Hugging Face model (config.json) is in this directory. Check the path."
             )
-        source = path
-    return _load_pretrained(str(source), model_class, device, processing, weights)
-
-
-def _load_pretrained(
-    source: str, model_class: str, device: str, processing: str, weights: bool
-) -> nn.Module:
-    load = _pretrained_hooked if model_class == "hooked_transformer" else _pretrained_bridge
-    if not weights and load is _pretrained_bridge:
-        load = _bridge_without_weights
+        name = str(path)
     try:
-        return load(source, device, processing).eval()
+        return _pretrained(name, model_class, device, processing, weights).eval()
     except ArtefactError:
         raise
     except Exception as error:  # whatever transformers, the hub client or TransformerLens raise
         raise ConfigError(
-            f"source={source!r}: no such directory here, or not a model that TransformerLens "
-            f"{_installed_version()} can load ({type(error).__name__}: {_first_line(error)}). "
-            "Check the spelling, the network and HF_HUB_OFFLINE."
+            f"source={name!r}: no such directory here, or not a model that TransformerLens "
+            f"{version('transformer-lens')} can load ({type(error).__name__}: "
+            f"{_first_line(error)}). Check the spelling, the network and HF_HUB_OFFLINE."
         ) from None
 
 
-def _pretrained_bridge(source: str, device: str, processing: str) -> nn.Module:
+def _pretrained(
+    source: str, model_class: str, device: str, processing: str, weights: bool
+) -> nn.Module:
+    if model_class == "hooked_transformer":
+        hooked, _ = _hooked_transformer_class()
+        name = "from_pretrained_no_processing" if processing == "none" else "from_pretrained"
+        return getattr(hooked, name)(source, device=device)
     from transformer_lens.model_bridge import TransformerBridge
     from transformers.utils import logging
 
+    if not weights:
+        # Tensors with shapes and no values: fused matrices are split at boot, which "meta" refuses.
+        with FakeTensorMode():
+            return TransformerBridge.boot_transformers(source, load_weights=False)
     silenced = Path(source).is_dir() and logging.is_progress_bar_enabled()
     if silenced:  # a bar for the weights on the disk, where downloads may keep theirs
         logging.disable_progress_bar()
@@ -102,29 +101,14 @@ def _pretrained_bridge(source: str, device: str, processing: str) -> nn.Module:
     return bridge
 
 
-def _bridge_without_weights(source: str, device: str, processing: str) -> nn.Module:
-    from transformer_lens.model_bridge import TransformerBridge
-
-    # Tensors with shapes and no values: fused matrices are split at boot, which "meta" refuses.
-    with FakeTensorMode():
-        return TransformerBridge.boot_transformers(source, load_weights=False)
-
-
-def _pretrained_hooked(source: str, device: str, processing: str) -> nn.Module:
-    hooked, _ = _hooked_transformer_class()
-    if processing == "none":
-        return hooked.from_pretrained_no_processing(source, device=device)
-    return hooked.from_pretrained(source, device=device)
-
-
 def _hooked_transformer_class() -> tuple[Any, Any]:
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
     except ImportError:
         raise ArtefactError(
-            f"A HookedTransformer is asked for, and TransformerLens {_installed_version()} no "
-            "longer has that class. Install transformer-lens<4, or use model_class='bridge' with "
-            "a Hugging Face model."
+            f"A HookedTransformer is asked for, and TransformerLens {version('transformer-lens')} "
+            "no longer has that class. Install transformer-lens<4, or use model_class='bridge' "
+            "with a Hugging Face model."
         ) from None
     return HookedTransformer, HookedTransformerConfig
 
@@ -146,9 +130,9 @@ def _load_0_1(path: Path, model_class: str, device: str, processing: str) -> nn.
         raise
     except Exception as error:  # whatever a damaged file makes of TransformerLens
         raise ArtefactError(
-            f"{path}: TransformerLens {_installed_version()} cannot rebuild this model, saved with "
-            f"{record.get('transformer_lens_version')}, from model.json and model.safetensors "
-            f"({type(error).__name__}: {_first_line(error)})."
+            f"{path}: TransformerLens {version('transformer-lens')} cannot rebuild this model, "
+            f"saved with {record.get('transformer_lens_version')}, from model.json and "
+            f"model.safetensors ({type(error).__name__}: {_first_line(error)})."
         ) from None
     return model.eval()
 
@@ -175,9 +159,9 @@ def _built(path: Path, record: dict[str, Any], device: str) -> nn.Module:
     return model
 
 
-def _require_one_of(argument: str, value: str, choices: Any) -> None:
-    if value not in choices.__args__:
-        raise ConfigError(f"{argument}={value!r} is not one of {', '.join(choices.__args__)}.")
+def _require_one_of(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{argument}={value!r} is not one of {', '.join(choices)}.")
 
 
 def _usable_device(device: str) -> str:
@@ -193,15 +177,6 @@ def _usable_device(device: str) -> str:
             "install a CUDA build of PyTorch."
         )
     return device
-
-
-def _looks_like_a_path(source: str) -> bool:
-    """Hub names are `name` or `owner/name`; anything else can only be a directory."""
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
-
-
-def _installed_version() -> str:
-    return importlib.metadata.version("transformer-lens")
 
 
 def _first_line(error: BaseException) -> str:

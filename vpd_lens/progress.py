@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from types import TracebackType
 from typing import TypeVar
 
 from rich import progress
@@ -21,11 +20,7 @@ _FIRST, _BETWEEN = 5.0, 30.0
 class Progress:
     """A bar on a terminal, and a line now and then where the output is a file, pipe or notebook.
 
-    Args:
-        title: What is done.
-        total: Number of units of work in all.
-        start: Units that were done before.
-        show: Show anything at all.
+    `total` units of work are to be done in all, of which `start` were done before.
 
     Examples:
         >>> with Progress("Attributing", 3, show=False) as bar:
@@ -37,13 +32,14 @@ class Progress:
         self.title, self.total, self.start, self.done = title, total, start, start
         self.console = Console(quiet=not show)
         self._in_lines = not self.console.is_terminal or self.console.is_jupyter
+        whole = Column(no_wrap=True)  # on a narrow terminal only the bar shrinks
         self._bar = progress.Progress(
-            progress.TextColumn("[bold]{task.description}", table_column=_column()),
+            progress.TextColumn("[bold]{task.description}", table_column=whole),
             progress.BarColumn(),
-            progress.MofNCompleteColumn(table_column=_column()),
-            progress.TimeElapsedColumn(table_column=_column()),
-            progress.TextColumn("left", table_column=_column()),
-            progress.TimeRemainingColumn(table_column=_column()),
+            progress.MofNCompleteColumn(table_column=whole),
+            progress.TimeElapsedColumn(table_column=whole),
+            progress.TextColumn("left", table_column=whole),
+            progress.TimeRemainingColumn(table_column=whole),
             console=self.console,
             disable=not show or self._in_lines,
         )
@@ -54,12 +50,7 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def advance(self, units: int = 1) -> None:
@@ -69,25 +60,14 @@ class Progress:
         now = time.monotonic()
         wait = _FIRST if self._spoke == self._began else _BETWEEN
         if self._in_lines and now - self._spoke >= wait:
-            self._spoke = now
-            passed = now - self._began
+            self._spoke, passed = now, now - self._began
             left = passed / (self.done - self.start) * (self.total - self.done)
-            self.console.print(
-                f"{self.title}: {self.done} of {self.total}, {_time(passed)} passed, about "
-                f"{_time(left)} left",
-                highlight=False,
-            )
+            passed, left = (timedelta(seconds=round(seconds)) for seconds in (passed, left))
+            line = f"{self.title}: {self.done} of {self.total}, {passed} passed, about {left} left"
+            self.console.print(line, highlight=False)
 
     def counting(self, units: Iterable[T]) -> Iterator[T]:
         """Yield units of work, and count each when the next is asked for."""
         for unit in units:
             yield unit
             self.advance()
-
-
-def _column() -> Column:
-    return Column(no_wrap=True)  # on a narrow terminal only the bar shrinks
-
-
-def _time(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

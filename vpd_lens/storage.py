@@ -40,11 +40,7 @@ _RESTORE = "Restore it from a copy, or make it again."
 
 
 class Record(BaseModel):
-    """What an artefact says in JSON; every kind of artefact is a subclass.
-
-    Attributes:
-        kind: What it is, in one or two words: `"decomposition"`, `"graph"`.
-    """
+    """What an artefact says in JSON; every kind of artefact is a subclass that names its `kind`."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", ser_json_inf_nan="constants", protected_namespaces=()
@@ -59,11 +55,7 @@ R = TypeVar("R", bound=Record)
 class Artefact(Generic[R]):
     """A folder that has been opened: its record is checked, its other files are when read.
 
-    Attributes:
-        folder: Where it lies.
-        record: What it says.
-        files: SHA-256 of every other file; empty where version 1 recorded none.
-        vpd_lens_version: What wrote it.
+    `files` has the SHA-256 of every other file, `vpd_lens_version` is what wrote it.
     """
 
     folder: Path
@@ -72,15 +64,11 @@ class Artefact(Generic[R]):
     vpd_lens_version: str
 
     def file(self, name: str) -> Path:
-        """The path of one of its files.
-
-        Raises:
-            ArtefactError: If its content does not match its checksum, or there is none of it.
-        """
+        """The path of one of its files, once its content has been found to match its checksum."""
         path = self.folder / name
         if name not in self.files:
             raise ArtefactError(f"{path}: {RECORD} lists no checksum of it. {_RESTORE}")
-        if self.files[name] and file_hash(path) != self.files[name]:
+        if file_hash(path) != self.files[name]:
             raise ArtefactError(
                 f"{path}: its content does not match its checksum; it is truncated or was "
                 f"changed. {_RESTORE}"
@@ -92,12 +80,7 @@ class Artefact(Generic[R]):
     ) -> dict[str, Tensor]:
         """The tensors of `<name>.safetensors`, on the CPU and mapped from the file.
 
-        Args:
-            name: The file's name without its ending.
-            shapes: The names and shapes that it must have; `None`: any.
-
-        Raises:
-            ArtefactError: If the file is missing, damaged, or has other tensors.
+        They must have the names and `shapes` given; `None`: any.
         """
         path = self.file(f"{name}.safetensors")
         try:
@@ -112,11 +95,7 @@ class Artefact(Generic[R]):
 def require_shapes(
     where: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
 ) -> None:
-    """Check that tensors are exactly those expected.
-
-    Raises:
-        ArtefactError: Naming one that is missing, unknown, or of another shape.
-    """
+    """Check that tensors have exactly the names and shapes expected; the message names one."""
     for name in sorted(shapes.keys() | tensors.keys()):
         got = list(tensors[name].shape) if name in tensors else "missing"
         expected = list(shapes[name]) if name in shapes else "no such tensor"
@@ -133,16 +112,13 @@ def write(
     tensors: Mapping[str, Mapping[str, Tensor]],
     beside: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Write an artefact, whole or not at all.
+    """Write an artefact, whole or not at all; returns its folder.
 
     Args:
         path: Its folder; an earlier one of the same kind is replaced once this one is complete.
         record: What it says.
         tensors: Tensors by name, for each `<name>.safetensors`.
         beside: Writes further files into the folder that it is given.
-
-    Returns:
-        The folder.
 
     Raises:
         ArtefactError: If the folder holds anything else, or cannot be written; it is as before.
@@ -179,18 +155,14 @@ def write(
 
 
 def read(path: str | Path, record_type: type[R]) -> Artefact[R]:
-    """Open an artefact, and check its record.
-
-    Args:
-        path: Its folder, or the output of a training run that has it inside.
-        record_type: What it should be.
+    """Open an artefact, or that inside the output of a training run, and check its record.
 
     Raises:
         ArtefactError: If it is missing, something else, damaged, incomplete or too new.
     """
     kind = record_type.kind
     folder = _folder_of(Path(path), kind)
-    file = folder / (RECORD if (folder / RECORD).is_file() else _VERSION_1[kind].record)
+    file = folder / (RECORD if (folder / RECORD).is_file() else _VERSION_1[kind][0])
     content = read_json(file)
     version = content.get("format_version")
     if version not in (1, FORMAT_VERSION):
@@ -207,7 +179,7 @@ def read(path: str | Path, record_type: type[R]) -> Artefact[R]:
         artefact = Artefact(folder, record, content["files"], content["vpd_lens_version"])
     except ValidationError as error:
         raise ArtefactError(f"{file}: damaged, or changed by hand: {_problems(error)}.") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtefactError(f"{file}: damaged, or changed by hand ({error!r}).") from None
     for part in folder.glob("*.safetensors"):
         if part.name not in artefact.files:
@@ -219,11 +191,7 @@ def read(path: str | Path, record_type: type[R]) -> Artefact[R]:
 
 
 def existing_folder(path: Path) -> Path:
-    """`path`, or the previous version if an interruption fell between two renames.
-
-    Raises:
-        ArtefactError: If neither exists.
-    """
+    """`path`, or the previous version if an interruption fell between two renames."""
     for folder in (path, path.with_name(f".{path.name}.old")):
         if os.path.isdir(folder):  # unlike Path.is_dir, False if the name is too long
             return folder
@@ -231,15 +199,11 @@ def existing_folder(path: Path) -> Path:
 
 
 def kind_of(folder: Path) -> str | None:
-    """What kind of artefact a folder holds; `None` if none.
-
-    Raises:
-        ArtefactError: If its record cannot be read.
-    """
+    """What kind of artefact a folder holds; `None` if none."""
     if (folder / RECORD).is_file():
         return str(read_json(folder / RECORD).get("kind"))
-    for kind, first in _VERSION_1.items():
-        file = folder / first.record
+    for kind, (name, *_) in _VERSION_1.items():
+        file = folder / name
         if file.is_file() and "format_version" in read_json(file):  # others have a config.json, too
             return kind
     return None
@@ -250,27 +214,27 @@ def _folder_of(path: Path, kind: str) -> Path:
     found = kind_of(folder)
     if found == kind:
         return folder
-    in_run = [name for name in ("decomposition", "checkpoint") if kind_of(folder / name) == name]
-    if found is None and kind in in_run:
+    parts = ("decomposition", "checkpoint") if found is None else ()  # of a run's output
+    inside = [name for name in parts if kind_of(folder / name) == name]
+    if kind in inside:
         return folder / kind
     what = f" It holds a {found}." if found is not None else ""
-    if found is None and in_run:
+    if inside:
         what = " It is a run that is not finished: train on with resume=True."
     raise ArtefactError(f"{path}: there is no {kind} in it.{what}")
 
 
 def _require_replaceable(path: Path, kind: str) -> None:
-    if not path.exists():
-        return
     try:
-        replaceable = path.is_dir() and (kind_of(path) == kind or not any(path.iterdir()))
+        empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+        if empty or (path.is_dir() and kind_of(path) == kind):
+            return
     except ArtefactError:
         return  # a damaged one of ours
-    if not replaceable:
-        raise ArtefactError(
-            f"{path}: something else is there, which writing a {kind} would delete. Name another "
-            "place, or delete it."
-        )
+    raise ArtefactError(
+        f"{path}: something else is there, which writing a {kind} would delete. Name another "
+        "place, or delete it."
+    )
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -303,13 +267,9 @@ def _problems(error: ValidationError) -> str:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends without an exception.
+    """A temporary folder that replaces `path` when the block ends without an exception.
 
-    Args:
-        path: The destination; an existing folder there is replaced.
-
-    Raises:
-        ArtefactError: If the disk is full, read-only or the like; nothing is left behind.
+    Otherwise nothing is left behind.
     """
     temporary, previous = (path.with_name(f".{path.name}.{end}") for end in ("new", "old"))
     with disk_errors(path):
@@ -331,11 +291,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file, whole or not at all, in a folder that is made if need be.
-
-    Raises:
-        ArtefactError: If the disk is full, read-only or the like; nothing is left behind.
-    """
+    """Write a UTF-8 file, whole or not at all, in a folder that is made if need be."""
     temporary = path.with_name(f".{path.name}.new")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -356,11 +312,7 @@ def write_json(path: Path, data: Any) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Say of an error of the operating system what could not be written, and what to do.
-
-    Raises:
-        ArtefactError: Instead of it.
-    """
+    """Make an error of the operating system one that says what could not be written."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -379,11 +331,7 @@ def _flush(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ArtefactError: If the file is missing, damaged or not an object.
-    """
+    """Read a JSON object."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -394,11 +342,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def file_hash(path: Path, block_size: int = 1 << 20) -> str:
-    """SHA-256 of a file, read block by block.
-
-    Raises:
-        ArtefactError: If it cannot be read.
-    """
+    """SHA-256 of a file, read block by block."""
     digest, block = hashlib.sha256(), memoryview(bytearray(block_size))
     try:
         with path.open("rb", buffering=0) as file:
@@ -418,37 +362,27 @@ def tensor_hash(tensor: Tensor) -> str:
 # ------------------------------------------------------ version 1 (vpd_lens 0.1), upgraded
 
 
-@dataclass(frozen=True)
-class _First:
-    """How version 1 wrote a kind: its record, what is a field of that now, and checksums."""
-
-    record: str
-    hashes: Callable[[Any], dict[str, str]]
-    fields: tuple[str, ...] = ()
-
-
-def _one(name: str) -> Callable[[Any], dict[str, str]]:
-    return lambda sha256: {f"{name}.safetensors": sha256}
-
-
+# Of every kind: its record, and the file whose checksum is all of `sha256` if that is a text.
 _VERSION_1 = {
-    "decomposition": _First("config.json", dict, ("base_model", "metrics")),
-    "checkpoint": _First("checkpoint.json", _one("state")),
-    "graph": _First("graph.json", _one("graph")),
-    "harvest": _First(
-        "harvest.json",
-        lambda sha256: {f"{name}.safetensors": value for name, value in sha256.items()},
-    ),
-    "dataset attributions": _First("attributions.json", _one("attributions")),
-    "model": _First("model.json", lambda _: {"model.safetensors": ""}),  # it had none
+    "decomposition": ("config.json", None),
+    "checkpoint": ("checkpoint.json", "state.safetensors"),
+    "graph": ("graph.json", "graph.safetensors"),
+    "harvest": ("harvest.json", None),
+    "dataset attributions": ("attributions.json", "attributions.safetensors"),
+    "model": ("model.json", None),  # read by `vpd_lens.models`
 }
 
 
 def _from_version_1(folder: Path, kind: str, content: dict[str, Any]) -> dict[str, Any]:
-    first, envelope = _VERSION_1[kind], ("format_version", "vpd_lens_version", "sha256")
+    _, file = _VERSION_1[kind]
+    envelope = ("format_version", "vpd_lens_version", "sha256")
     record = {name: value for name, value in content.items() if name not in envelope}
-    record |= {name: read_json(folder / f"{name}.json") for name in first.fields}
-    for output in record["outputs"] if kind == "graph" else ():
-        output["tokens"] = dict(output["tokens"])  # pairs, and no weights: those are lost
-    sha256 = None if kind == "model" else content["sha256"]
-    return {"vpd_lens_version": "0.1.0", "record": record, "files": first.hashes(sha256)}
+    if kind == "decomposition":
+        record |= {name: read_json(folder / f"{name}.json") for name in ("base_model", "metrics")}
+    if kind == "graph":
+        for output in record["outputs"]:
+            output["tokens"] = dict(output["tokens"])  # pairs, and no weights: those are lost
+    hashes = {file: content["sha256"]} if file else dict(content["sha256"])
+    if kind == "harvest":
+        hashes = {f"{name}.safetensors": value for name, value in hashes.items()}
+    return {"vpd_lens_version": "0.1.0", "record": record, "files": hashes}

@@ -117,9 +117,8 @@ def is_rows(source: Any) -> bool:
     """Whether `rows_of` reads this."""
     if isinstance(source, Mapping):
         return "input_ids" in source
-    if not isinstance(source, Sequence) or isinstance(source, str) or not source:
-        return False
-    row = source[0]
+    some = isinstance(source, Sequence) and not isinstance(source, str) and len(source) > 0
+    row = source[0] if some else None
     return isinstance(row, str) or (
         isinstance(row, list | tuple) and bool(row) and isinstance(row[0], int)
     )

@@ -83,8 +83,7 @@ class BatchSpec:
         if self.seq_len is not None and self.seq_len > (self.n_ctx or math.inf):
             raise InputError(
                 f"seq_len is {self.seq_len}, but the model's context model.cfg.n_ctx is "
-                f"{self.n_ctx}. Pass seq_len={self.n_ctx} or less, or None for the longest that "
-                "fits."
+                f"{self.n_ctx}. Pass no more than that, or None for the longest that fits."
             )
 
     @property
@@ -149,8 +148,8 @@ class BatchSpec:
             )
         if bos is not None and length < 2:
             raise InputError(
-                f"seq_len is {length} with a BOS token in front: no room is left for data. Pass "
-                "seq_len of 2 or more, or prepend_bos=False."
+                f"seq_len is {length} with a BOS token in front: no room is left for data. Pass 2 "
+                "or more, or prepend_bos=False."
             )
         return length
 
@@ -187,15 +186,9 @@ class TokenBatches(Iterator[Batch]):
         self._spec, self._bos = spec, bos
         self._window = (seq_len or 0) - (bos is not None)
         self._left: float = math.inf if spec.n_batches is None else spec.n_batches
-        self._identity = {
-            "kind": type(self).__name__,
-            "batch_size": spec.batch_size,
-            "seq_len": seq_len,
-            "seed": spec.seed,
-            "shuffle": spec.shuffle,
-            "bos": bos,
-            **identity,
-        }
+        common = {"batch_size": spec.batch_size, "seq_len": seq_len, "bos": bos}
+        common |= {"kind": type(self).__name__, "seed": spec.seed, "shuffle": spec.shuffle}
+        self._identity = common | identity
 
     def __next__(self) -> Batch:
         """The wanted rows of the next batch, on the CPU; pinned if the model is on a GPU."""

@@ -77,8 +77,7 @@ def check_batch(given: Any, spec: BatchSpec) -> Batch:
     if not isinstance(tokens, Tensor):
         raise DataError(
             f"source gave a {type(given).__name__}; expected a token tensor [batch, pos], or a "
-            "mapping with input_ids and attention_mask. Map the iterable to its tensors, for "
-            "example (b['tokens'] for b in loader)."
+            "mapping with input_ids and attention_mask, as in (b['tokens'] for b in loader)."
         )
     tokens, shape = tokens.detach().cpu(), list(tokens.shape)
     if tokens.is_inference():  # made in inference_mode; no backward pass may use it

@@ -43,9 +43,8 @@ class DocumentBatches(TokenBatches):
         column = next((c for c in ("tokens", "input_ids", text_column) if c in first), None)
         if column is None:
             raise DataError(
-                f"source ({name}) has the columns {list(first)}; expected 'tokens' or "
-                f"'input_ids', or the text column {text_column!r}. Name the column of text with "
-                "text_column=."
+                f"source ({name}) has the columns {list(first)}; expected 'tokens', 'input_ids' or "
+                f"text in {text_column!r}. Name the column of text with text_column=."
             )
         self._column, self._mask = column, None
         self._encoder: TextEncoder | None = None
@@ -64,19 +63,14 @@ class DocumentBatches(TokenBatches):
         # With the data's own order, a block need not be larger than a batch.
         self._block_rows = BLOCK_ROWS if spec.shuffle else spec.batch_size
         count = len(dataset) if hasattr(dataset, "__len__") else None
-        super().__init__(
-            spec,
-            length,
-            f"{name}: {'streamed' if count is None else count} documents of {what}, rows of "
-            f"{length}",
-            self._encoder and self._encoder.bos,
-            documents=count,
-            column=column,
-            block_rows=self._block_rows,
-        )
-        columns = [column, self._mask] if self._mask else [column]
+        what = f"{'streamed' if count is None else count} documents of {what}, rows of {length}"
+        identity = {"documents": count, "column": column, "block_rows": self._block_rows}
+        bos = self._encoder and self._encoder.bos
+        super().__init__(spec, length, f"{name}: {what}", bos, **identity)
+        if count is not None:  # streams go on with all columns, as their positions were saved
+            dataset = dataset.select_columns([column, self._mask] if self._mask else [column])
         order = None if count is None else lambda epoch: self._order(count, self._generator(epoch))
-        self._examples = _Examples(dataset, columns, order)
+        self._examples = _Examples(dataset, order)
         self._begin({"epoch": 0, "examples": None, "carry": [], "block": 0, "rows": 0})
 
     def _begin(self, start: dict[str, Any]) -> None:
@@ -130,10 +124,8 @@ class DocumentBatches(TokenBatches):
         assert self._encoder is not None
         texts = [example[self._column] for example in examples]
         if strange := [text for text in texts if not isinstance(text, str | None)]:
-            raise DataError(
-                f"source has a {type(strange[0]).__name__} in the column {self._column!r}; "
-                "expected text."
-            )
+            kind = type(strange[0]).__name__
+            raise DataError(f"source has a {kind} in the column {self._column!r}; expected text.")
         stream = np.concatenate([self._carry, self._encoder.encode(texts)])
         if len(stream):
             check_range(stream, self._spec.d_vocab, "a document of source")
@@ -185,19 +177,15 @@ class DocumentBatches(TokenBatches):
 
 
 class _Examples:
-    """Some columns of a dataset, epoch after epoch, from any position.
+    """The examples of a dataset, epoch after epoch, from any position.
 
     A `Dataset` is permuted by `order(epoch)`, a stream keeps its own order. The position is that of
     the `datasets` library, which is exact unless the stream was shuffled: a shuffle buffer is not
     part of it. Then it is a count, and resuming draws that many examples again.
     """
 
-    def __init__(
-        self, dataset: Any, columns: list[str], order: Callable[[int], Tensor] | None
-    ) -> None:
-        self._dataset, self._columns, self._order = dataset.with_format(None), columns, order
-        if order is not None:
-            self._dataset = self._dataset.select_columns(columns)
+    def __init__(self, dataset: Any, order: Callable[[int], Tensor] | None) -> None:
+        self._dataset, self._order = dataset.with_format(None), order
         self._has_position = not _is_shuffled(getattr(dataset, "_ex_iterable", None))
 
     def seek(self, epoch: int, position: dict[str, Any] | int | None = None) -> None:
@@ -219,10 +207,7 @@ class _Examples:
     def read(self, n: int) -> list[dict[str, Any]]:
         """Up to `n` more examples; none at the end of the epoch."""
         with _reading(f"after {self._start['count'] + self._n_read} examples"):
-            examples = [
-                {name: example[name] for name in self._columns}
-                for example in islice(self._iterator, n)
-            ]
+            examples = list(islice(self._iterator, n))
         self._n_read += len(examples)
         return examples
 

@@ -13,6 +13,8 @@ from vpd_lens.data.batches import Batch, BatchSpec, TokenBatches
 from vpd_lens.data.checks import check_batch, checksum
 from vpd_lens.errors import DataError
 
+_ITERABLE = "an iterable (a list, a DataLoader, an object with __iter__)"
+
 
 class IteratorBatches(TokenBatches):
     """Batches of an iterable or iterator, checked and passed through.
@@ -61,8 +63,7 @@ class IteratorBatches(TokenBatches):
             if not self._again:
                 raise DataError(
                     f"source, a {self._kind}, ended after {self._consumed} batches and cannot be "
-                    "started again. Pass an iterable (a list, a DataLoader, an object with "
-                    "__iter__) or an endless generator."
+                    f"started again. Pass {_ITERABLE}, or an endless generator."
                 )
             if not begun:
                 raise DataError("source is an iterable that gives no batches. Is it empty?")
@@ -111,8 +112,7 @@ class IteratorBatches(TokenBatches):
         elif consumed != self._consumed:
             raise DataError(
                 f"source, a {self._kind}, cannot be resumed: it is an iterator without state_dict, "
-                f"and {consumed} batches of it are consumed. Pass an iterable that can be started "
-                "again (a list, a DataLoader, an object with __iter__), or a function "
+                f"and {consumed} batches of it are consumed. Pass {_ITERABLE}, or a function "
                 "f(generator, batch_size)."
             )
 

@@ -121,7 +121,8 @@ class _Measurement:
         self.generator = torch.Generator(device=vpd.device).manual_seed(seed)
         self.sparsity = Sparsity(vpd.layout, thresholds, vpd.device)
         self.modes = reported_modes(rounding)
-        self.divergences, self.cross_entropies, self.hidden = Means(), Means(), Means()
+        self.divergences, self.cross_entropies = Means(), Means()
+        self.hidden = {mode: Means() for mode in WITH_HIDDEN_ERROR}
         self.curves: list[dict[int, float]] = []
         self.predicts_next_token = True
         self.batch_shape: list[int] = []
@@ -141,9 +142,8 @@ class _Measurement:
         self.sparsity.add(importance, real)
         n_positions = math.prod(importance.shape[:-1]) if real is None else int(real.sum())
         divergence = Divergence(output, vpd.divergence, real)
-        self.predicts_next_token &= vpd.divergence == "kl" and predicts_next_token(
-            vpd.model, tokens, output
-        )
+        if vpd.divergence != "kl" or not predicts_next_token(vpd.model, tokens, output):
+            self.predicts_next_token = False
         self._add_cross_entropy("target", output, batch)
         tick()
         for name, (mode, threshold) in self.modes.items():
@@ -151,7 +151,7 @@ class _Measurement:
             if mode in WITH_HIDDEN_ERROR:
                 masked, outputs = vpd.run_recording(masks, tokens, **batch.mask_argument())
                 for site, error in hidden_errors(vpd, inputs, outputs, real).items():
-                    self.hidden.add((mode, site), error, n_positions)
+                    self.hidden[mode].add(site, error, n_positions)
             else:
                 masked = vpd.run(masks, tokens, **batch.mask_argument())
             self.divergences.add(name, float(divergence(masked)), n_positions)
@@ -166,7 +166,7 @@ class _Measurement:
 
     def report(self, seed: int) -> EvalReport:
         """What was measured."""
-        vpd, errors = self.vpd, self.hidden.means()
+        vpd = self.vpd
         steps = sorted(self.curves[0]) if self.curves else ()
         pgd = {str(n): [curve[n] for curve in self.curves] for n in steps}
         return EvalReport(
@@ -175,10 +175,7 @@ class _Measurement:
             l0=self.sparsity.l0(),
             alive=self.sparsity.alive(),
             n_subcomponents=dict(zip(vpd.layout.names, vpd.layout.sizes, strict=True)),
-            hidden_error={
-                mode: {name: errors[mode, name] for name in vpd.layout.names}
-                for mode in WITH_HIDDEN_ERROR
-            },
+            hidden_error={mode: errors.means() for mode, errors in self.hidden.items()},
             delta=delta_sizes(vpd),
             ci_histogram=self.sparsity.histogram.tolist(),
             mean_ci=self.sparsity.sorted_by_site(),

@@ -103,11 +103,9 @@ def l0_plot(figure: Figure, reports: Named) -> None:
     names = list(reports[0][1].n_subcomponents)
     l0 = [next(iter(report.l0.values())) for _, report in reports]
     values = [l0[0][name] for name in names]
-    positions = _site_bars(axes, names, values)
-    _print_values(axes, positions, values, "{:.0f}" if max(values) >= 10 else "{:.1f}")
-    if len(reports) > 1:
-        others = [l0[1].get(name, np.nan) for name in names]
-        axes.hlines(others, positions - 0.4, positions + 0.4, color=INK, linewidth=1.6)
+    others = [values.get(name, np.nan) for values in l0[1:2] for name in names]
+    _site_bars(axes, names, values, marks=others)
+    _print_values(axes, names, values, "{:.0f}" if max(values) >= 10 else "{:.1f}")
     axes.set_ylabel("active per position")
     legend_above(axes, _kind_handles(names))
 
@@ -119,8 +117,8 @@ def alive_plot(figure: Figure, report: EvalReport) -> None:
     names, totals = list(report.n_subcomponents), list(map(float, report.n_subcomponents.values()))
     alive = [report.alive[name] for name in names]
     axes.bar(_site_positions(names), totals, 0.8, color=GRID, edgecolor=MUTED, linewidth=0.5)
-    positions = _site_bars(axes, names, alive)
-    _print_values(axes, positions, totals, "{:.0f}", alive)
+    _site_bars(axes, names, alive)
+    _print_values(axes, names, totals, "{:.0f}", alive)
     axes.set_ylabel("subcomponents")
     legend_above(axes, _kind_handles(names))
 
@@ -174,8 +172,7 @@ def hidden_plot(figure: Figure, report: EvalReport) -> None:
     axes = figure.subplots()
     names = list(report.n_subcomponents)
     ci, random = ([report.hidden_error[mode][n] for n in names] for mode in ("ci", "stochastic"))
-    positions = _site_bars(axes, names, ci)
-    axes.hlines(random, positions - 0.4, positions + 0.4, color=INK, linewidth=1.6)
+    _site_bars(axes, names, ci, marks=random)
     axes.set_ylabel("error / mean square")
     bars = Patch(color=MUTED, label="importances as masks")
     legend_above(axes, [bars, Line2D([], [], color=INK, label="random masks")])
@@ -214,11 +211,15 @@ def _site_positions(names: Sequence[str]) -> np.ndarray:
     return np.arange(len(names)) + 0.9 * np.cumsum(new)
 
 
-def _site_bars(axes: Axes, names: Sequence[str], values: Sequence[float]) -> np.ndarray:
-    """One bar per site, labelled by layer; returns their places, `[n_sites]`."""
+def _site_bars(
+    axes: Axes, names: Sequence[str], values: Sequence[float], marks: Sequence[float] = ()
+) -> None:
+    """One bar per site, with a mark across it, labelled by layer."""
     positions, colours = _site_positions(names), _kind_colours(names)
     parts = [_layer_and_kind(name) for name in names]
     axes.bar(positions, values, 0.8, color=[colours[kind] for _, kind in parts])
+    if marks:
+        axes.hlines(marks, positions - 0.4, positions + 0.4, color=INK, linewidth=1.6)
     axes.set_xlim(positions[0] - 0.8, positions[-1] + 0.8)
     places, labels = [], []
     for layer, group in groupby(zip(positions, parts, strict=True), lambda pair: pair[1][0]):
@@ -230,20 +231,19 @@ def _site_bars(axes: Axes, names: Sequence[str], values: Sequence[float]) -> np.
     every = -(-len(places) // _MAX_LABELS)
     axes.set_xticks(places[::every], labels[::every])
     axes.tick_params(axis="x", length=0)
-    return positions
 
 
 def _print_values(
     axes: Axes,
-    positions: np.ndarray,
+    names: Sequence[str],
     heights: Sequence[float],
     form: str,
     values: Sequence[float] | None = None,
 ) -> None:
     """Write values (by default the heights) over bars, unless there are too many."""
-    if len(positions) > _FEW_SITES:
+    if len(names) > _FEW_SITES:
         return
     style = {"textcoords": "offset points", "ha": "center", "fontsize": 7.5, "color": MUTED}
-    for x, height, value in zip(positions, heights, values or heights, strict=True):
+    for x, height, value in zip(_site_positions(names), heights, values or heights, strict=True):
         axes.annotate(form.format(value), (x, height), (0, 2), **style)
     axes.margins(y=0.12)

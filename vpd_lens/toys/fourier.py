@@ -14,31 +14,22 @@ from torch import Tensor
 
 
 def spectrum(f: Float[Tensor, "p *functions"]) -> Float[Tensor, "frequencies *functions"]:
-    """Share of each frequency in functions of one number.
+    """Share of frequencies `1 .. (p - 1) / 2` in the variance of functions of one number.
 
-    Args:
-        f: Values at `0 .. p - 1`; `p` must be odd.
-
-    Returns:
-        Shares of frequencies `1 .. (p - 1) / 2` in the variance. They add up to 1; for a constant
-        function they are 0.
+    `f` are their values at `0 .. p - 1`; `p` must be odd. The shares add up to 1; for a constant
+    function they are 0.
     """
     energy = torch.fft.rfft(f.double(), dim=0).abs().square()
     return _shares(energy[1:], energy[1:].sum(0), energy[0]).to(f.dtype)
 
 
 def pair_spectrum(f: Float[Tensor, "p p *functions"]) -> Float[Tensor, "frequencies *functions"]:
-    """Share of each frequency in functions of two numbers.
+    """Share of frequencies `1 .. (p - 1) / 2` in the variance of functions of two numbers.
 
-    Frequency `k` holds the waves of `k a`, `k b`, `k (a + b)` and `k (a - b)`: all that a product
-    of functions of frequency `k` of one number each can contain, apart from harmonics.
-
-    Args:
-        f: Values at all pairs `(a, b)`; `p` must be odd.
-
-    Returns:
-        Shares of frequencies `1 .. (p - 1) / 2` in the variance. Mixed waves, `k a + l b` with
-        `l` different from `0` and `+-k`, belong to none, so they may add up to less than 1.
+    `f` are their values at all pairs `(a, b)`; `p` must be odd. Frequency `k` holds the waves of
+    `k a`, `k b`, `k (a + b)` and `k (a - b)`: all that a product of functions of frequency `k` of
+    one number each can contain, apart from harmonics. Mixed waves, `k a + l b` with `l` different
+    from `0` and `+-k`, belong to none, so the shares may add up to less than 1.
     """
     p = f.shape[0]
     energy = torch.fft.fft2(f.double(), dim=(0, 1)).abs().square()
@@ -51,23 +42,18 @@ def pair_spectrum(f: Float[Tensor, "p p *functions"]) -> Float[Tensor, "frequenc
 
 
 def logit_waves(logits: Float[Tensor, "p p p"]) -> Float[Tensor, " frequencies"]:
-    """Amplitude with which the logits contain `cos(2 pi k (a + b - c) / p)`, for each `k`.
+    """Amplitude of `cos(2 pi k (a + b - c) / p)` in the logits `[a, b, c]`, in nats.
 
-    Args:
-        logits: For all pairs, `[a, b, c]`.
-
-    Returns:
-        Amplitudes of frequencies `1 .. (p - 1) / 2`, in the logits' unit (nats).
+    `k` are the frequencies `1 .. (p - 1) / 2`.
     """
     profile = _by_distance(logits)
     return 2 / len(profile) * torch.fft.rfft(profile.double()).real[1:].to(logits.dtype)
 
 
 def wave_share(logits: Float[Tensor, "p p p"]) -> float:
-    """Share of the logits' variance that is a function of `a + b - c` alone.
+    """Share of the variance of logits `[a, b, c]` that is a function of `a + b - c` alone.
 
-    Args:
-        logits: For all pairs, `[a, b, c]`. What is the same for all `c` does not count.
+    What is the same for all `c` does not count.
     """
     centred = logits.double() - logits.double().mean(2, keepdim=True)
     return float(_by_distance(centred).square().mean() / centred.square().mean())

@@ -23,24 +23,16 @@ def represented_features(
 
     A feature's strength is how much of its own output the decomposed layers make. A target has
     dropped a feature, as TMS sometimes does, if its strength is below half the median. The rule
-    looks at the target alone, so that it is the same for every method.
-
-    Args:
-        output: The target's output on single-feature inputs.
-        skipped: The output without the decomposed layers (0 for TMS, the input for the residual
-            MLP).
+    looks at the target alone, so that it is the same for every method: at its `output` on
+    single-feature inputs and at that without the decomposed layers, `skipped` (0 for TMS, the
+    input for the residual MLP).
     """
     strength = (output - skipped).diagonal().abs()
     return strength >= 0.5 * strength.median()
 
 
 def alive(importance: Float[Tensor, "batch C"], threshold: float = ALIVE) -> Bool[Tensor, " C"]:
-    """Subcomponents whose importance exceeds `threshold` on some input.
-
-    Args:
-        importance: Causal importances.
-        threshold: What counts as important.
-    """
+    """Subcomponents whose importance exceeds `threshold` on some input."""
     return importance.amax(0) > threshold
 
 
@@ -51,11 +43,7 @@ def cosine_to_features(
 
     Because both are of rank 1, it is `cos(V_c, e_i) cos(U_c, w_i)`: a subcomponent matches only
     if it reads the feature alone and writes its vector; negating both vectors changes nothing.
-
-    Args:
-        v: Read directions in feature coordinates.
-        u: Write directions.
-        features: The true vectors `w_i`, one row per feature.
+    Read directions `v` are in feature coordinates; `features` are the true vectors `w_i`.
     """
     return F.normalize(v, dim=0) * (F.normalize(features, dim=1) @ F.normalize(u, dim=1).T)
 
@@ -63,10 +51,8 @@ def cosine_to_features(
 def mmcs(cosine: Float[Tensor, "n C"]) -> float:
     """Mean max cosine similarity: over features, of the best subcomponent.
 
-    SPD's is that of the vectors alone, `cos(U_c, w_i)`; that of whole matrices is stricter.
-
-    Args:
-        cosine: Cosines of the live subcomponents with the represented features' mechanisms.
+    `cosine` is that of the live subcomponents with the represented features' mechanisms. SPD's is
+    that of the vectors alone, `cos(U_c, w_i)`; that of whole matrices is stricter.
     """
     return float(cosine.amax(1).mean()) if cosine.shape[1] else 0.0
 
@@ -79,11 +65,7 @@ def l2_ratio(
 ) -> float:
     """Mean ratio of the best subcomponent's norm to the true vector's (SPD's ML2R); ideally 1.
 
-    Args:
-        cosine: From `cosine_to_features`.
-        v: Read directions in feature coordinates.
-        u: Write directions.
-        features: The true vectors.
+    The arguments are those and the result of `cosine_to_features`.
     """
     if not cosine.shape[1]:
         return 0.0
@@ -97,15 +79,10 @@ def identity_order(importance: Float[Tensor, "n C"]) -> list[int]:
 
     The first `n` columns are the optimal assignment to the rows (Hungarian algorithm); the others
     follow by falling maximum.
-
-    Args:
-        importance: Importances on one input per feature.
     """
-    rows, columns = linear_sum_assignment(importance.numpy(), maximize=True)
-    matched = dict(zip(rows.tolist(), columns.tolist(), strict=True))
-    first = [matched[row] for row in range(len(importance)) if row in matched]
+    first = linear_sum_assignment(importance.numpy(), maximize=True)[1].tolist()
     by_maximum = importance.amax(0).argsort(descending=True).tolist()
-    return first + [column for column in by_maximum if column not in set(first)]
+    return first + [column for column in by_maximum if column not in first]
 
 
 def identity_ci_error(importance: Float[Tensor, "n C"], tolerance: float) -> int:
@@ -113,10 +90,6 @@ def identity_ci_error(importance: Float[Tensor, "n C"], tolerance: float) -> int
 
     Diagonal entries below `1 - tolerance` plus all other entries above `tolerance`, those of
     columns without a feature included. 0 means one subcomponent per feature and no others.
-
-    Args:
-        importance: Importances on one input per feature.
-        tolerance: What counts as different from 0 and 1.
     """
     ordered = importance[:, identity_order(importance)]
     expected = torch.eye(*ordered.shape, dtype=torch.bool)
@@ -127,13 +100,8 @@ def identity_ci_error(importance: Float[Tensor, "n C"], tolerance: float) -> int
 def dense_ci_error(importance: Float[Tensor, "n C"], rank: int, tolerance: float) -> int:
     """Columns missing from, and entries beyond, a dense block of `rank` subcomponents (SPD).
 
-    Of the `rank` columns with the largest sums each must reach `1 - tolerance` on some input;
-    every entry above `tolerance` in another column counts too.
-
-    Args:
-        importance: Importances on one input per feature.
-        rank: Rank of the mechanism.
-        tolerance: What counts as different from 0 and 1.
+    `rank` is that of the mechanism. Of the `rank` columns with the largest sums each must reach
+    `1 - tolerance` on some input; every entry above `tolerance` in another column counts too.
     """
     ordered = importance[:, importance.sum(0).argsort(descending=True)]
     block, rest = ordered[:, :rank], ordered[:, rank:]

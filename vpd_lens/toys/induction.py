@@ -13,23 +13,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from rich.progress import track
 from torch import Tensor, nn
 
 from vpd_lens.native import native_transformer
+from vpd_lens.toys.models import fit
 
 
 @dataclass(frozen=True)
 class RepeatedTokens:
     """Rows of random tokens that repeat after a random period.
 
-    The period varies, so that attending to a fixed distance does not help. Called with a generator
-    and a batch size, it is a data source for `vpd_lens.train`.
-
-    Attributes:
-        d_vocab: Number of tokens.
-        length: Tokens per row.
-        periods: Shortest and longest period.
+    The period varies between the shortest and the longest of `periods`, so that attending to a
+    fixed distance does not help. Called with a generator and a batch size, it is a data source for
+    `vpd_lens.train`.
     """
 
     d_vocab: int = 32
@@ -58,45 +54,26 @@ class RepeatedTokens:
     def transformer(self, seed: int = 0, n_heads: int = 2) -> nn.Module:
         """Two layers of attention, width 64, no MLPs, no layer norm; its weights are random.
 
-        Args:
-            seed: Seed of the weights.
-            n_heads: Heads per layer; they share the 64 dimensions.
+        The heads of a layer share the 64 dimensions.
         """
-        return native_transformer(
-            seed,
-            n_layers=2,
-            d_model=64,
-            n_ctx=self.length,
-            d_head=64 // n_heads,
-            n_heads=n_heads,
-            attn_only=True,
-            d_vocab=self.d_vocab,
-            normalization_type=None,
-        )
+        sizes = {"n_layers": 2, "d_model": 64, "n_ctx": self.length, "d_vocab": self.d_vocab}
+        attention = {"n_heads": n_heads, "d_head": 64 // n_heads, "attn_only": True}
+        return native_transformer(seed, **sizes, **attention, normalization_type=None)
 
     def train_target(
         self, seed: int = 0, steps: int = 2000, n_heads: int = 2, progress: bool = True
     ) -> nn.Module:
-        """Train the transformer.
-
-        Args:
-            seed: Seed of weights and data.
-            steps: AdamW steps on 64 rows each.
-            n_heads: As for `transformer`.
-            progress: Show a progress bar.
-        """
+        """Train the transformer by AdamW steps on 64 rows each; `seed` is that of the data, too."""
         model = self.transformer(seed, n_heads)
         generator = torch.Generator().manual_seed(seed)
         optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
-        for _ in track(range(steps), "Training the target", disable=not progress):
+
+        def loss() -> Tensor:
             tokens = self(generator, 64)
-            loss = self.loss(model(tokens), tokens)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-        return model.eval()
+            return self.loss(model(tokens), tokens)
+
+        return fit(model, steps, loss, optimiser, schedule, progress)
 
 
 @dataclass(frozen=True)
@@ -117,12 +94,9 @@ class HeadScores:
 def head_scores(
     model: nn.Module, task: RepeatedTokens, tokens: Int[Tensor, "batch pos"]
 ) -> HeadScores:
-    """How much each head does of what the two heads of the circuit do.
+    """How much each head does of what the two heads of the circuit do, on rows of the task.
 
-    Args:
-        model: A transformer, decomposed or not; under `masked`, scores are those of the masks.
-        task: The task.
-        tokens: Rows of it.
+    The model may be decomposed; under `masked`, scores are those of the masks.
     """
     _, cache = model.run_with_cache(tokens)  # type: ignore[operator]
     matches = task.matches(tokens)

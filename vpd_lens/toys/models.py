@@ -9,26 +9,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class SparseFeatures:
     """Batches in which every feature is active independently with a small probability.
 
-    Called with a generator and a batch size, it is a data source for `vpd_lens.train`.
-
-    Attributes:
-        n_features: Number of features.
-        probability: That of a feature being active.
-        low: Active values are uniform between this and 1; 0 for TMS, -1 for the residual MLP.
-        nonzero: Whether inputs without an active feature are left out. A decomposition learns
-            nothing from them: whatever the masks, the output is that of the biases alone.
+    Called with a generator and a batch size, it is a data source for `vpd_lens.train`. Active
+    values are uniform between `low` (0 for TMS, -1 for the residual MLP) and 1. With `nonzero`,
+    inputs without an active feature are left out: a decomposition learns nothing from them, since
+    whatever the masks, the output is that of the biases alone.
     """
 
     n_features: int
@@ -38,18 +39,12 @@ class SparseFeatures:
 
     def __call__(self, generator: torch.Generator, batch_size: int) -> Float[Tensor, "batch n"]:
         """One batch, all of its randomness from `generator`."""
-        if not self.nonzero:
-            return self._draw(generator, batch_size)
-        rows = torch.zeros(0, self.n_features)
+        shape, rows = (batch_size, self.n_features), torch.zeros(0, self.n_features)
         while len(rows) < batch_size:
-            drawn = self._draw(generator, batch_size)
-            rows = torch.cat([rows, drawn[drawn.any(dim=1)]])
+            values = torch.rand(shape, generator=generator) * (1 - self.low) + self.low
+            values = values * (torch.rand(shape, generator=generator) < self.probability)
+            rows = torch.cat([rows, values[values.any(dim=1)] if self.nonzero else values])
         return rows[:batch_size]
-
-    def _draw(self, generator: torch.Generator, n_rows: int) -> Tensor:
-        shape = (n_rows, self.n_features)
-        values = torch.rand(shape, generator=generator) * (1 - self.low) + self.low
-        return values * (torch.rand(shape, generator=generator) < self.probability)
 
 
 def add_relu(x: Float[Tensor, "batch n"]) -> Float[Tensor, "batch n"]:
@@ -61,18 +56,9 @@ class TMS(nn.Module):
     """Toy model of superposition: `relu(h(x W) W^T + b)`, with fewer hidden units than features.
 
     The two matrices are one while the target is trained (`forward_tied`). `untie` then gives the
-    second layer a copy of its own: a decomposition treats the layers as separate sites.
-
-    Args:
-        n_features: Number of features `n`.
-        d_hidden: Hidden units `m`.
-        identity: Whether a fixed identity layer `h` lies between the two (`tms-...-id`).
-        generator: Source of the weights; `None`: PyTorch's global one.
-
-    Attributes:
-        linear1: `[n, m]`, no bias.
-        hidden: The identity `[m, m]`, or `None`.
-        linear2: `[m, n]`, with a bias.
+    second layer a copy of its own: a decomposition treats the layers as separate sites. `h`
+    (`hidden`) is a fixed identity layer, or nothing (`None`); of `linear1` and `linear2` the second
+    has a bias. Without a generator, the weights come from PyTorch's global one.
     """
 
     def __init__(
@@ -95,9 +81,7 @@ class TMS(nn.Module):
     def forward(self, x: Float[Tensor, "batch n"]) -> Float[Tensor, "batch n"]:
         """The network, layer by layer."""
         h = self.linear1(x)
-        if self.hidden is not None:
-            h = self.hidden(h)
-        return F.relu(self.linear2(h))
+        return F.relu(self.linear2(h if self.hidden is None else self.hidden(h)))
 
     def forward_tied(self, x: Float[Tensor, "batch n"]) -> Float[Tensor, "batch n"]:
         """The same function of `linear1.weight` and the bias alone."""
@@ -113,19 +97,10 @@ class TMS(nn.Module):
 class ResidualMLP(nn.Module):
     """Residual MLP blocks between a fixed random embedding and its transpose.
 
-    `r = x W_E; r += relu(r W_in) W_out` per block; the output is `r W_E^T`. The rows of `W_E` are
-    random unit vectors.
-
-    Args:
-        n_features: Number of features `n`.
-        d_embed: Width of the residual stream.
-        d_mlp: Neurons of each block.
-        n_layers: Number of blocks.
-        generator: Source of the weights; `None`: PyTorch's global one.
-
-    Attributes:
-        embedding: `W_E [n, d_embed]`, never trained.
-        layers: The blocks; each has `mlp_in` and `mlp_out`, without biases.
+    `r = x W_E; r += relu(r W_in) W_out` per block; the output is `r W_E^T`. The rows of `W_E`
+    (`embedding`) are random unit vectors, never trained; the blocks, `layers`, have `mlp_in` and
+    `mlp_out` of `d_mlp` neurons, without biases. Without a generator, the weights come from
+    PyTorch's global one.
     """
 
     embedding: Tensor
@@ -141,24 +116,18 @@ class ResidualMLP(nn.Module):
         super().__init__()
         directions = F.normalize(torch.randn(n_features, d_embed, generator=generator), dim=-1)
         self.register_buffer("embedding", directions)
-        self.layers = nn.ModuleList(_Block(d_embed, d_mlp, generator) for _ in range(n_layers))
+        shapes = {"mlp_in": (d_embed, d_mlp), "mlp_out": (d_mlp, d_embed)}
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: _linear(*shape, generator) for name, shape in shapes.items()})
+            for _ in range(n_layers)
+        )
 
     def forward(self, x: Float[Tensor, "batch n"]) -> Float[Tensor, "batch n"]:
         """The network."""
         residual = x @ self.embedding
         for layer in self.layers:
-            residual = residual + layer(residual)
+            residual = residual + layer["mlp_out"](F.relu(layer["mlp_in"](residual)))
         return residual @ self.embedding.T
-
-
-class _Block(nn.Module):
-    def __init__(self, d_embed: int, d_mlp: int, generator: torch.Generator | None) -> None:
-        super().__init__()
-        self.mlp_in = _linear(d_embed, d_mlp, generator)
-        self.mlp_out = _linear(d_mlp, d_embed, generator)
-
-    def forward(self, residual: Tensor) -> Tensor:
-        return self.mlp_out(F.relu(self.mlp_in(residual)))  # type: ignore[no-any-return]
 
 
 def _linear(
@@ -172,21 +141,29 @@ def _linear(
     return layer
 
 
+def fit(
+    model: Model,
+    steps: int,
+    loss: Callable[[], Tensor],
+    optimiser: torch.optim.Optimizer,
+    schedule: LRScheduler,
+    progress: bool = False,
+) -> Model:
+    """Train a target to the end of its schedule; returns it in evaluation mode."""
+    for _ in track(range(steps), "Training the target", disable=not progress):
+        optimiser.zero_grad()
+        loss().backward()
+        optimiser.step()
+        schedule.step()
+    return model.eval()
+
+
 @dataclass(frozen=True)
 class Toy:
     """A network whose mechanisms are known, and the recipe that trains it.
 
-    Attributes:
-        name: As on the command line.
-        build: Makes the untrained network from a generator.
-        data: Its inputs.
-        label: What it learns to output.
-        steps: Training steps of the target.
-        batch_size: Inputs per step.
-        lr: AdamW's learning rate (weight decay 0.01).
-        cosine: Whether the rate falls to 0 along a cosine.
-        dense_sites: Sites that are one mechanism, with its rank; at the others every feature
-            should get one subcomponent of its own.
+    `build` makes the untrained network from a generator. `dense_sites` are those that are one
+    mechanism, with its rank; at the others every feature should get one subcomponent of its own.
     """
 
     name: str
@@ -195,36 +172,30 @@ class Toy:
     label: Callable[[Tensor], Tensor]
     steps: int
     batch_size: int
-    lr: float
-    cosine: bool
+    lr: float  # AdamW's; the weight decay is 0.01
+    cosine: bool  # whether the rate falls to 0 along a cosine
     dense_sites: dict[str, int]
 
     def train_target(self, seed: int) -> TMS | ResidualMLP:
-        """Train the target from scratch; the same seed gives the same weights.
-
-        Args:
-            seed: Seed of initialisation and data.
-        """
+        """Train the target from scratch; the same seed gives the same weights."""
         model = self.build(torch.Generator().manual_seed(seed))
         generator = torch.Generator().manual_seed(seed)
-        tied = isinstance(model, TMS)
-        parameters = (
-            [model.linear1.weight, model.linear2.bias] if tied else list(model.parameters())
-        )
-        forward: Callable[[Tensor], Tensor] = model.forward_tied if tied else model
+        parameters, forward = model.parameters(), model
+        if isinstance(model, TMS):
+            parameters, forward = [model.linear1.weight, model.linear2.bias], model.forward_tied
         optimiser = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01, fused=True)
-        for step in range(self.steps):
-            if self.cosine:
-                rate = 0.5 * self.lr * (1 + math.cos(math.pi * step / self.steps))
-                optimiser.param_groups[0]["lr"] = rate
+
+        def rate(step: int) -> float:
+            return 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.cosine else 1.0
+
+        def loss() -> Tensor:
             x = self.data(generator, self.batch_size)
-            loss = F.mse_loss(forward(x), self.label(x))
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        if tied:
+            return F.mse_loss(forward(x), self.label(x))
+
+        fit(model, self.steps, loss, optimiser, LambdaLR(optimiser, rate))
+        if isinstance(model, TMS):
             model.untie()
-        return model.eval()
+        return model
 
 
 def _tms(n_features: int, d_hidden: int, identity: bool = False) -> Toy:

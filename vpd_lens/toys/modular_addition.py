@@ -7,22 +7,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from rich.progress import track
 from torch import Tensor, nn
 
 from vpd_lens.decomposition import Divergence
 from vpd_lens.native import native_transformer
+from vpd_lens.toys.models import fit
 
 
 def last_position_kl(
     masked: Float[Tensor, "batch pos vocab"], target: Float[Tensor, "batch pos vocab"]
 ) -> Float[Tensor, ""]:
-    """KL of the last position's predictions: nothing was trained to predict at the others.
-
-    Args:
-        masked: Logits under masks.
-        target: Logits of the target.
-    """
+    """KL of the last position's predictions: nothing was trained to predict at the others."""
     return Divergence(target[:, -1], "kl")(masked[:, -1])
 
 
@@ -30,10 +25,8 @@ def last_position_kl(
 class ModularAddition:
     """Rows `(a, b, p)`, where the last is the equals sign; the answer is `(a + b) % p`.
 
-    Called with a generator and a batch size, it is a data source for `vpd_lens.train`.
-
-    Attributes:
-        p: The modulus, an odd prime. The vocabulary is `0 .. p`.
+    Called with a generator and a batch size, it is a data source for `vpd_lens.train`. The modulus
+    `p` is an odd prime, the vocabulary `0 .. p`.
     """
 
     p: int = 59
@@ -64,36 +57,17 @@ class ModularAddition:
         return float((found == self.answers(self.all_rows())).float().mean())
 
     def transformer(self, seed: int = 0, d_model: int = 64, d_mlp: int = 256) -> nn.Module:
-        """One layer, 4 heads, relu neurons, no layer norm; its weights are random.
-
-        Args:
-            seed: Seed of the weights.
-            d_model: Width; the heads share it.
-            d_mlp: Neurons.
-        """
-        return native_transformer(
-            seed,
-            n_layers=1,
-            d_model=d_model,
-            n_ctx=3,
-            d_head=d_model // 4,
-            n_heads=4,
-            d_mlp=d_mlp,
-            d_vocab=self.p + 1,
-            act_fn="relu",
-            normalization_type=None,
-        )
+        """One layer, 4 heads, `d_mlp` relu neurons, no layer norm; its weights are random."""
+        attention = {"n_heads": 4, "d_head": d_model // 4, "n_ctx": 3, "d_vocab": self.p + 1}
+        mlp = {"d_mlp": d_mlp, "act_fn": "relu", "normalization_type": None}
+        return native_transformer(seed, n_layers=1, d_model=d_model, **attention, **mlp)
 
     def train_target(self, seed: int = 0, steps: int = 1500, progress: bool = True) -> nn.Module:
         """Train a transformer until it has understood addition, not just learnt it by heart.
 
         Full batches of 80 % of all pairs, and strong weight decay, make it generalise within a
-        few hundred steps; the rest cleans up.
-
-        Args:
-            seed: Seed of weights and of the pairs that are held out.
-            steps: AdamW steps on all training pairs.
-            progress: Show a progress bar.
+        few hundred of the AdamW steps; the rest cleans up. `seed` is that of the weights and of
+        the pairs that are held out.
         """
         model = self.transformer(seed)
         rows = self.all_rows()
@@ -106,10 +80,8 @@ class ModularAddition:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimiser, lambda step: min(1.0, (step + 1) / 20, 3 * (1 - step / steps))
         )
-        for _ in track(range(steps), "Training the target", disable=not progress):
-            loss = F.cross_entropy(model(rows)[:, -1], answers)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-        return model.eval()
+
+        def loss() -> Tensor:
+            return F.cross_entropy(model(rows)[:, -1], answers)
+
+        return fit(model, steps, loss, optimiser, schedule, progress)
