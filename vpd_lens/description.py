@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vpd_lens.config import CausalImportanceConfig
-from vpd_lens.storage import Artefact, Record, read
+from vpd_lens.storage import Record, read
 
 
 class BaseModelRecord(BaseModel):
@@ -89,24 +89,18 @@ def describe(path: str | Path) -> Group:
     """
     artefact = read(path, DecompositionRecord)
     record = artefact.record
-    parts: list[Any] = [_heading(artefact), _sites(record)]
-    if record.training:
-        parts.append(_pairs("Training", _flat(record.training)))
-    parts.append(_pairs("Base model", record.base_model.model_dump(exclude={"weights"})))
-    if record.metrics:
-        parts.append(_pairs("Metrics", _flat(record.metrics)))
-    return Group(*parts)
-
-
-def _heading(artefact: Artefact[DecompositionRecord]) -> Text:
-    record, base = artefact.record, artefact.record.base_model
+    base = record.base_model
     state = f"trained for {record.trained_steps:,} steps" if record.trained_steps else "untrained"
-    return Text(
+    heading = Text(
         f"{artefact.folder}\nVPD decomposition of {base.model_name or base.model_class}, {state}, "
         f"written by vpd-lens {artefact.vpd_lens_version}\n"
         f"{len(record.sites)} sites, {sum(record.n_subcomponents):,} subcomponents, "
         f"{record.importance.kind} importance function, {record.divergence} divergence\n"
     )
+    tables = {"Training": record.training, "Base model": base.model_dump(exclude={"weights"})}
+    tables["Metrics"] = record.metrics
+    shown = (_pairs(title, _flat(values)) for title, values in tables.items() if values)
+    return Group(heading, _sites(record), *shown)
 
 
 def _sites(record: DecompositionRecord) -> Table:

@@ -266,8 +266,8 @@ def _problems(error: ValidationError) -> str:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that replaces `path` when the block ends without an exception.
+def _replacing(path: Path) -> Iterator[Path]:
+    """Where to make a file or folder that replaces `path` if the block raises no exception.
 
     Otherwise nothing is left behind.
     """
@@ -275,34 +275,34 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
         try:
             yield temporary
             for file in (*temporary.rglob("*"), temporary):
                 _flush(file)
-            if path.exists():
+            if temporary.is_dir() and path.exists():
                 shutil.rmtree(previous, ignore_errors=True)
                 path.rename(previous)
-            temporary.rename(path)
+            temporary.replace(path)
             _flush(path.parent)
             shutil.rmtree(previous, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            if temporary.is_file():
+                temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that replaces `path` if the block raises no exception."""
+    with _replacing(path) as temporary:
+        temporary.mkdir()
+        yield temporary
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file, whole or not at all, in a folder that is made if need be."""
-    temporary = path.with_name(f".{path.name}.new")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            _flush(temporary)
-            temporary.replace(path)
-            _flush(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -13,14 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vpd_lens.data.batches import PAD, Batch, BatchSpec, TokenBatches
-from vpd_lens.data.checks import (
-    check_all_tokens,
-    check_range,
-    is_integer,
-    not_integers,
-    padded_rows,
-    to_tensor,
-)
+from vpd_lens.data.checks import check_range, check_source, padded_rows, require_integers, to_tensor
 from vpd_lens.data.text import TextEncoder
 from vpd_lens.errors import DataError
 
@@ -40,7 +33,7 @@ class ArrayBatches(TokenBatches):
         bos: int | None = None,
         padded: bool = False,
     ) -> None:
-        crc32 = check_all_tokens(tokens, spec.d_vocab, PAD if padded else 0)
+        crc32 = check_source(tokens, spec.d_vocab, PAD if padded else 0)
         stream = tokens.ndim == 1
         if not stream:
             spec.forbid_bos("a 2-D array")
@@ -142,9 +135,7 @@ def token_rows(
 
 def to_array(tokens: Tensor, what: str) -> np.ndarray:
     """A tensor of tokens as an array, which shares its memory if it is on the CPU."""
-    # Here and not only in `check_all_tokens`, because numpy has no bfloat16.
-    if not is_integer(tokens):
-        raise DataError(not_integers(what, tokens.dtype))
+    require_integers(tokens, what)  # before `check_source`, because numpy has no bfloat16
     return tokens.detach().cpu().numpy()
 
 

@@ -22,10 +22,9 @@ CHUNK = 1 << 24
 """Tokens checked at once: bounds the memory that a memory-mapped file takes."""
 
 
-def check_all_tokens(tokens: np.ndarray, d_vocab: int | None, lowest: int = 0) -> int:
+def check_source(tokens: np.ndarray, d_vocab: int | None, lowest: int = 0) -> int:
     """Check a whole source `[n_tokens]` or `[rows, pos]` in chunks; returns its CRC-32."""
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise DataError(not_integers("source", tokens.dtype))
+    require_integers(tokens, "source")
     if tokens.ndim not in (1, 2):
         raise DataError(
             f"source has shape {list(tokens.shape)}; expected tokens [rows, pos] or a stream "
@@ -86,8 +85,7 @@ def check_batch(given: Any, spec: BatchSpec) -> Batch:
         if tokens.ndim < 2:
             raise DataError(f"source gave a batch of shape {shape}; expected [batch, features].")
         return Batch(tokens)
-    if not is_integer(tokens):
-        raise DataError(not_integers("a batch of source", tokens.dtype))
+    require_integers(tokens, "a batch of source")
     if tokens.ndim != 2 or tokens.numel() == 0:
         raise DataError(f"source gave a batch of shape {shape}; expected tokens [batch, pos].")
     if spec.seq_len is not None and shape[1] != spec.seq_len:
@@ -125,8 +123,7 @@ def padded_rows(rows: Iterable[np.ndarray], length: int) -> Int64[np.ndarray, "r
 
 def to_tensor(array: np.ndarray) -> Tensor:
     """An array as a tensor; integers of any width (also unsigned ones) as int64."""
-    if np.issubdtype(array.dtype, np.integer):
-        array = array.astype(np.int64)
+    array = array.astype(np.int64) if is_integer(array) else array
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
@@ -135,14 +132,18 @@ def checksum(tokens: Tensor) -> int:
     return zlib.crc32(tokens.contiguous().numpy().data)
 
 
-def is_integer(tensor: Tensor) -> bool:
-    """Whether a tensor holds whole numbers."""
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+def is_integer(tokens: Tensor | np.ndarray) -> bool:
+    """Whether these are whole numbers."""
+    kind = tokens.dtype
+    if isinstance(kind, torch.dtype):
+        return not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+    return np.issubdtype(kind, np.integer)
 
 
-def not_integers(what: str, dtype: Any) -> str:
-    """The message about a dtype that cannot be tokens."""
-    return (
-        f"{what} has dtype {dtype}; expected integers (token numbers). For a toy model without "
-        "vocabulary pass an iterable or a function that gives float batches."
-    )
+def require_integers(tokens: Tensor | np.ndarray, what: str) -> None:
+    """Refuse a dtype that cannot be tokens."""
+    if not is_integer(tokens):
+        raise DataError(
+            f"{what} has dtype {tokens.dtype}; expected integers (token numbers). For a toy model "
+            "without vocabulary pass an iterable or a function that gives float batches."
+        )

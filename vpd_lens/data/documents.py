@@ -251,7 +251,7 @@ def is_dataset(source: Any) -> bool:
     return datasets is not None and isinstance(source, datasets.Dataset | datasets.IterableDataset)
 
 
-def is_saved_dataset(path: Path) -> bool:
+def is_saved(path: Path) -> bool:
     """Whether `save_to_disk` wrote this directory."""
     one_split = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
     return one_split or (path / "dataset_dict.json").is_file()
@@ -280,7 +280,7 @@ def load_hf(source: str) -> Any:
     name, split = source.removeprefix("hf:"), "train"
     if ":" in name and not Path(name).exists():
         name, split = name.rsplit(":", 1)
-    if is_saved_dataset(Path(name)):
+    if is_saved(Path(name)):
         return load_saved(Path(name), split)
     with _explained(
         f"source is {source!r}, but datasets.load_dataset({name!r}, split={split!r}) failed",

@@ -11,13 +11,7 @@ from torch import Tensor
 
 from vpd_lens.data.arrays import ArrayBatches, is_rows, load_tokens, rows_of, to_array
 from vpd_lens.data.batches import BatchSpec, TokenBatches
-from vpd_lens.data.documents import (
-    DocumentBatches,
-    is_dataset,
-    is_saved_dataset,
-    load_hf,
-    load_saved,
-)
+from vpd_lens.data.documents import DocumentBatches, is_dataset, is_saved, load_hf, load_saved
 from vpd_lens.data.iterables import FunctionBatches, IteratorBatches
 from vpd_lens.data.text import TextEncoder, tokenize_files
 from vpd_lens.errors import DataError
@@ -157,7 +151,7 @@ def _batches(source: Any, spec: BatchSpec, text_column: str) -> TokenBatches:
 def _from_path(path: Path, spec: BatchSpec, text_column: str) -> TokenBatches:
     if path.suffix in (".npy", ".safetensors"):
         return ArrayBatches(load_tokens(path), spec, str(path))
-    if is_saved_dataset(path):
+    if is_saved(path):
         return DocumentBatches(load_saved(path), spec, text_column, str(path))
     encoder = TextEncoder(spec)
     tokens, description = tokenize_files(path, encoder)

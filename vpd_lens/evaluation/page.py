@@ -53,7 +53,8 @@ def render(
         beside_name=beside_name,
         unit=unit,
         threshold=next(iter(report.l0)),
-        cards=_cards(report, beside, unit),
+        cards=_cards(report, report, unit),
+        other_cards=_cards(beside, report, unit) if beside else {},
         about=_MODES,
         worst=max(row["kl"] for row in report.modes.values()) or 1.0,
         number=number,
@@ -61,37 +62,23 @@ def render(
     )
 
 
-def _cards(report: EvalReport, beside: EvalReport | None, unit: str) -> list[dict[str, str]]:
-    """The headline figures: label, what it is, its value, and the other report's."""
-    of, threshold = f"of {sum(report.n_subcomponents.values()):,}", next(iter(report.l0))
-    attack = headline_attack(report)
-
-    def values(r: EvalReport | None) -> list[str]:
-        if r is None:
-            return [""] * len(labels)
-        return [
-            number(r.modes["unmasked"]["kl"]),
-            number(r.modes["stochastic"]["kl"]),
-            *([number(r.pgd.get(attack, {}).get("mean"))] if attack else []),
-            number(r.l0.get(threshold, {}).get("total"), "{:,.1f}"),
-            number(r.alive["total"], "{:,.0f}"),
-            number(r.delta["total"]["relative"], "{:.1%}"),
-        ]
-
-    labels = {
-        f"Unmasked {unit}": "every subcomponent on",
-        f"Stochastic {unit}": "under random ablation",
-        **({f"PGD-{attack} {unit}": "under adversarial ablation"} if attack else {}),
-        "L0": f"{of} active",
-        "Alive": f"{of} in use",
-        "Delta": "of the weights left over",
+def _cards(report: EvalReport, of: EvalReport, unit: str) -> dict[str, tuple[str, str]]:
+    """What the headline figures of a page on `of` are called, what they say, and `report`'s."""
+    attack, threshold = headline_attack(of), next(iter(of.l0))
+    total = f"of {sum(of.n_subcomponents.values()):,}"
+    l0, pgd = report.l0.get(threshold, {}), report.pgd.get(attack or "", {})
+    cards = {
+        f"Unmasked {unit}": ("every subcomponent on", number(report.modes["unmasked"]["kl"])),
+        f"Stochastic {unit}": ("under random ablation", number(report.modes["stochastic"]["kl"])),
     }
-    return [
-        {"label": label, "hint": hint, "value": value, "beside": other}
-        for (label, hint), value, other in zip(
-            labels.items(), values(report), values(beside), strict=True
-        )
-    ]
+    if attack:
+        cards[f"PGD-{attack} {unit}"] = ("under adversarial ablation", number(pgd.get("mean")))
+    delta = number(report.delta["total"]["relative"], "{:.1%}")
+    return cards | {
+        "L0": (f"{total} active", number(l0.get("total"), "{:,.1f}")),
+        "Alive": (f"{total} in use", number(report.alive["total"], "{:,.0f}")),
+        "Delta": ("of the weights left over", delta),
+    }
 
 
 def headline_attack(report: EvalReport) -> str | None:
