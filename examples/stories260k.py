@@ -24,8 +24,8 @@ from torch import Tensor
 
 import vpd_lens
 from recorded.run import Run, Target, load_decomposed, perform
+from vpd_lens.config import MinimalityConfig, VPDConfig
 from vpd_lens.storage import file_hash
-from vpd_lens.training import MinimalityConfig, VPDConfig
 
 console = Console()
 

@@ -20,9 +20,8 @@ from vpd_lens.native import native_transformer
 from vpd_lens.training import VPDConfig, forwards, losses, train
 from vpd_lens.training.checkpoint import CheckpointRecord
 from vpd_lens.training.compaction import compact, compact_when_due, survivors
-from vpd_lens.training.losses import faithfulness
+from vpd_lens.training.losses import StepImportance, faithfulness
 from vpd_lens.training.step import Stepper, warm_up_faithfulness
-from vpd_lens.training.window import StepImportance
 
 IMPORTANCES = [
     CausalImportanceConfig(d_model=16, n_blocks=1, n_heads=2, d_ffn=32),
@@ -212,7 +211,7 @@ def test_the_state_of_what_stays_is_untouched(kind, importance, tokens):
             if parameter in rows and was.ndim:
                 was = was.index_select(*rows[parameter])
             assert torch.equal(is_now, was)
-    assert trained.window.total.shape == (vpd.layout.total,) != (old.total,)
+    assert trained.window.shape == (vpd.layout.total,) != (old.total,)
     losses, importance = trained.step(tokens[8:12], 2)
     assert importance.whole().shape[-1] == vpd.layout.total
     assert torch.isfinite(losses["total"])
@@ -338,11 +337,11 @@ def test_the_window_is_the_mean_over_positions_and_steps(tokens):
         return compact_when_due(trained, StepImportance([(g, None)]), done)
 
     assert [due(g, 1 + i) for i, g in enumerate(seen[:2])] == [0, 0]
-    torch.testing.assert_close(trained.window.total / 3, seen[:2].sum((0, 1, 2)) / (3 * 4 * 8))
+    torch.testing.assert_close(trained.window / 3, seen[:2].sum((0, 1, 2)) / (3 * 4 * 8))
     assert due(seen[2], 3) == 1
     columns = [c for c in range(seen.shape[-1]) if c != 5]
     assert trained.vpd.subcomponents.original[1] == [1, 2, 3, 4]
-    assert trained.window.total.count_nonzero() == 0
+    assert trained.window.count_nonzero() == 0
     # In the second window column 6 of before is active, column 7 no more.
     seen[3:, ..., 7] = 0
     assert [due(g[..., columns], 4 + i) for i, g in enumerate(seen[3:])] == [0, 0, 1]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from vpd_lens.config import AdversaryConfig, MinimalityConfig, OptimiserConfig
 from vpd_lens.decomposition import CausalImportanceConfig, Divergence, Layout
 from vpd_lens.decomposition.adversary import ascend, shared_sources
 from vpd_lens.decomposition.attach import attach
@@ -30,7 +31,6 @@ from vpd_lens.decomposition.masks import (
 )
 from vpd_lens.decomposition.subcomponents import Subcomponents, paper_count
 from vpd_lens.sites.discovery import module_sites
-from vpd_lens.training import AdversaryConfig, MinimalityConfig, OptimiserConfig
 from vpd_lens.training.adversary import PersistentAdversary
 from vpd_lens.training.losses import (
     faithfulness,

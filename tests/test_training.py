@@ -13,6 +13,7 @@ import torch
 from conftest import tiny_bridge
 
 from vpd_lens import load, remove, storage
+from vpd_lens.config import OptimiserConfig, VPDConfig
 from vpd_lens.decomposing import decompose
 from vpd_lens.decomposition import CausalImportanceConfig, Divergence
 from vpd_lens.decomposition.attach import attach
@@ -20,7 +21,7 @@ from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.masks import uniform_sources
 from vpd_lens.decomposition.subcomponents import align
 from vpd_lens.errors import ArtefactError, ConfigError, NonFiniteLossError
-from vpd_lens.training import OptimiserConfig, VPDConfig, train
+from vpd_lens.training import train
 from vpd_lens.training.checkpoint import CheckpointRecord
 from vpd_lens.training.distributed import ALONE
 from vpd_lens.training.log import Diagnostics, TrainingWarning
@@ -66,7 +67,7 @@ def test_one_step_is_the_paper_s_step(tokens):
     before = torch.Generator().set_state(stepper.generator.get_state())
     sources = [leaf.detach().clone() for leaf in stepper.adversary.leaves()]
     seen = {}
-    stepper._update = lambda losses, n: seen.update(
+    stepper._update = lambda losses, *_: seen.update(
         losses=losses, source=[leaf.grad.clone() for leaf in stepper.adversary.leaves()]
     )
     stepper.config = cfg.replaced({"adversary.inner_steps": 0})
@@ -240,9 +241,8 @@ def looked_at(stepper, tokens):
 
 def test_importances_are_constant_in_the_inner_steps_and_weights_get_no_gradient(tokens):
     stepper = fresh_stepper()
-    stepper._schedule(0)
     part = looked_at(stepper, tokens[:4])
-    stepper._refine_adversary([part], 4)
+    stepper._refine_adversary([part], 4, 0)
     assert all(p.grad is None for p in stepper.vpd.parameters())
     assert all(p.grad is None for p in stepper.vpd.model.parameters())
 
@@ -600,14 +600,13 @@ def test_bf16_masks_follow_the_fp32_step(tokens):
 def test_bf16_sources_attack_as_well(tokens):
     gains = []
     for dtype in ("float32", "bfloat16"):
-        stepper = fresh_stepper({"mask_dtype": dtype, "adversary": {"inner_steps": 1}})
-        stepper._schedule(0)
+        adversary = {"inner_steps": 1, "lr": 0.05, "lr_warmup": 0.0}
+        stepper = fresh_stepper({"mask_dtype": dtype, "adversary": adversary})
         part = looked_at(stepper, tokens[:4])
         g = part.z.detach().clamp(0, 1).to(stepper.mask_dtype)
         reached = []
         for _ in range(40):
-            stepper._refine_adversary([part], 4)
-            stepper.adversary.set_lr(0.05)
+            stepper._refine_adversary([part], 4, 0)
             reached.append(float(stepper._adversarial(part, g).detach()))
         assert all(leaf.min() >= 0 and leaf.max() <= 1 for leaf in stepper.adversary.leaves())
         assert reached[-1] > 2 * reached[0]

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from vpd_lens import __version__
-from vpd_lens.cli.analyse import graph_command, harvest_command
-from vpd_lens.cli.evaluate import eval_command, info_command
+from vpd_lens.cli.analyse import eval_command, graph_command, harvest_command, info_command
 from vpd_lens.cli.plan import plan_command
 from vpd_lens.cli.train import init_command, train_command
 
@@ -22,17 +22,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = {
-    "init": init_command,
-    "plan": plan_command,
-    "train": train_command,
-    "eval": eval_command,
-    "info": info_command,
-    "harvest": harvest_command,
-    "graph": graph_command,
-}
-for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+for _command in (
+    init_command,
+    plan_command,
+    train_command,
+    eval_command,
+    info_command,
+    harvest_command,
+    graph_command,
+):
+    app.command(_command.__name__.removesuffix("_command"))(_command)
 
 
 def main() -> None:
@@ -50,8 +49,7 @@ def _show_version(wanted: bool) -> bool:
 @app.callback()
 def _options(
     version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     pass

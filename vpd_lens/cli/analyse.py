@@ -1,11 +1,11 @@
-"""`vpd-lens graph` and `vpd-lens harvest`."""
+"""`vpd-lens eval`, `info`, `graph` and `harvest`: what is done with a saved decomposition."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from vpd_lens.cli.options import (
     QUICKSTART,
@@ -20,40 +20,105 @@ from vpd_lens.cli.options import (
     SeqLen,
     load_decomposed,
     readable_errors,
+    require_folder,
     say,
     show,
+    write_report,
 )
-from vpd_lens.errors import InputError
+from vpd_lens.errors import ConfigError, InputError
+
+
+def eval_command(
+    decomposition: Decomposed,
+    model: Model,
+    data: Annotated[str, Option(help="Held-out data: path, or hf:NAME.")],
+    n_batches: Annotated[int, Option(min=1, help="Batches.")] = 8,
+    batch_size: BatchSize = 16,
+    seq_len: SeqLen = None,
+    pgd_steps: Annotated[
+        str, Option(help="Steps of the adversary, separated by commas; `none` skips it.")
+    ] = "20,40,80,160,320",
+    html: Annotated[Path | None, Option(help="Write the report as one HTML page.")] = None,
+    json: Annotated[Path | None, Option(help="Write all figures as JSON.")] = None,
+    beside: Annotated[
+        Path | None, Option(help="JSON of another report, shown next to this one.")
+    ] = None,
+    beside_name: Annotated[str, Option(help="What to call it.")] = "beside",
+    model_class: ModelClassName = "auto",
+    processing: ProcessingName = "default",
+    seed: Annotated[int, Option(help="Seed of masks and adversary.")] = 0,
+    device: Device = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a saved decomposition and print the tables."""
+    with readable_errors(debug):
+        steps = _step_counts(pgd_steps)
+        require_folder(decomposition)
+
+        from vpd_lens.evaluation import EvalReport, evaluate
+
+        other = EvalReport.from_json(beside) if beside else None
+        report = evaluate(
+            load_decomposed(decomposition, model, model_class, device, processing),
+            data,
+            n_batches=n_batches,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            pgd_steps=steps,
+            seed=seed,
+            progress=not quiet,
+        )
+        show(report.tables(other, beside_name), quiet)
+        write_report(report, json, html, str(decomposition), other, beside_name)
+
+
+def info_command(decomposition: Decomposed, debug: Debug = False) -> None:
+    """Say what a saved decomposition is, without loading its model."""
+    with readable_errors(debug):
+        require_folder(decomposition)
+
+        from vpd_lens.description import describe
+
+        show(describe(decomposition), quiet=False)
+
+
+def _step_counts(text: str) -> tuple[int, ...]:
+    if text.strip().lower() in ("", "none"):
+        return ()
+    try:
+        steps = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        steps = (-1,)
+    if min(steps) < 0:
+        raise ConfigError(f"--pgd-steps {text!r}: expected numbers separated by commas, or none.")
+    return steps
 
 
 def graph_command(
-    prompt: Annotated[str, typer.Argument(help="The prompt.")],
-    decomposition: Annotated[Path, typer.Option(help="A saved decomposition, or a run.")] = (
+    prompt: Annotated[str, Argument(help="The prompt.")],
+    decomposition: Annotated[Path, Option(help="A saved decomposition, or a run.")] = (
         QUICKSTART / "vpd"
     ),
     model: Model = str(QUICKSTART / "target"),
     target: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="TOKEN", help="Token to explain; may be repeated. Default: the likeliest."
-        ),
+        Option(metavar="TOKEN", help="Token to explain; may be repeated. Default: the likeliest."),
     ] = None,
-    position: Annotated[int, typer.Option(help="After which token of the prompt.")] = -1,
+    position: Annotated[int, Option(help="After which token of the prompt.")] = -1,
     prune: Annotated[
-        str | None,
-        typer.Option(help="adversarial, stochastic or ci: keep what the one target needs."),
+        str | None, Option(help="adversarial, stochastic or ci: keep what the one target needs.")
     ] = None,
     frozen: Annotated[
-        bool, typer.Option("--frozen", help="Hold norms, patterns and gains: edges add up.")
+        bool, Option("--frozen", help="Hold norms, patterns and gains: edges add up.")
     ] = False,
     keep: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1.0, help="Keep nodes that hold this share of influence."),
+        float | None, Option(min=0.0, max=1.0, help="Keep nodes that hold this share of influence.")
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page to explore.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Write a directory to load again.")] = None,
+    html: Annotated[Path | None, Option(help="Write a page to explore.")] = None,
+    save: Annotated[Path | None, Option(help="Write a directory to load again.")] = None,
     harvest: Annotated[
-        Path | None, typer.Option(help="What `vpd-lens harvest` wrote; examples for the page.")
+        Path | None, Option(help="What `vpd-lens harvest` wrote; examples for the page.")
     ] = None,
     model_class: ModelClassName = "auto",
     processing: ProcessingName = "default",
@@ -103,26 +168,26 @@ def _unescaped(text: str) -> str:
 def harvest_command(
     decomposition: Decomposed,
     model: Model,
-    data: Annotated[str, typer.Option(help="Text or tokens: path, or hf:NAME.")],
-    output: Annotated[Path, typer.Option(help="Directory of the results.")],
-    n_batches: Annotated[int, typer.Option(min=1, help="Batches in all.")] = 500,
+    data: Annotated[str, Option(help="Text or tokens: path, or hf:NAME.")],
+    output: Annotated[Path, Option(help="Directory of the results.")],
+    n_batches: Annotated[int, Option(min=1, help="Batches in all.")] = 500,
     batch_size: BatchSize = 16,
     seq_len: SeqLen = None,
     sites: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Names of the sites; default: all.")
+        str | None, Option(metavar="A,B,...", help="Names of the sites; default: all.")
     ] = None,
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Importance above which a subcomponent fires.")
+        float, Option(min=0, max=1, help="Importance above which a subcomponent fires.")
     ] = 0.1,
-    n_top: Annotated[int, typer.Option(min=1, help="Top examples of each.")] = 10,
-    n_random: Annotated[int, typer.Option(min=1, help="Random examples of each.")] = 20,
-    context: Annotated[int, typer.Option(min=0, help="Tokens on either side.")] = 20,
-    memory_limit: Annotated[float, typer.Option(help="Largest size of the tables, in GiB.")] = 4.0,
+    n_top: Annotated[int, Option(min=1, help="Top examples of each.")] = 10,
+    n_random: Annotated[int, Option(min=1, help="Random examples of each.")] = 20,
+    context: Annotated[int, Option(min=0, help="Tokens on either side.")] = 20,
+    memory_limit: Annotated[float, Option(help="Largest size of the tables, in GiB.")] = 4.0,
     model_class: ModelClassName = "auto",
     processing: ProcessingName = "default",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random examples.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed of the random examples.")] = 0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from what is in the output directory.")
+        bool, Option("--resume", help="Go on from what is in the output directory.")
     ] = False,
     device: Device = None,
     quiet: Quiet = False,

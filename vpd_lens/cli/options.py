@@ -10,28 +10,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from vpd_lens.errors import ArtefactError, TrainingInterrupted, VPDError
 
-RunFilePath = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run file.")]
+RunFilePath = Annotated[Path, Argument(metavar="RUN.YAML", help="The run file.")]
 Decomposed = Annotated[
-    Path, typer.Argument(metavar="DECOMPOSITION", help="A saved decomposition, or a run.")
+    Path, Argument(metavar="DECOMPOSITION", help="A saved decomposition, or a run.")
 ]
-Model = Annotated[
-    str, typer.Option(metavar="SOURCE", help="Its base model: a directory, or a name.")
-]
-ModelClassName = Annotated[str, typer.Option(help="auto, hooked_transformer or bridge.")]
-ProcessingName = Annotated[str, typer.Option(help="default, none or full.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per batch.")]
+Model = Annotated[str, Option(metavar="SOURCE", help="Its base model: a directory, or a name.")]
+ModelClassName = Annotated[str, Option(help="auto, hooked_transformer or bridge.")]
+ProcessingName = Annotated[str, Option(help="default, none or full.")]
+BatchSize = Annotated[int, Option(min=1, help="Sequences per batch.")]
 SeqLen = Annotated[
-    int | None, typer.Option(min=1, help="Tokens per sequence; default: the model's context.")
+    int | None, Option(min=1, help="Tokens per sequence; default: the model's context.")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N; default: CUDA if there is.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Device = Annotated[str | None, Option(help="cpu, cuda, cuda:N; default: CUDA if there is.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Print nothing but errors.")]
+Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         "--set",
         metavar="PATH=VALUE",
         help="Replace one value of the run file; may be repeated. PATH is a dotted path in the "
@@ -52,18 +51,13 @@ def readable_errors(debug: bool) -> Iterator[None]:
     except VPDError as error:
         if debug:
             raise
-        if isinstance(error, TrainingInterrupted):
-            text, code = str(error), INTERRUPTED
-        else:  # what Python calls resume=True
-            text, code = str(error).replace("resume=True", "--resume"), BAD_INPUT
-        typer.echo(_name() + text, err=True)
-        raise typer.Exit(code) from None
-
-
-def _name() -> str:
-    """The program, and which process of a job this is."""
-    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return f"vpd-lens, process {os.environ.get('RANK')}: " if many else "vpd-lens: "
+        text, interrupted = str(error), isinstance(error, TrainingInterrupted)
+        if not interrupted:  # which names both
+            text = text.replace("resume=True", "--resume")
+        many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        process = f", process {os.environ.get('RANK')}" if many else ""
+        typer.echo(f"vpd-lens{process}: {text}", err=True)
+        raise typer.Exit(INTERRUPTED if interrupted else BAD_INPUT) from None
 
 
 def quoted(value: object) -> str:
@@ -125,9 +119,8 @@ def write_report(
     report: Any, json: Path | None, html: Path | None, title: str, *beside: Any
 ) -> None:
     """Write an evaluation's figures and page, making their directories."""
-    for path in (json, html):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+    for path in filter(None, (json, html)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if json is not None:
         report.to_json(json)
     if html is not None:

@@ -8,40 +8,43 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
-from vpd_lens.cli.options import Debug, ModelClassName, ProcessingName, quoted, readable_errors, say
+from vpd_lens.cli.options import (
+    Debug,
+    ModelClassName,
+    Overrides,
+    ProcessingName,
+    quoted,
+    readable_errors,
+)
 from vpd_lens.errors import ConfigError
 
 
 def plan_command(
     model: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="The target: a directory, or a name.")
+        str | None, Option(metavar="SOURCE", help="The target: a directory, or a name.")
     ] = None,
     run: Annotated[
-        Path | None, typer.Option(metavar="RUN.YAML", help="Plan this run file instead.")
+        Path | None, Option(metavar="RUN.YAML", help="Plan this run file instead.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="paper, small or spd; not with --run.")] = "paper",
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="PATH=VALUE", help="As for train; may be repeated."),
-    ] = None,
-    processes: Annotated[
-        int, typer.Option(min=1, help="Processes (GPUs) that share the batch.")
-    ] = 1,
+    preset: Annotated[str, Option(help="paper, small or spd; not with --run.")] = "paper",
+    overrides: Overrides = None,
+    processes: Annotated[int, Option(min=1, help="Processes (GPUs) that share the batch.")] = 1,
     measure: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             metavar="SEQUENCES",
             help="Time real steps of so many sequences here, and scale that by the FLOP.",
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="cuda: bf16 as on a GPU; cpu: fp32. Also where --measure runs.")
+        str, Option(help="cuda: bf16 as on a GPU; cpu: fp32. Also where --measure runs.")
     ] = "cuda",
     model_class: ModelClassName = "auto",
     processing: ProcessingName = "default",
-    json: Annotated[Path | None, typer.Option(help="Write all figures as JSON.")] = None,
+    json: Annotated[Path | None, Option(help="Write all figures as JSON.")] = None,
     debug: Debug = False,
 ) -> None:
     """Count the FLOP and the memory of a training step by running it without values.
@@ -77,29 +80,26 @@ def plan_command(
         gpu = device != "cpu"
         cost = plan_step(target, config, rows, pos, autocast=gpu)
         figures: dict[str, Any] = {**asdict(cost), "batch": rows, "pos": pos}
-        say(f"A step of {rows} x {pos} tokens{' in each process' * (processes > 1)}", False)
+        typer.echo(f"A step of {rows} x {pos} tokens{' in each process' * (processes > 1)}")
         for phase, flop in cost.flop.items():
-            say(f"  {phase:<12} {flop / 1e12:>10.4g} TFLOP", False)
-        say(f"  {'in all':<12} {cost.total_flop / 1e12:>10.4g} TFLOP, {config.steps} times", False)
-        say(
+            typer.echo(f"  {phase:<12} {flop / 1e12:>10.4g} TFLOP")
+        typer.echo(f"  {'in all':<12} {cost.total_flop / 1e12:>10.4g} TFLOP, {config.steps} times")
+        typer.echo(
             f"Memory: {gigabytes(cost.lasting)} stay from step to step, {gigabytes(cost.peak)} at "
-            f"the peak ({cost.peak_phase})",
-            False,
+            f"the peak ({cost.peak_phase})"
         )
         if measure is not None:
             real = load_model(**found.model.model_dump(), device=device)
-            sites = config.sites if isinstance(config.sites, str) else list(config.sites)
-            attach(real, sites, config.n_subcomponents, config.importance)
+            attach(real, config.sites, config.n_subcomponents, config.importance)
             config = config.replaced({"batch_size": measure, "micro_batches": 1, "device": device})
             seconds = measured_step(real.__dict__["vpd"], config, measure, pos)
             target = load_model(**found.model.model_dump(), weights=False)
             part = plan_step(target, config, measure, pos, autocast=gpu)
             scaled = seconds * cost.total_flop / part.total_flop
             figures |= {"measured_batch": measure, "measured_seconds": seconds, "seconds": scaled}
-            say(
+            typer.echo(
                 f"Time on {device}: {seconds:.3g} s for {measure} sequences, so {scaled:.3g} s a "
-                f"step, {scaled * found.training.steps / 3600:.3g} hours for the run",
-                False,
+                f"step, {scaled * config.steps / 3600:.3g} hours for the run"
             )
         if json is not None:
             json.parent.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from typer import Option
 
 from vpd_lens.cli.options import (
     Debug,
@@ -24,8 +25,7 @@ from vpd_lens.errors import ConfigError
 
 
 def init_command(
-    preset: Annotated[str, typer.Option(help="paper, small or spd.")] = "small",
-    debug: Debug = False,
+    preset: Annotated[str, Option(help="paper, small or spd.")] = "small", debug: Debug = False
 ) -> None:
     """Print a run file in which every field is explained.
 
@@ -41,15 +41,15 @@ def train_command(
     run_file: RunFilePath,
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option(help="Directory of the results, instead of the file's.")
+        Path | None, Option(help="Directory of the results, instead of the file's.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on from the checkpoint.")] = False,
     device: Device = None,
     wandb: Annotated[
-        str | None, typer.Option(metavar="PROJECT", help="Log to this wandb project too.")
+        str | None, Option(metavar="PROJECT", help="Log to this wandb project too.")
     ] = None,
     wandb_mode: Annotated[
-        str | None, typer.Option(help="online or offline; default: wandb's own setting.")
+        str | None, Option(help="online or offline; default: wandb's own setting.")
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -68,7 +68,9 @@ def train_command(
         changes += [f"output={quoted(output)}"] if output else []
         changes += [f"training.device={quoted(device)}"] if device else []
         run = read_run_file(run_file, changes)
-        to_wandb = _wandb_arguments(wandb, wandb_mode)
+        if wandb is None and wandb_mode is not None:
+            raise ConfigError("--wandb-mode needs --wandb PROJECT.")
+        to_wandb = {"project": wandb} | ({"mode": wandb_mode} if wandb_mode else {})
 
         from vpd_lens.evaluation import evaluate
         from vpd_lens.models import load_model
@@ -84,31 +86,22 @@ def train_command(
             output=run.output,
             resume=resume,
             progress=not quiet,
-            wandb=to_wandb,
+            wandb=to_wandb if wandb else None,
             prepend_bos=run.prepend_bos,
         )
         if not is_first():
             return
-        say(f"Decomposition: {result.folder / 'decomposition'}", quiet)
+        folder = result.folder
+        say(f"Decomposition: {folder / 'decomposition'}", quiet)
         if run.evaluation is not None:
             report = evaluate(model, progress=not quiet, **run.evaluation_plan())
             show(report.tables(), quiet)
-            page = result.folder / "report.html"
-            write_report(report, result.folder / "report.json", page, run.output)
-            say(f"Report: {page}", quiet)
-        source, data = shlex.quote(run.model.source), shlex.quote(run.data)
-        folder = shlex.quote(str(result.folder))
+            write_report(report, folder / "report.json", folder / "report.html", run.output)
+            say(f"Report: {folder / 'report.html'}", quiet)
+        words = (folder, run.model.source, run.data, folder / "harvest")
+        name, source, data, harvest = (shlex.quote(str(word)) for word in words)
         say(
-            f"Next: vpd-lens harvest {folder} --model {source} --data {data} --output "
-            f"{shlex.quote(str(result.folder / 'harvest'))}\n"
-            f'      vpd-lens graph "a prompt" --decomposition {folder} --model {source}',
+            f"Next: vpd-lens harvest {name} --model {source} --data {data} --output {harvest}\n"
+            f'      vpd-lens graph "a prompt" --decomposition {name} --model {source}',
             quiet,
         )
-
-
-def _wandb_arguments(project: str | None, mode: str | None) -> dict[str, Any] | None:
-    if project is None:
-        if mode is not None:
-            raise ConfigError("--wandb-mode needs --wandb PROJECT.")
-        return None
-    return {"project": project} | ({"mode": mode} if mode else {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,17 +17,11 @@ from vpd_lens.errors import ConfigError, did_you_mean
 Self = TypeVar("Self", bound="Config")
 
 Count = Annotated[int, Field(ge=1)]
-"""An integer of at least 1."""
 Natural = Annotated[int, Field(ge=0)]
-"""An integer of at least 0."""
 Positive = Annotated[float, Field(gt=0)]
-"""A number above 0."""
 NonNegative = Annotated[float, Field(ge=0)]
-"""A number of at least 0."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
-"""A number from 0 to 1."""
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-"""A number from 0 to 1, without 1."""
 
 
 class InvalidConfig(ConfigError):
@@ -123,11 +118,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value that a YAML (or JSON) text holds.
-
-    Args:
-        text: The text.
-        where: Where it is from, for messages.
+    """The value that a YAML (or JSON) text holds; `where` it is from goes into messages.
 
     Raises:
         ConfigError: If it is not YAML; with the line and column.
@@ -168,32 +159,25 @@ def _troubles(
     error: ValidationError, model: type[BaseModel], data: Mapping[str, Any]
 ) -> dict[str, str]:
     """What is wrong by field; what sections found wrong comes with their own paths."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, None]] = defaultdict(dict)  # a union names its alternatives
     for problem in error.errors():
         path = str(problem["loc"][0]) if problem["loc"] else ""
         cause = problem.get("ctx", {}).get("error")
+        text = problem["msg"] if cause is None else str(cause)
         if isinstance(cause, InvalidConfig):
             for inner, trouble in cause.troubles.items():
-                found.setdefault(f"{path}.{inner}".rstrip("."), []).append(trouble)
-        elif problem["type"] == "extra_forbidden":
-            known = list(model.model_fields)
-            # A field of a section that was taken for one of the whole.
+                found[f"{path}.{inner}".rstrip(".")][trouble] = None
+            continue
+        if problem["type"] == "extra_forbidden":
+            # Perhaps a field of a section that was taken for one of the whole.
             deeper = [deep for deep in field_paths(model) if deep.endswith(f".{path}")]
-            hint = did_you_mean(path, known, likely=deeper)
-            found.setdefault(path, []).append(f"there is no such field{hint}")
+            hint = did_you_mean(path, list(model.model_fields), likely=deeper)
+            text = f"there is no such field{hint}"
         elif problem["type"] == "missing":
-            found.setdefault(path, []).append("missing")
-        else:
-            # A union names its alternatives one by one.
-            text = problem["msg"] if cause is None else str(cause)
-            found.setdefault(path, []).append(text)
-    return {
-        path: " or ".join(dict.fromkeys(texts)) + _got(path, data) for path, texts in found.items()
-    }
-
-
-def _got(path: str, data: Mapping[str, Any]) -> str:
-    return f" (got {data[path]!r})"[:200] if path in data else ""
+            text = "missing"
+        found[path][text] = None
+    got = {path: f" (got {data[path]!r})"[:200] for path in found if path in data}
+    return {path: " or ".join(texts) + got.get(path, "") for path, texts in found.items()}
 
 
 def field_paths(model: type[BaseModel]) -> Iterator[str]:

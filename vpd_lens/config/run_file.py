@@ -104,11 +104,9 @@ class RunFile(Config):
 
 
 def read_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
-    """Read a run file and apply overrides.
+    """Read a YAML (or JSON) run file, and replace what `PATH=VALUE`s say; see `apply_override`.
 
-    Args:
-        path: A YAML (or JSON) file. Relative paths in it start at the working directory.
-        overrides: `PATH=VALUE`, each as on the command line; see `apply_override`.
+    Relative paths in the file start at the working directory.
 
     Raises:
         ConfigError: If the file cannot be read, or a field is unknown, missing or unusable.
@@ -140,19 +138,18 @@ def apply_override(data: dict[str, Any], override: str) -> None:
             through a plain value.
     """
     path, equals, text = override.partition("=")
-    first, *rest = path.strip().split(".")
-    where = f"--set {override!r}"
-    if not equals or not all([first, *rest]):
+    path, where = path.strip(), f"--set {override!r}"
+    first = path.partition(".")[0]
+    if not equals or not all(path.split(".")):
         raise ConfigError(f"{where}: expected PATH=VALUE, for example optimiser.lr=1e-3.")
-    in_training = ["preset", *VPDConfig.model_fields]
-    if first not in RunFile.model_fields and first not in in_training:
-        known = [*RunFile.model_fields, *in_training]
+    known = [*RunFile.model_fields, "preset", *VPDConfig.model_fields]
+    if first not in known:
         deeper = [deep for deep in field_paths(VPDConfig) if deep.endswith(f".{first}")]
         hint = did_you_mean(first, known, likely=deeper)
         raise ConfigError(f"{where}: {first}: there is no such field{hint}")
-    inside = [] if first in RunFile.model_fields else ["training"]
     try:
-        set_path(data, ".".join([*inside, first, *rest]), parse_yaml(text, where))
+        inside = "" if first in RunFile.model_fields else "training."
+        set_path(data, inside + path, parse_yaml(text, where))
     except ConfigError as error:
         raise error if where in str(error) else ConfigError(f"{where}: {error}") from None
 
@@ -167,9 +164,6 @@ _HEAD = """\
 
 def template(preset: str = "small") -> str:
     """A run file in which every field is explained, those of `training` at a preset's values.
-
-    Args:
-        preset: `"paper"`, `"small"` or `"spd"`.
 
     Raises:
         ConfigError: If there is no such preset.

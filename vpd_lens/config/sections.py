@@ -10,15 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vpd_lens.config.base import (
-    BelowOne,
-    Config,
-    Count,
-    Fraction,
-    Natural,
-    NonNegative,
-    Positive,
-)
+from vpd_lens.config.base import BelowOne, Config, Count, Fraction, Natural, NonNegative, Positive
 
 
 class CausalImportanceConfig(Config):
@@ -43,21 +35,11 @@ class CausalImportanceConfig(Config):
     function of the activation (`"mlp"`) or of one direction (`"shared_mlp"`)."""
 
     def filled(self, target_width: int, target_depth: int) -> CausalImportanceConfig:
-        """The same with the gaps of a transformer's size filled from the target's.
-
-        Args:
-            target_width: The target's residual width.
-            target_depth: The target's number of layers.
-        """
+        """The same with the gaps of a transformer's size filled from the target's."""
         n_heads = self.n_heads or max(1, (self.d_model or 2 * target_width) // 32)
         d_model = self.d_model or 2 * n_heads * math.ceil(target_width / n_heads)
-        size = {
-            "d_model": d_model,
-            "n_blocks": self.n_blocks or target_depth,
-            "n_heads": n_heads,
-            "d_ffn": self.d_ffn or 4 * d_model,
-        }
-        return self.model_copy(update=size)
+        size = {"d_model": d_model, "n_heads": n_heads, "d_ffn": self.d_ffn or 4 * d_model}
+        return self.model_copy(update={"n_blocks": self.n_blocks or target_depth, **size})
 
 
 class StochasticConfig(Config):

@@ -21,7 +21,6 @@ from vpd_lens.config.sections import (
 from vpd_lens.errors import ConfigError, did_you_mean
 
 PRESETS = ("paper", "small", "spd")
-"""Names of the presets, which are methods of `VPDConfig`."""
 
 
 class VPDConfig(Config):
@@ -93,12 +92,8 @@ class VPDConfig(Config):
                 f"batch_size={self.batch_size} must be a multiple of "
                 f"micro_batches={self.micro_batches}"
             )
-        reconstruction = (
-            self.stochastic.coefficient
-            + self.stochastic.layerwise_coefficient
-            + self.adversary.coefficient
-        )
-        if reconstruction == 0:
+        random, adversary = self.stochastic, self.adversary
+        if not random.coefficient + random.layerwise_coefficient + adversary.coefficient:
             raise ValueError(
                 "no reconstruction loss is on: give stochastic.coefficient or "
                 "adversary.coefficient a positive value"
@@ -117,9 +112,9 @@ class VPDConfig(Config):
                 f"training and its last step, steps={self.steps}, so nothing could be folded; "
                 "give a shorter window, an earlier start, or window=0 for no compaction"
             )
-        if self.micro_batches > 1 and self.adversary.scope in ("batch", "single"):
+        if self.micro_batches > 1 and adversary.scope in ("batch", "single"):
             raise ValueError(
-                f"adversary.scope={self.adversary.scope!r} shares sources across the batch, which "
+                f"adversary.scope={adversary.scope!r} shares sources across the batch, which "
                 "cannot be split into micro_batches; use scope 'position' or 'sequence'"
             )
         return self
@@ -128,15 +123,12 @@ class VPDConfig(Config):
 
     @classmethod
     def paper(cls, **changes: Any) -> VPDConfig:
-        """The paper's run on its 67M-parameter model, every value stated.
+        """The paper's run on its 67M-parameter model, every value stated; `changes` replace them.
 
-        Args:
-            **changes: Top-level fields to replace.
+        Every preset takes fields of `VPDConfig` to replace by name.
         """
-        base: dict[str, Any] = {
-            "importance": CausalImportanceConfig(d_model=2048, n_blocks=8, n_heads=16, d_ffn=8192)
-        }
-        return cls(**{**base, **changes})
+        size = CausalImportanceConfig(d_model=2048, n_blocks=8, n_heads=16, d_ffn=8192)
+        return cls(**{"importance": size, **changes})
 
     @classmethod
     def small(cls, **changes: Any) -> VPDConfig:
@@ -145,9 +137,6 @@ class VPDConfig(Config):
         Not the paper's recipe with smaller numbers: the adversary starts over now and then and
         moves faster, Muon trains the matrices, subcomponents start along neurons and head
         dimensions. `docs/results` has what these are worth together.
-
-        Args:
-            **changes: Top-level fields to replace.
         """
         base: dict[str, Any] = {
             "n_subcomponents": "faithful",
@@ -165,17 +154,12 @@ class VPDConfig(Config):
 
     @classmethod
     def spd(cls, **changes: Any) -> VPDConfig:
-        """Stochastic Parameter Decomposition: `small` without adversary and frequency term.
-
-        Args:
-            **changes: Top-level fields to replace.
-        """
-        base = dict(cls.small()) | {
-            "stochastic": StochasticConfig(
-                coefficient=1.0, routing="all", layerwise_coefficient=1.0
-            ),
+        """Stochastic Parameter Decomposition: `small` without adversary and frequency term."""
+        small = cls.small()
+        base = dict(small) | {
+            "stochastic": small.stochastic.replaced({"layerwise_coefficient": 1.0}),
             "adversary": AdversaryConfig(coefficient=0.0),
-            "minimality": MinimalityConfig(coefficient=5e-4, frequency=0.0),
+            "minimality": small.minimality.replaced({"frequency": 0.0}),
         }
         return cls(**{**base, **changes})
 
@@ -189,14 +173,9 @@ class VPDConfig(Config):
         Learning rates, coefficients of minimality and faithfulness and all sizes stay.
         """
         paper = type(self).paper()
-        return self.replaced(
-            {
-                "initialisation": paper.initialisation,
-                "stochastic": paper.stochastic,
-                "adversary": paper.adversary,
-                "optimiser.kind": paper.optimiser.kind,
-            }
-        )
+        losses = {name: getattr(paper, name) for name in ("stochastic", "adversary")}
+        start = {"initialisation": paper.initialisation, "optimiser.kind": paper.optimiser.kind}
+        return self.replaced(losses | start)
 
     # ------------------------------------------------------------------ files
 

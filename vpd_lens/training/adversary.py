@@ -24,13 +24,15 @@ class PersistentAdversary:
         batch_shape: Leading shape of a batch, `(batch, pos)` for language models.
         device: Where the sources live.
         generator: Random generator of all starts, U(0, 1).
-        processes: Those that train together; `batch_shape` is that of this one's rows. Sources
-            that the whole batch shares are the same on all of them.
+        processes: Those that train together, each with a batch of that shape; sources that the
+            whole batch shares are the same on all of them.
         dtype: Of the sources, their moments and the masks made of them.
 
     Attributes:
-        sources: One per subcomponent and delta, `[*scope, C_total]` and `[*scope, n_sites]`.
+        sources: `[*scope, C_total]` for the subcomponents and `[*scope, n_sites]` for the deltas.
         optimiser: Adam, ascending.
+        sharing: The processes with which this one shares its sources: all, or no other.
+        per_row: The processes over which the sources are spread: all, or no other.
     """
 
     def __init__(
@@ -43,16 +45,18 @@ class PersistentAdversary:
         processes: Processes = ALONE,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.config = config
-        self.layout = layout
-        self.generator = generator
-        self.processes = processes
-        scope = _scope_shape(config.scope, batch_shape)
-        start = torch.empty(*scope, layout.total, device=device, dtype=dtype)
+        self.config, self.layout, self.generator = config, layout, generator
+        own = config.scope in PER_ROW
+        self.sharing, self.per_row = (ALONE, processes) if own else (processes, ALONE)
+        batch, *positions = batch_shape
+        rows = batch if own else 1
+        if config.scope in ("sequence", "single"):
+            positions = [1] * len(positions)
+        start = torch.empty(rows, *positions, layout.total, device=device, dtype=dtype)
         self.sources = uniform_sources(start, layout, generator)
         self.sharing.first_(self.leaves())
         self.optimiser = torch.optim.Adam(
-            [self.sources.components.requires_grad_(), self.sources.delta.requires_grad_()],
+            [leaf.requires_grad_() for leaf in self.leaves()],
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
@@ -61,11 +65,9 @@ class PersistentAdversary:
         )
 
     def masks(self, importance: Tensor, rows: slice = slice(None)) -> SourceMasks:
-        """The masks that the sources now make of these importances.
+        """The masks that the sources now make of importances `[*batch, C_total]` in their dtype.
 
-        Args:
-            importance: Causal importances `[*batch, C_total]`, in the sources' dtype.
-            rows: Which sequences of the batch they belong to, for micro-batches.
+        Of a micro-batch, `rows` says which sequences of the batch it has.
 
         Raises:
             InputError: If the batch does not fit the sources.
@@ -81,16 +83,6 @@ class PersistentAdversary:
                 f"{tuple(self.sources.delta.shape[:-1])}, which do not fit one of shape "
                 f"{tuple(importance.shape[:-1])}; every batch must have the same shape."
             ) from error
-
-    @property
-    def sharing(self) -> Processes:
-        """The processes with which this one shares its sources: all, or no other."""
-        return ALONE if self.config.scope in PER_ROW else self.processes
-
-    @property
-    def per_row(self) -> Processes:
-        """The processes over which the sources are spread: all, or no other."""
-        return self.processes if self.config.scope in PER_ROW else ALONE
 
     def leaves(self) -> list[Tensor]:
         """The source tensors, to differentiate by."""
@@ -137,12 +129,7 @@ class PersistentAdversary:
                 self.optimiser.state[leaf][moment].mul_(~again)
 
     def keep(self, columns: Tensor, layout: Layout) -> None:
-        """Keep the sources of some subcomponents, with their moments, and of every delta.
-
-        Args:
-            columns: Which of all subcomponents stay.
-            layout: The columns of each site afterwards.
-        """
+        """Keep the sources of some subcomponents, those of the new layout, and of every delta."""
         leaf = self.sources.components
         leaf.data = leaf.data.index_select(-1, columns)
         leaf.grad = None
@@ -153,14 +140,3 @@ class PersistentAdversary:
         """Set the learning rate of the next updates."""
         for group in self.optimiser.param_groups:
             group["lr"] = lr
-
-
-def _scope_shape(scope: str, batch_shape: tuple[int, ...]) -> tuple[int, ...]:
-    batch, *positions = batch_shape
-    ones = [1] * len(positions)
-    return {
-        "position": (batch, *positions),
-        "sequence": (batch, *ones),
-        "batch": (1, *positions),
-        "single": (1, *ones),
-    }[scope]

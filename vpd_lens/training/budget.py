@@ -17,7 +17,6 @@ from vpd_lens.config import VPDConfig
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.errors import OutOfMemoryError
 
-_FP32 = 4
 _REMEDIES = (
     "What helps: micro_batches=4 or recompute=True (the same numbers), mask_dtype='bfloat16', "
     "adversary.scope='sequence', a smaller batch_size, fewer n_subcomponents or sites. "
@@ -39,10 +38,9 @@ def budget(vpd: Decomposition, config: VPDConfig, batch: int, pos: int) -> dict[
         pos: Tokens per sequence; 1 for models without positions.
     """
     part = batch * pos / config.micro_batches
-    c_total, n_masks = vpd.layout.total, vpd.layout.total + len(vpd.sites)
-    masks = getattr(torch, config.mask_dtype).itemsize
-    half = config.autocast and vpd.device.type == "cuda"
-    width = 2 if half else _FP32
+    c_total = vpd.layout.total
+    masks = getattr(torch, config.mask_dtype).itemsize * (c_total + len(vpd.sites))
+    width = 2 if config.autocast and vpd.device.type == "cuda" else 4
     adversarial = config.adversary.coefficient > 0
     sets = {"position": batch * pos, "sequence": batch, "batch": pos, "single": 1}
     passes = config.stochastic.n_samples * (config.stochastic.coefficient > 0) + adversarial
@@ -50,16 +48,12 @@ def budget(vpd: Decomposition, config: VPDConfig, batch: int, pos: int) -> dict[
     moments = 1 if config.optimiser.kind == "muon" else 2
     vocabulary = int(getattr(getattr(vpd.model, "cfg", None), "d_vocab", 0) or 0)
     per_position = 2 * c_total + sum(sum(site.shape) for site in vpd.sites)
+    trained = sum(p.nbytes for p in vpd.parameters())
     size = {
         "the target's weights": sum(p.nbytes for p in vpd.model.parameters()),
-        "V, U and importance function, gradients and moments": (2 + moments)
-        * sum(p.nbytes for p in vpd.parameters()),
-        "sources, gradients and moments": 4
-        * masks
-        * n_masks
-        * sets[config.adversary.scope]
-        * adversarial,
-        "importances": 3 * _FP32 * part * c_total + _FP32 * batch * pos * c_total,
+        "V, U and importance function, gradients and moments": (2 + moments) * trained,
+        "sources, gradients and moments": 4 * masks * sets[config.adversary.scope] * adversarial,
+        "importances": 4 * c_total * (3 * part + batch * pos),
         "masked passes": passes * part * width * per_position,
         "logits": vocabulary * width * (2 * batch * pos + 2 * passes * part),
     }
@@ -67,18 +61,12 @@ def budget(vpd: Decomposition, config: VPDConfig, batch: int, pos: int) -> dict[
 
 
 def warn_if_short(items: dict[str, float], there: float, device: torch.device) -> None:
-    """Warn if the count of `budget` exceeds what is free.
-
-    Args:
-        items: The count.
-        there: Bytes of it that are in memory already.
-        device: Where the run will be.
-    """
-    free = available_memory(device)
-    if free is not None and sum(items.values()) - there > free:
+    """Warn if what `budget` has counted, less the bytes that are there already, is not free."""
+    free, needed = available_memory(device), sum(items.values())
+    if free is not None and needed - there > free:
         warnings.warn(
-            f"this run may not fit: it needs at least {gigabytes(sum(items.values()))} on {device}"
-            f" ({gigabytes(there)} of it is there already), and {gigabytes(free)} are free.\n"
+            f"this run may not fit: it needs at least {gigabytes(needed)} on {device} "
+            f"({gigabytes(there)} of it is there already), and {gigabytes(free)} are free.\n"
             f"{_largest(items)}\n{_REMEDIES}",
             MemoryWarning,
             stacklevel=3,
@@ -118,11 +106,8 @@ def gigabytes(size: float | int) -> str:
 def available_memory(device: torch.device) -> float | None:
     """Bytes that this process may still take, or `None` where it cannot be told.
 
-    What PyTorch has reserved on a GPU without using it counts as free. Of RAM it is what Linux
-    calls available, or less if the process runs under a control group's limit.
-
-    Args:
-        device: A GPU, or the CPU for RAM.
+    What PyTorch has reserved on a GPU without using it counts as free. Of RAM (of the CPU) it is
+    what Linux calls available, or less if the process runs under a control group's limit.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

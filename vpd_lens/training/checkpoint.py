@@ -33,6 +33,7 @@ from vpd_lens.training.step import Stepper
 
 # Fields that do not change what a step computes.
 _MAY_CHANGE = {"log_every", "checkpoint_every", "device", "shard_importance"}
+_SOURCES = ("sources/components", "sources/delta")
 
 
 class CheckpointRecord(SubcomponentsRecord):
@@ -69,16 +70,19 @@ def save_checkpoint(path: Path, stepper: Stepper, **progress: Any) -> None:
     Raises:
         ArtefactError: If it cannot be written.
     """
-    vpd, processes = stepper.vpd, stepper.processes
+    vpd, processes, adversary = stepper.vpd, stepper.processes, stepper.adversary
     tensors = _prefixed("subcomponents/", subcomponent_tensors(vpd))
     tensors |= _prefixed("importance/", vpd.importance.state_dict())
     for index, optimiser in enumerate(stepper.optimisers):
         tensors |= _optimiser_tensors(f"optimiser/{index}/", optimiser)
     states = processes.gathered(stepper.generator.get_state()[None])
     tensors |= {_generator_name(rank): state for rank, state in enumerate(states)}
-    tensors["window"] = processes.gathered(stepper.window.total[None])
-    if stepper.adversary is not None:
-        tensors |= _source_tensors(stepper.adversary)
+    tensors["window"] = processes.gathered(stepper.window[None])
+    if adversary is not None:
+        own = dict(zip(_SOURCES, adversary.leaves(), strict=True))
+        own |= _optimiser_tensors("adversary/", adversary.optimiser)
+        # Those of all processes' rows together, on the first.
+        tensors |= {n: adversary.per_row.gathered(t) if t.ndim else t for n, t in own.items()}
     state = {}
     for name, tensor in tensors.items():
         tensor = whole(tensor)
@@ -99,11 +103,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path, stepper: Stepper) -> Checkpoint:
-        """Read what `save_checkpoint` wrote, and check all of it against a run.
-
-        Args:
-            path: The checkpoint's folder.
-            stepper: A fresh stepper of the same model and configuration.
+        """Read what `save_checkpoint` wrote, and check all of it against a fresh stepper.
 
         Raises:
             ArtefactError: If it is damaged, newer, or belongs to another model or configuration.
@@ -140,18 +140,24 @@ class Checkpoint:
             unfold(vpd)
             fold(vpd, Columns(vpd.layout.sizes, kept, vpd.device))
         load_subcomponents(vpd, _under(tensors, "subcomponents/"), record)
-        importance = vpd.importance.state_dict()
-        saved = _under(tensors, "importance/")
+        like, importance = vpd.importance.state_dict(), _under(tensors, "importance/")
         vpd.importance.load_state_dict(
-            {name: sharded_like(tensor, importance[name]) for name, tensor in saved.items()}
+            {name: sharded_like(tensor, like[name]) for name, tensor in importance.items()}
         )
         for index, optimiser in enumerate(stepper.optimisers):
             _load_optimiser(optimiser, _under(tensors, f"optimiser/{index}/"))
-        if "sources/components" in tensors:
+        if _SOURCES[0] in tensors:
             stepper.adversary = _restored_adversary(stepper, tensors)
-        _load_generator(stepper, tensors, record.step)
-        if "window" in tensors:
-            stepper.window.total = _window_total(stepper, tensors["window"])
+        rank, world = stepper.processes.rank, stepper.processes.world
+        new = stepper.processes.generator(stepper.config.seed, stepper.device, record.step)
+        state = new.get_state()
+        saved = tensors.get(_generator_name(rank), state)
+        # Each kind of device has states of its own size.
+        stepper.generator.set_state(saved if saved.shape == state.shape else state)
+        if "window" in tensors:  # one of each process; their mean if there are others now
+            window = tensors["window"]
+            own = window[rank] if len(window) == world else window.mean(0)
+            stepper.window = own.to(stepper.device)
         stepper.renew()
 
 
@@ -169,14 +175,12 @@ def _shapes(record: CheckpointRecord, tensors: Mapping[str, Tensor], stepper: St
         shapes |= _moments(f"optimiser/{index}/", parameters, tensors, muon)
     total = sum(record.n_subcomponents)
     if record.config.adversary.coefficient > 0:
-        lead = tuple(tensors.get("sources/components", torch.empty(0)).shape[:-1])
+        lead = tuple(tensors.get(_SOURCES[0], torch.empty(0)).shape[:-1])
         leaves = [(*lead, total), (*lead, len(record.sites))]
-        shapes |= {"sources/components": leaves[0], "sources/delta": leaves[1]}
+        shapes |= zip(_SOURCES, leaves, strict=True)
         shapes |= _moments("adversary/", leaves, tensors)
     shapes["generator"] = ()
-    for name, tensor in tensors.items():
-        if name.startswith("generator"):
-            shapes[name] = tuple(tensor.shape)
+    shapes |= {name: tuple(t.shape) for name, t in tensors.items() if name.startswith("generator")}
     if "window" in tensors:
         shapes["window"] = (len(tensors["window"]), total)
     return shapes
@@ -199,49 +203,20 @@ def _generator_name(rank: int) -> str:
     return f"generator/{rank}" if rank else "generator"
 
 
-def _load_generator(stepper: Stepper, tensors: Mapping[str, Tensor], step: int) -> None:
-    processes = stepper.processes
-    new = processes.generator(stepper.config.seed, stepper.device, step).get_state()
-    saved = tensors.get(_generator_name(processes.rank), new)
-    # Each kind of device has states of its own size.
-    stepper.generator.set_state(saved if saved.shape == new.shape else new)
-
-
-def _window_total(stepper: Stepper, saved: Tensor) -> Tensor:
-    """This process's sum of importances: its own, or the mean of all if their number differs."""
-    rank, world = stepper.processes.rank, stepper.processes.world
-    return (saved[rank] if len(saved) == world else saved.mean(0)).to(stepper.device)
-
-
-def _source_tensors(adversary: PersistentAdversary) -> dict[str, Tensor]:
-    """Sources and their moments, those of all processes' rows together on the first."""
-    components, delta = adversary.leaves()
-    tensors = {"sources/components": components, "sources/delta": delta}
-    tensors |= _optimiser_tensors("adversary/", adversary.optimiser)
-    own = adversary.per_row.gathered
-    return {name: own(t) if t.ndim else t for name, t in tensors.items()}
-
-
 def _restored_adversary(stepper: Stepper, tensors: Mapping[str, Tensor]) -> PersistentAdversary:
-    names = [n for n in tensors if n.startswith(("sources/", "adversary/")) and tensors[n].ndim]
+    rows = slice(None)
     if stepper.config.adversary.scope in PER_ROW:
-        rows = stepper.processes.rows(tensors["sources/components"].shape[0])
-        tensors = {**tensors, **{name: tensors[name][rows].contiguous() for name in names}}
-    shape = tuple(tensors["sources/components"].shape[:-1])
-    adversary = PersistentAdversary(
-        stepper.config.adversary.model_copy(update={"scope": "position"}),
-        stepper.vpd.layout,
-        shape,
-        stepper.device,
-        stepper.generator,
-        stepper.processes,
-        stepper.mask_dtype,
-    )
-    adversary.config = stepper.config.adversary
+        rows = stepper.processes.rows(tensors[_SOURCES[0]].shape[0])
+    own = {
+        name: t[rows].contiguous() if t.ndim else t
+        for name, t in tensors.items()
+        if name.startswith(("sources/", "adversary/"))
+    }
+    adversary = stepper.new_adversary(tuple(own[_SOURCES[0]].shape[:-1]))
     with torch.no_grad():
-        for leaf, name in zip(adversary.leaves(), ("components", "delta"), strict=True):
-            leaf.copy_(tensors[f"sources/{name}"])
-    _load_optimiser(adversary.optimiser, _under(tensors, "adversary/"))
+        for leaf, name in zip(adversary.leaves(), _SOURCES, strict=True):
+            leaf.copy_(own[name])
+    _load_optimiser(adversary.optimiser, _under(own, "adversary/"))
     return adversary
 
 
@@ -267,6 +242,4 @@ def _load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tens
         if value.shape == parameter.shape:
             value = sharded_like(value, parameter)
         state.setdefault(int(index), {})[name] = value
-    optimiser.load_state_dict(
-        {"state": state, "param_groups": optimiser.state_dict()["param_groups"]}
-    )
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})

@@ -12,23 +12,18 @@ from torch import Tensor
 
 from vpd_lens.decomposition.folding import Columns, fold, per_subcomponent
 from vpd_lens.decomposition.masks import Layout
+from vpd_lens.training.losses import StepImportance
 from vpd_lens.training.optimiser import keep_moments
 from vpd_lens.training.step import Stepper
-from vpd_lens.training.window import StepImportance
 
 
 def survivors(
     mean_importance: Float[Tensor, " C_total"], layout: Layout, threshold: float
 ) -> list[list[int]]:
-    """The subcomponents of every site that are not dead, as column numbers in the site.
+    """The subcomponents of every site with a mean importance above a threshold, by column number.
 
     A function of these means alone, so that processes which agree on them agree on the result.
     A site of which nothing is alive keeps one: the most important, the first of equals.
-
-    Args:
-        mean_importance: Mean causal importance over the window.
-        layout: The columns of each site.
-        threshold: Alive is what lies above.
     """
     kept = []
     for means in (part.tolist() for part in layout.split(mean_importance.cpu())):
@@ -40,19 +35,17 @@ def survivors(
 def compact_when_due(stepper: Stepper, importance: StepImportance, done: int) -> int:
     """Count the importances of a finished step, and fold what is dead if a window ends here.
 
-    Args:
-        stepper: Everything that training carries forward.
-        importance: Causal importances of the step.
-        done: Finished steps.
-
     Returns:
-        How many subcomponents were folded.
+        How many subcomponents were folded, after `done` finished steps.
     """
-    window, config, layout = stepper.window, stepper.config.compaction, stepper.vpd.layout
-    window.add(importance)
-    if config.window == 0 or done % config.window:
+    config, layout = stepper.config.compaction, stepper.vpd.layout
+    if config.window == 0:
         return 0
-    mean = window.restart() / stepper.processes.world
+    stepper.window += importance.mean(importance.whole())
+    if done % config.window:
+        return 0
+    mean = stepper.window / config.window / stepper.processes.world
+    stepper.window.zero_()
     stepper.processes.sum_([mean])
     if done < config.start * stepper.config.steps:
         return 0
@@ -66,18 +59,15 @@ def compact_when_due(stepper: Stepper, importance: StepImportance, done: int) ->
 def compact(stepper: Stepper, keep: Columns) -> None:
     """Fold all but some subcomponents, in everything that training carries forward.
 
-    Args:
-        stepper: Changed in place; its parameters stay the same objects.
-        keep: Who stays.
+    The stepper is changed in place; its parameters stay the same objects.
     """
-    vpd = stepper.vpd
-    fold(vpd, keep)
-    for parameter, dim, site, _ in per_subcomponent(vpd):
+    fold(stepper.vpd, keep)
+    for parameter, dim, site, _ in per_subcomponent(stepper.vpd):
         for optimiser in stepper.optimisers:
             keep_moments(optimiser, parameter, dim, keep.of(site))
     if stepper.adversary is not None:
-        stepper.adversary.keep(keep.joined, vpd.layout)
-    stepper.window.keep(keep.joined)
+        stepper.adversary.keep(keep.joined, stepper.vpd.layout)
+    stepper.window = stepper.window.index_select(0, keep.joined)
     stepper.renew()
 
 
@@ -87,7 +77,5 @@ def sizes(stepper: Stepper) -> dict[str, float]:
         return {}
     layout = stepper.vpd.layout
     by_site = zip(layout.names, layout.sizes, strict=True)
-    return {
-        "n_subcomponents": float(layout.total),
-        **{f"n_subcomponents/{name}": float(size) for name, size in by_site},
-    }
+    own = {f"n_subcomponents/{name}": float(size) for name, size in by_site}
+    return {"n_subcomponents": float(layout.total), **own}

@@ -7,8 +7,6 @@ number of processes. The sum of gradients over processes is then the gradient of
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import os
 import re
 import signal
@@ -18,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from itertools import count, zip_longest
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,16 +28,13 @@ from vpd_lens.errors import ConfigError, ProcessError
 
 Value = TypeVar("Value")
 
-TIMEOUT_VARIABLE = "VPD_LENS_TIMEOUT"
-_TIMEOUT_SECONDS = 600.0
-
 # Numbers sent in one collective: few large ones, without doubling the memory of the gradients.
 _BUCKET = 1 << 26
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train together. Of a single one, every method costs nothing.
+    """The processes that train together. Where one is alone, no method costs anything.
 
     Attributes:
         rank: Number of this process.
@@ -60,11 +56,7 @@ class Processes:
         return self.rank == 0
 
     def rows(self, batch_size: int, parts: int = 1) -> slice:
-        """Which rows of a global batch are this process's.
-
-        Args:
-            batch_size: Rows of the global batch.
-            parts: Micro-batches into which every process cuts its rows.
+        """Which rows of a global batch are this process's, which cuts them into micro-batches.
 
         Raises:
             ConfigError: If they cannot be shared out evenly.
@@ -83,10 +75,8 @@ class Processes:
     def generator(self, seed: int, device: torch.device, step: int = 0) -> torch.Generator:
         """The random generator of the steps, another one on every process.
 
-        Args:
-            seed: That of the run; the first process begins with it alone, as a single one does.
-            device: Where it draws.
-            step: Finished steps, for a process that joins a run under way.
+        The first begins with the seed itself, as a single process does; after some finished steps,
+        for a process that joins a run under way, it is another one again.
         """
         if self.rank or step:
             words = [seed % 2**64, self.rank, step]
@@ -124,21 +114,12 @@ class Processes:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
-    def mean(self, values: Sequence[float]) -> list[float]:
-        """The mean of each value over processes."""
-        if self.world == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, group=self.control)
-        return (tensor / self.world).tolist()
-
-    def from_first(self, value: Value) -> Value:
-        """The first process's value."""
-        if self.world == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.control)
-        return values[0]
+    def all(self, value: Value) -> list[Value]:
+        """The value of every process."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def require_same(self, **values: str) -> None:
         """Check that all processes mean the same run.
@@ -146,12 +127,8 @@ class Processes:
         Raises:
             ProcessError: On all of them, naming the values that differ.
         """
-        if self.world == 1:
-            return
-        hashes = [_hash(value) for value in values.values()]
-        found = self.largest([*hashes, *(-h for h in hashes)])
-        pairs = zip(values, found[: len(hashes)], found[len(hashes) :], strict=True)
-        if different := [name for name, most, least in pairs if most != -least]:
+        found = self.all(values)
+        if different := [name for name in values if len({v[name] for v in found}) > 1]:
             raise ProcessError(
                 f"the processes do not have the same {', '.join(different)}. Every process must be "
                 "given the same model, data and configuration; anything random needs a seed (for "
@@ -183,18 +160,18 @@ class Processes:
     def contact(self, what_is_left: Callable[[], str]) -> Iterator[None]:
         """Explain the errors that a process sees when another one dies or falls silent.
 
-        Args:
-            what_is_left: Says how to go on.
-
         Raises:
-            ProcessError: Instead of them.
+            ProcessError: Instead of them, and ending with how to go on.
         """
         try:
             yield
         except RuntimeError as error:
-            if self.world == 1 or not _is_lost_contact(error):
+            signs = ("gloo", "nccl", "connection closed", "connection reset")
+            lost = isinstance(error, dist.DistError) or any(s in str(error).lower() for s in signs)
+            if self.world == 1 or not lost:
                 raise
-            line = _first_line(error)
+            line = str(error).partition("\n")[0].partition(". This is typically")[0]
+            line = re.sub(r"^\[[^]]*\] ", "", line)  # the place in PyTorch's source
             cause = (
                 f"did not answer within {timeout().seconds} s ({line}). The one that reports "
                 "nothing is the one that hangs."
@@ -210,13 +187,13 @@ class Processes:
 ALONE = Processes()
 
 
-def _in_buckets(tensors: Sequence[Tensor], send: Any) -> None:
+def _in_buckets(tensors: Sequence[Tensor], send: Callable[[Tensor], Any]) -> None:
+    """Replace tensors by what `send` makes of many at once, of the same dtype, end to end."""
     bucket: list[Tensor] = []
-    for index, tensor in enumerate(tensors):
+    for tensor, following in zip_longest(tensors, tensors[1:]):
         bucket.append(tensor.detach())
-        size = sum(t.numel() for t in bucket)
-        last = index == len(tensors) - 1
-        if not last and size < _BUCKET and tensors[index + 1].dtype == tensor.dtype:
+        full = sum(t.numel() for t in bucket) >= _BUCKET
+        if following is not None and following.dtype == tensor.dtype and not full:
             continue
         flat = torch.cat([t.reshape(-1) for t in bucket])
         send(flat)
@@ -225,33 +202,15 @@ def _in_buckets(tensors: Sequence[Tensor], send: Any) -> None:
         bucket = []
 
 
-def _hash(value: str) -> int:
-    return int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "big")
-
-
 def timeout() -> timedelta:
     """How long a process waits for the others before it gives up."""
-    return timedelta(seconds=float(os.environ.get(TIMEOUT_VARIABLE, _TIMEOUT_SECONDS)))
-
-
-def _is_lost_contact(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(
-        sign in text for sign in ("gloo", "nccl", "connection closed", "connection reset")
-    )
-
-
-def _first_line(error: Exception) -> str:
-    line = str(error).partition("\n")[0].partition(". This is typically")[0]
-    return re.sub(r"^\[[^]]*\] ", "", line)  # the place in PyTorch's source
+    return timedelta(seconds=float(os.environ.get("VPD_LENS_TIMEOUT", "600")))
 
 
 def join(device: str, model: nn.Module) -> Processes:
     """Join the other processes of a `torchrun` or `accelerate` job; a single one stays alone.
 
-    Args:
-        device: As in `VPDConfig.device`; on GPUs every process takes its own.
-        model: Where it is decides, if `device` is `"auto"`.
+    On GPUs, where `device` or (if that is `"auto"`) the model is, every process takes its own.
 
     Raises:
         ConfigError: If there are fewer GPUs than processes on a machine, or `device` names one.
@@ -266,13 +225,14 @@ def join(device: str, model: nn.Module) -> Processes:
     if owned:
         if gpu:
             claim_gpu(device)
-        nccl = gpu and torch.cuda.is_available()
         # Under a name of its own: where another group was before, late readers would find its keys.
         store = dist.PrefixStore(f"vpd_lens/{next(_JOINED)}", _store())
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        backend = "nccl" if nccl else "gloo"
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=timeout()
+            "nccl" if gpu and torch.cuda.is_available() else "gloo",
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout(),
         )
         device = "cuda" if gpu else device
     world = dist.get_world_size()
@@ -283,7 +243,7 @@ def join(device: str, model: nn.Module) -> Processes:
     return Processes(dist.get_rank(), world, device, control, owned)
 
 
-_JOINED = itertools.count()
+_JOINED = count()
 
 
 @cache

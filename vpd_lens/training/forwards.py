@@ -31,9 +31,6 @@ from vpd_lens.sites.site import relative_error
 class RecomputedForwards:
     """Runs a model under source masks and recomputes its blocks in the backward pass.
 
-    Args:
-        vpd: The decomposition whose model runs.
-
     Raises:
         ConfigError: If the model has no `blocks`.
     """
@@ -50,13 +47,7 @@ class RecomputedForwards:
         self.blocks: list[nn.Module] = list(blocks)
 
     def run(self, masks: SourceMasks, batch: Tensor, **kwargs: Any) -> Tensor:
-        """The output of the model under masks.
-
-        Args:
-            masks: Importances and sources.
-            batch: The model's input.
-            **kwargs: Passed to the model.
-        """
+        """The output of the model under masks."""
         if not torch.is_grad_enabled():
             return self.vpd.run(masks, batch, **kwargs)  # type: ignore[no-any-return]
         before = [block.__dict__.get("forward") for block in self.blocks]
@@ -106,9 +97,6 @@ class CompiledForwards:
     A graph belongs to one shape of input, and to the hooks that were on the model when it was
     recorded. It is compared with the model on another input before it is used; if that fails, or
     no compiler is found, a warning says so and the model itself runs.
-
-    Args:
-        vpd: The decomposition whose model runs.
     """
 
     def __init__(self, vpd: Decomposition) -> None:
@@ -122,16 +110,8 @@ class CompiledForwards:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """The output of the model under masks.
-
-        Args:
-            masks: Importances and sources.
-            batch: The model's input.
-            attention_mask: Passed to the model if given.
-            position_ids: Likewise.
-        """
-        sources = (masks.importance, masks.components, masks.delta, masks.routed)
-        arguments = (*sources, attention_mask, position_ids, batch)
+        """The output of the model under masks."""
+        arguments = (*vars(masks).values(), attention_mask, position_ids, batch)
         key = (
             self.vpd.forwards.state.frozen,
             torch.is_autocast_enabled(batch.device.type),

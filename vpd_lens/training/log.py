@@ -6,9 +6,8 @@ import json
 import statistics
 import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -45,7 +44,6 @@ class MetricsLog:
         start: Finished steps on entry; later lines of an earlier attempt are dropped.
         progress: Show a progress bar, or lines where the output is not a terminal.
         wandb: Arguments of `wandb.init` (`{"project": ..., "mode": "offline"}`), or `None`.
-        config: Recorded with the wandb run.
     """
 
     def __init__(
@@ -55,11 +53,9 @@ class MetricsLog:
         start: int = 0,
         progress: bool = True,
         wandb: dict[str, Any] | None = None,
-        config: dict[str, Any] | None = None,
     ) -> None:
         self.path = folder / "metrics.jsonl"
-        self.steps = steps
-        self.start = start
+        self.steps, self.start = steps, start
         self.console = Console(quiet=not progress)
         self.run: Any = None
         self._bar = _Bar(
@@ -75,7 +71,7 @@ class MetricsLog:
         if wandb is not None:
             import wandb as wandb_module
 
-            self.run = wandb_module.init(config=config, dir=str(folder), **wandb)
+            self.run = wandb_module.init(dir=str(folder), **wandb)
 
     def __enter__(self) -> MetricsLog:
         with disk_errors(self.path):
@@ -84,12 +80,7 @@ class MetricsLog:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.stop()
         self._file.close()
         if self.run is not None:
@@ -116,45 +107,32 @@ class MetricsLog:
         self._bar.losses = text
         if not self.console.is_terminal:
             seconds = metrics["seconds_per_step"]
-            left = (self.steps - step) * seconds
-            self.console.print(
-                f"step {step}/{self.steps}  {text}  {seconds * 1e3:.0f} ms/step  "
-                f"{left / 60:.1f} min left",
-                highlight=False,
-                soft_wrap=True,
-            )
+            left = (self.steps - step) * seconds / 60
+            pace = f"{seconds * 1e3:.0f} ms/step  {left:.1f} min left"
+            self.say(f"step {step}/{self.steps}  {text}  {pace}")
         if self.run is not None:
             self.run.log(metrics, step=step)
 
     def _drop_later_lines(self) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= self.start:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue  # a line cut short by an interruption
-        write_text(self.path, "".join(line + "\n" for line in kept))
+        kept = ""
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            with suppress(ValueError, KeyError):  # a line cut short by an interruption
+                kept += line + "\n" if json.loads(line)["step"] <= self.start else ""
+        write_text(self.path, kept)
 
 
 class SilentLog(nullcontext[None]):
     """What processes other than the first log to: nothing."""
 
-    run: Any = None
+    run = None
 
     def __enter__(self) -> SilentLog:
         return self
 
-    def advance(self, step: int) -> None:
-        """See `MetricsLog`."""
+    def advance(self, *_: Any) -> None:
+        """Nothing, and so do all methods of a `MetricsLog`."""
 
-    def say(self, text: str) -> None:
-        """See `MetricsLog`."""
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """See `MetricsLog`."""
+    say = write = advance
 
 
 def last_metrics(folder: Path) -> dict[str, float]:
@@ -165,63 +143,52 @@ def last_metrics(folder: Path) -> dict[str, float]:
     return metrics
 
 
-# Steps in which no causal importance function has learned anything yet.
-_TOO_EARLY = 30
-
-
 class TrainingWarning(UserWarning):
     """A run shows signs of a known failure."""
 
 
 class Diagnostics:
-    """Watches the logged metrics of one run.
-
-    Args:
-        c_total: Number of subcomponents.
-        steps: Steps of the run.
-    """
+    """Watches the logged metrics of a run of `steps` steps on `c_total` subcomponents."""
 
     def __init__(self, c_total: int, steps: int) -> None:
-        self.c_total = c_total
-        self.steps = steps
+        self.c_total, self.steps = c_total, steps
         self.gradient_norms: list[float] = []
         self.given: set[str] = set()
 
     def look(self, step: int, metrics: dict[str, float]) -> None:
-        """Compare the metrics of one log step with the known failures.
+        """Compare the metrics of one log step with the known failures, each warned of once.
 
         Args:
             step: Finished steps.
             metrics: `l0` (mean number of subcomponents with importance above 0), `ci_max` (mean
                 over positions of the largest importance) and `grad_norm/importance`.
         """
-        progress = step / self.steps
-        early = step < _TOO_EARLY
-        if progress >= 0.1 and not early and metrics["ci_max"] < 0.5:
+        # In the first steps no causal importance function has learned anything yet.
+        progress = step / self.steps if step >= 30 else 0.0
+        if progress >= 0.1 and metrics["ci_max"] < 0.5:
             self._warn(
                 "collapse",
                 f"step {step}: causal importances have collapsed (the largest at a position is "
                 f"{metrics['ci_max']:.2f} on average). minimality.coefficient is too high; lower "
                 "it by 2-5x.",
             )
-        if progress >= 0.6 and not early and metrics["l0"] > 0.5 * self.c_total:
+        if progress >= 0.6 and metrics["l0"] > 0.5 * self.c_total:
             self._warn(
                 "dense",
                 f"step {step}: {metrics['l0']:.0f} of {self.c_total} subcomponents are still "
                 "active per position. minimality.coefficient is too low (raise it by 2-5x), or "
                 "optimiser.lr is too high and importances jumped to 1.",
             )
-        norm = metrics["grad_norm/importance"]
-        if len(self.gradient_norms) >= 5:
-            usual = statistics.median(self.gradient_norms)
-            if norm > 30 * usual > 0:
-                self._warn(
-                    "diverging",
-                    f"step {step}: the gradient of the causal importance function is "
-                    f"{norm / usual:.0f} times its usual size. Set optimiser.clip_importance=1.0; "
-                    "the importance penalty is steep near 0 once p is below 1.",
-                )
-        self.gradient_norms.append(norm)
+        norm, before = metrics["grad_norm/importance"], self.gradient_norms
+        usual = statistics.median(before) if len(before) >= 5 else 0.0
+        if norm > 30 * usual > 0:
+            self._warn(
+                "diverging",
+                f"step {step}: the gradient of the causal importance function is "
+                f"{norm / usual:.0f} times its usual size. Set optimiser.clip_importance=1.0; "
+                "the importance penalty is steep near 0 once p is below 1.",
+            )
+        before.append(norm)
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self.given:

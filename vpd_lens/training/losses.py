@@ -1,4 +1,4 @@
-"""The training losses (METHOD 3), of a batch and of its parts.
+"""The training losses, of a batch and of its parts.
 
 Each reconstruction loss is the divergence between the target's output and the output under
 masks; the others look at the importances and at the deltas alone. A batch may be cut into
@@ -36,11 +36,11 @@ def stochastic_reconstruction(
 
     Args:
         divergence_of: The divergence of a masked forward from the target.
-        importance: Causal importances.
+        importance: Causal importances `g`.
         layout: The columns of each site.
         routing: `"subset"` or `"all"`.
         n_samples: Mask draws to average.
-        generator: Random generator.
+        generator: Source of `r` and of the subsets.
     """
     losses = []
     for _ in range(n_samples):
@@ -57,14 +57,7 @@ def layerwise_reconstruction(
     layout: Layout,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, ""]:
-    """SPD's layer-wise loss: one site masked at a time, mean over sites.
-
-    Args:
-        divergence_of: The divergence of a masked forward from the target.
-        importance: Causal importances.
-        layout: The columns of each site.
-        generator: Random generator.
-    """
+    """SPD's layer-wise loss: as `stochastic_reconstruction`, one site at a time, their mean."""
     masks = uniform_sources(importance, layout, generator).over(importance)
     losses = []
     for index in range(layout.n_sites):
@@ -81,9 +74,8 @@ class _PowerSum(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, p: float, eps: float, real: Tensor | None) -> Tensor:
         slope = torch.empty_like(z)
         total = z.new_zeros(z.shape[-1])
-        kept = None if real is None else real.unsqueeze(-1).to(z.dtype).contiguous()
-        tensors = (z.contiguous(), slope) if kept is None else (z.contiguous(), slope, kept)
-        for rows, out, *weight in row_blocks(*tensors):
+        kept = [] if real is None else [real.unsqueeze(-1).to(z.dtype).contiguous()]
+        for rows, out, *weight in row_blocks(z.contiguous(), slope, *kept):
             g = upper_leaky(rows).add_(eps)
             torch.pow(g, p, out=out)
             if weight:
@@ -110,7 +102,7 @@ def importance_power_sum(
     """`s_c = sum_{b,t} (g_upper + eps)^p` of every subcomponent.
 
     Args:
-        z: Pre-sigmoid importances.
+        z: Pre-sigmoid importances, of which `g_upper` is the upper-leaky sigmoid.
         p: The exponent.
         eps: Added before the power.
         real: Positions to sum over; `None`: all (nothing is padding).
@@ -133,11 +125,7 @@ def minimality(
 
 
 def faithfulness(deltas: Sequence[Float[Tensor, "_i _o"]]) -> Float[Tensor, ""]:
-    """Delta-L2: `1/N sum_l ||Delta_l||_F^2`, N the number of decomposed parameters.
-
-    Args:
-        deltas: `Delta_l = W_l - V_l U_l` of every site.
-    """
+    """Delta-L2: `1/N sum_l ||W_l - V_l U_l||_F^2`, N the number of decomposed parameters."""
     total = torch.stack([delta.square().sum() for delta in deltas]).sum()
     return total / sum(delta.numel() for delta in deltas)
 
@@ -151,6 +139,7 @@ class Part:
         tokens: Those, `[rows, pos]` (or whatever the model takes).
         real: Positions that are no padding, `[rows, pos]`; `None`: all.
         share: Its share of the global batch's positions.
+        n_real: How many of those are no padding; `None`: all.
         arguments: What the model is given besides the tokens.
         inputs: Input of every site, `[rows, pos, d_in]`.
         divergence: Distance from the target's output.
@@ -161,6 +150,7 @@ class Part:
     tokens: Tensor
     real: Bool[Tensor, "rows pos"] | None
     share: float | Tensor
+    n_real: Tensor | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     inputs: list[Tensor] = field(default_factory=list)
     divergence: Divergence = field(init=False)
@@ -170,38 +160,20 @@ class Part:
 def cut(
     tokens: Tensor, real: Bool[Tensor, "batch pos"] | None, count: int, processes: Processes
 ) -> list[Part]:
-    """The micro-batches of this process's rows.
-
-    Args:
-        tokens: The rows, `[batch, pos]`.
-        real: Positions that are no padding; `None`: all.
-        count: Number of micro-batches.
-        processes: Those that share the global batch.
-    """
+    """Some micro-batches of this process's rows; `real` are positions that are no padding."""
+    size = tokens.shape[0] // count
+    rows = [slice(index * size, (index + 1) * size) for index in range(count)]
     if count == 1:
         rows = [slice(None)]
-    else:
-        size = tokens.shape[0] // count
-        rows = [slice(index * size, (index + 1) * size) for index in range(count)]
     if real is None:
         return [Part(r, tokens[r], None, 1 / (count * processes.world)) for r in rows]
-    everywhere = real.sum().float()
-    processes.sum_([everywhere])
-    return [Part(r, tokens[r], real[r], real[r].sum() / everywhere) for r in rows]
+    n_real = real.sum().float()
+    processes.sum_([n_real])
+    return [Part(r, tokens[r], real[r], real[r].sum() / n_real, n_real) for r in rows]
 
 
 class WholeMinimality:
-    """The minimality losses of the global batch, and their gradient part by part.
-
-    Args:
-        parts: The micro-batches, with their `z`.
-        p: The exponent.
-        config: Frequency coefficient and epsilon.
-        processes: Those that share the global batch.
-
-    Attributes:
-        value: The loss.
-    """
+    """The minimality losses of the global batch: `value`, and its gradient part by part."""
 
     def __init__(
         self, parts: Sequence[Part], p: float, config: MinimalityConfig, processes: Processes
@@ -210,12 +182,11 @@ class WholeMinimality:
         self.alone = len(parts) == 1
         self.sums = [self._sum(part) for part in parts]
         total = torch.stack(self.sums).sum(0).detach()
-        n = sum(part.z[..., 0].numel() for part in parts) * processes.world
-        reals = [part.real.sum().float() for part in parts if part.real is not None]
-        n_real = torch.stack(reals).sum() if reals else None
-        processes.sum_([total] if n_real is None else [total, n_real])
-        total.requires_grad_()
-        loss = minimality(total, n if n_real is None else n_real, config.frequency)
+        processes.sum_([total])
+        n = parts[0].n_real
+        if n is None:
+            n = sum(part.z[..., 0].numel() for part in parts) * processes.world
+        loss = minimality(total.requires_grad_(), n, config.frequency)
         (self.slope,) = torch.autograd.grad(loss, total)
         self.value = loss.detach()
 
@@ -226,3 +197,25 @@ class WholeMinimality:
 
     def _sum(self, part: Part) -> Float[Tensor, " C_total"]:
         return importance_power_sum(part.z, self.p, self.eps, part.real)
+
+
+@dataclass
+class StepImportance:
+    """Causal importances of a finished step; nothing is computed until it is asked for.
+
+    Attributes:
+        parts: Pre-sigmoid importances `[rows, pos, C_total]`, and which positions are real.
+    """
+
+    parts: list[tuple[Tensor, Tensor | None]]
+
+    def whole(self) -> Float[Tensor, "batch *pos C_total"]:
+        """The importances of this process's rows, 0 where there is padding."""
+        found = ((z.clamp(0, 1), real) for z, real in self.parts)
+        return torch.cat([g if real is None else g * real.unsqueeze(-1) for g, real in found])
+
+    def mean(self, per_position: Tensor) -> Tensor:
+        """The mean over real positions of a value `[batch, pos, ...]` that is 0 at padding."""
+        total = per_position.float().flatten(0, self.parts[0][0].ndim - 2).sum(0)
+        counts = [z[..., 0].numel() if r is None else r.sum() for z, r in self.parts]
+        return total / sum(counts)

@@ -19,20 +19,17 @@ from vpd_lens.config import AdversaryConfig, MinimalityConfig, OptimiserConfig
 def optimisers(
     parameters: Mapping[str, Sequence[nn.Parameter]], config: OptimiserConfig
 ) -> list[torch.optim.Optimizer]:
-    """The optimisers that together update all parameters.
+    """The optimisers that together update `"subcomponents"` and `"importance"`.
 
     Muon moves along the gradient's momentum with all its singular values set to 1, so that weak
     directions of a matrix learn as fast as strong ones; its step is scaled to the size of an
     AdamW step, and biases are left to AdamW.
 
-    Args:
-        parameters: Those of `"subcomponents"` and of `"importance"`.
-        config: Kind and hyperparameters.
-
     Returns:
         Optimisers whose parameter groups carry their peak learning rate as `base`.
     """
     base = {"subcomponents": config.lr, "importance": config.importance_lr or config.lr}
+    shared: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
 
     def groups(by_muon: bool) -> list[dict]:
         chosen = {
@@ -42,22 +39,11 @@ def optimisers(
         return [{"params": p, "base": base[name]} for name, p in chosen.items() if p]
 
     made: list[torch.optim.Optimizer] = []
-    if config.kind == "muon":
-        made.append(
-            Muon(
-                groups(by_muon=True),
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                momentum=config.momentum,
-            )
-        )
+    if matrices := groups(by_muon=True):
+        made.append(Muon(matrices, momentum=config.momentum, **shared))
     if rest := groups(by_muon=False):
         betas = (config.beta1, config.beta2)
-        made.append(
-            torch.optim.AdamW(
-                rest, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True
-            )
-        )
+        made.append(torch.optim.AdamW(rest, betas=betas, fused=True, **shared))
     return made
 
 
@@ -98,10 +84,7 @@ def orthogonalised(
 ) -> Float[Tensor, "rows columns"]:
     """The matrix with all its singular values near 1, by Newton-Schulz iterations.
 
-    Args:
-        matrix: Any matrix.
-        coefficients: `a, b, c` of the step `X <- a X + (b X X^T + c (X X^T)^2) X`.
-        steps: How many of them.
+    They are `X <- a X + (b X X^T + c (X X^T)^2) X`, with the coefficients `a, b, c`.
     """
     a, b, c = coefficients
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -115,14 +98,7 @@ def orthogonalised(
 def keep_moments(
     optimiser: torch.optim.Optimizer, parameter: Tensor, dim: int, index: Tensor
 ) -> None:
-    """Keep an optimiser's state of some rows of a parameter, and forget that of the others.
-
-    Args:
-        optimiser: It may hold no state for the parameter yet.
-        parameter: The parameter.
-        dim: The dimension of the rows.
-        index: Which ones stay.
-    """
+    """Keep an optimiser's state, if any, of the rows `index` along `dim` of a parameter."""
     state = optimiser.state.get(parameter, {})
     for name, value in state.items():
         if value.ndim:  # all but the count of steps
@@ -130,7 +106,7 @@ def keep_moments(
 
 
 def learning_rate(config: OptimiserConfig, base: float, step: int, steps: int) -> float:
-    """Linear warm-up from 0, then cosine to `final_fraction * base` at the last step.
+    """The rate at a step: linear from 0 up to `base`, then a cosine to `final_fraction * base`.
 
     Args:
         config: Schedule, warm-up and final fraction.

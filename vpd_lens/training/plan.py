@@ -14,6 +14,7 @@ import time
 import weakref
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,9 +74,8 @@ def plan_step(
     """
     config = config.replaced({"compile": False, "device": "cpu", "shard_importance": False})
     with torch.device("meta"):
-        sites = config.sites if isinstance(config.sites, str) else list(config.sites)
         _replace_tensors([model], "meta")
-        attach(model, sites, config.n_subcomponents, config.importance, check=False)
+        attach(model, config.sites, config.n_subcomponents, config.importance, check=False)
     vpd: Decomposition = model.__dict__["vpd"]
     with FakeTensorMode(), _Meter() as meter:
         _replace_tensors([model, vpd], "cpu")
@@ -93,12 +93,7 @@ def measured_step(
 ) -> float:
     """Seconds of a real training step: the fastest of some, after one to warm up.
 
-    Args:
-        vpd: An attached decomposition; it is trained by these steps.
-        config: The run.
-        batch: Sequences per step.
-        pos: Tokens per sequence.
-        steps: How many to time.
+    The decomposition is trained by these steps, on `batch` sequences of `pos` random tokens.
     """
     stepper = Stepper(vpd, config)
     vocabulary = int(vpd.model.cfg.d_vocab)  # type: ignore[union-attr, arg-type]
@@ -114,8 +109,8 @@ def measured_step(
 
 def _replace_tensors(modules: list[nn.Module], device: str) -> None:
     """Put empty tensors in place of all parameters and buffers, shared ones in place of shared."""
-    made: dict[Tensor, Tensor] = {}
 
+    @cache
     def like(old: Tensor) -> Tensor:
         new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
         return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
@@ -123,9 +118,7 @@ def _replace_tensors(modules: list[nn.Module], device: str) -> None:
     for module in (part for whole in modules for part in whole.modules()):
         both: list[dict[str, Any]] = [module._parameters, module._buffers]
         for tensors in both:
-            for name, old in tensors.items():
-                if old is not None:
-                    made[old] = tensors[name] = made[old] if old in made else like(old)
+            tensors.update({n: like(old) for n, old in tensors.items() if old is not None})
 
 
 class _Meter(TorchDispatchMode):
@@ -133,9 +126,8 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = 0
+        self.now, self.phases = 0, ["other"]
         self.alive: set[int] = set()
-        self.phases = ["other"]
         self.restart()
 
     def restart(self) -> None:
@@ -152,8 +144,7 @@ class _Meter(TorchDispatchMode):
             self.phases.append(phase if phase != args[0] else self.phases[-1])
         elif func is torch.ops.profiler._record_function_exit._RecordFunction:
             self.phases.pop()
-        if func._overloadpacket in _FLOPS:
-            count = _FLOPS[func._overloadpacket]
+        if count := _FLOPS.get(func._overloadpacket):
             self.flop[self.phases[-1]] += count(*args, **kwargs, out_val=out)
         tree_map_only(Tensor, self._track, out)
         return out

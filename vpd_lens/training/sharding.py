@@ -25,19 +25,16 @@ def sharded_importance(vpd: Decomposition, processes: Processes, on: bool) -> It
     """Share out the parameters of the causal importance function, block by block, for a while.
 
     Afterwards `vpd` has an ordinary one again, with the trained parameters; also after an error,
-    unless only some of the processes have met it.
-
-    Args:
-        vpd: Its `importance` is sharded in place.
-        processes: Who gets the shards; a single one keeps everything.
-        on: Whether to do so.
+    unless only some of the processes have met it. A single process keeps everything.
     """
     if processes.world == 1 or not on:
         yield
         return
-    module, device = vpd.importance, vpd.device
-    blank = _without_values(module)
-    _shard(module, device)
+    module = vpd.importance
+    # On the meta device, where it takes no memory.
+    blanks = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in module.parameters()}
+    blank = copy.deepcopy(module, blanks)
+    _shard(module, vpd.device)
     try:
         yield
     except BaseException as error:
@@ -90,9 +87,3 @@ def sharded_like(tensor: Tensor, model: Tensor) -> Tensor:
     return distribute_tensor(
         tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None
     )
-
-
-def _without_values(module: nn.Module) -> nn.Module:
-    """A copy of a module on the meta device, which takes no memory."""
-    blanks = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in module.parameters()}
-    return copy.deepcopy(module, blanks)

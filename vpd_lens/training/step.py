@@ -6,14 +6,13 @@
 4. All losses and one backward pass, which also yields the adversary's last gradient.
 5. The adversary's last update, gradient clipping, the optimiser.
 
-How a batch is cut into micro-batches and shared between processes is in `accumulate.py`.
+How a batch is cut into micro-batches and shared between processes is in `losses.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from vpd_lens.training.distributed import ALONE, Processes
 from vpd_lens.training.forwards import CompiledForwards, RecomputedForwards
 from vpd_lens.training.losses import (
     Part,
+    StepImportance,
     WholeMinimality,
     cut,
     faithfulness,
@@ -38,10 +38,8 @@ from vpd_lens.training.losses import (
 )
 from vpd_lens.training.optimiser import adversary_lr, exponent, learning_rate, optimisers
 from vpd_lens.training.sharding import is_sharded, whole
-from vpd_lens.training.window import ImportanceWindow, StepImportance
 
 Losses = dict[str, Tensor]
-MaskedForward = Callable[..., Tensor]
 
 
 class Stepper:
@@ -53,25 +51,21 @@ class Stepper:
         processes: Those that train together, each on its rows of the batch.
 
     Attributes:
-        autocast: Whether products run in bf16.
-        mask_dtype: Of sources and masks.
         coefficients: Weight of every loss in the total.
-        parameters: Those of U and V, `"subcomponents"`, and of the `"importance"` function.
+        parameters: Those of `"subcomponents"`, U and V, and of the `"importance"` function.
         optimisers: What updates them.
         adversary: The persistent sources; made at the first batch, whose shape they take.
         generator: Source of all randomness of the steps.
         run: Masked forwards of the model, compiled if the configuration says so.
         weights: What `V U` should add up to: the base weights, less what was folded.
-        window: Importances since compaction last looked at them.
+        window: Sum over steps, since compaction last looked, of the mean importance `[C_total]`.
 
     Raises:
         ConfigError: If the target is in fp16, whose logits would get gradients of 0.
     """
 
     def __init__(self, vpd: Decomposition, config: VPDConfig, processes: Processes = ALONE) -> None:
-        self.vpd = vpd
-        self.config = config
-        self.processes = processes
+        self.vpd, self.config, self.processes = vpd, config, processes
         self.device = vpd.device
         if vpd.sites[0].weight.dtype == torch.float16:
             raise ConfigError(
@@ -95,12 +89,16 @@ class Stepper:
             "importance": list(vpd.importance.parameters()),
         }
         self.optimisers = optimisers(self.parameters, config.optimiser)
-        self.window = ImportanceWindow(config.compaction, vpd.layout.total, self.device)
+        self.window = torch.zeros(vpd.layout.total, device=self.device)
 
     def renew(self) -> None:
         """Make what depends on which subcomponents there are: again after a compaction."""
-        vpd = self.vpd
-        self.run = _masked_forward(vpd, self.config)
+        vpd, config = self.vpd, self.config
+        self.run: Callable[..., Tensor] = vpd.run
+        if config.compile:
+            self.run = CompiledForwards(vpd).run
+        elif config.recompute:
+            self.run = RecomputedForwards(vpd).run
         self.weights = vpd.subcomponents.references([site.weight for site in vpd.sites])
 
     def step(
@@ -120,29 +118,27 @@ class Stepper:
         Raises:
             NonFiniteLossError: On CPU, if a loss is not finite; the parameters are untouched.
         """
-        self._schedule(step)
         batch = batch.to(self.device, non_blocking=True)
         real = None if real is None else real.to(self.device, non_blocking=True)
         parts = cut(batch, real, self.config.micro_batches, self.processes)
-        for part in parts:
-            if part.real is not None:
-                part.arguments = right_padding(self.vpd.model, part.real)
         with self.vpd.undisturbed():
             with self._autocast():
                 for part in parts:
                     self._look(part, gradient=len(parts) == 1)
                 if self.coefficients["adversarial"] > 0:
-                    self._refine_adversary(parts, batch.shape[0])
+                    self._refine_adversary(parts, batch.shape[0], step)
             losses = self._backward(parts, step)
         importance = StepImportance([(part.z.detach(), part.real) for part in parts])
         with record_function("vpd::update"):
-            self._update(losses, parts)
+            self._update(losses, parts, step)
         return losses, importance
 
     # -------------------------------------------------------------- 1 and 2
 
     def _look(self, part: Part, gradient: bool) -> None:
         """The target's output on a part, and its importances."""
+        if part.real is not None:
+            part.arguments = right_padding(self.vpd.model, part.real)
         with record_function("vpd::target"):
             output, part.inputs = self.vpd.target(part.tokens, **part.arguments)
             part.divergence = Divergence(output, self.vpd.divergence, part.real)
@@ -152,10 +148,17 @@ class Stepper:
 
     # -------------------------------------------------------------------- 3
 
-    def _refine_adversary(self, parts: list[Part], n_rows: int) -> None:
+    def new_adversary(self, batch_shape: tuple[int, ...]) -> PersistentAdversary:
+        """Fresh sources for batches of this leading shape."""
+        config, layout, dtype = self.config.adversary, self.vpd.layout, self.mask_dtype
+        return PersistentAdversary(
+            config, layout, batch_shape, self.device, self.generator, self.processes, dtype
+        )
+
+    def _refine_adversary(self, parts: list[Part], n_rows: int, step: int) -> None:
         if self.adversary is None:
-            lead = (n_rows, *parts[0].z.shape[1:-1])
-            self.adversary = self._new_adversary(lead)
+            self.adversary = self.new_adversary((n_rows, *parts[0].z.shape[1:-1]))
+        self.adversary.set_lr(adversary_lr(self.config.adversary, step, self.config.steps))
         with record_function("vpd::adversary"), self.vpd.frozen_subcomponents():
             importances = [part.z.detach().clamp(0, 1).to(self.mask_dtype) for part in parts]
             for _ in range(self.config.adversary.inner_steps):
@@ -164,19 +167,6 @@ class Stepper:
                     loss = self.coefficients["adversarial"] * loss
                     loss.backward(inputs=self.adversary.leaves())
                 self._ascend(parts)
-
-    def _new_adversary(self, lead: tuple[int, ...]) -> PersistentAdversary:
-        adversary = PersistentAdversary(
-            self.config.adversary,
-            self.vpd.layout,
-            lead,
-            self.device,
-            self.generator,
-            self.processes,
-            self.mask_dtype,
-        )
-        adversary.set_lr(self._adversary_lr)
-        return adversary
 
     # -------------------------------------------------------------------- 4
 
@@ -202,41 +192,34 @@ class Stepper:
         return losses
 
     def _losses(self, part: Part, minimal: WholeMinimality, index: int) -> Losses:
-        """The losses of METHOD 3 on one part, each by its share of the global batch."""
-        config, layout = self.config.stochastic, self.vpd.layout
+        """The five losses on one part, each by its share of the global batch."""
+        config, layout, draws = self.config.stochastic, self.vpd.layout, self.generator
         g = lower_leaky(part.z).to(self.mask_dtype)
-        under = self._divergence_under(part)
-        terms: dict[str, Callable[[], Tensor]] = {
-            "stochastic": lambda: (
-                part.share
-                * stochastic_reconstruction(
-                    under, g, layout, config.routing, config.n_samples, self.generator
-                )
-            ),
-            "layerwise": lambda: (
-                part.share * layerwise_reconstruction(under, g, layout, self.generator)
-            ),
-            "adversarial": lambda: part.share * self._adversarial(part, g),
-            "minimality": lambda: minimal.of(index, part),
-            "faithfulness": self._faithfulness,
-        }
-        if index > 0:
-            del terms["faithfulness"]  # it is of the weights, not of the data
-        return {name: loss() for name, loss in terms.items() if self._counts(name)}
+        under = partial(self._divergence, part)
+        losses: Losses = {}
+        if self.coefficients["stochastic"] > 0:
+            losses["stochastic"] = part.share * stochastic_reconstruction(
+                under, g, layout, config.routing, config.n_samples, draws
+            )
+        if self.coefficients["layerwise"] > 0:
+            losses["layerwise"] = part.share * layerwise_reconstruction(under, g, layout, draws)
+        if self.coefficients["adversarial"] > 0:
+            losses["adversarial"] = part.share * self._adversarial(part, g)
+        losses["minimality"] = minimal.of(index, part)
+        if index == 0:  # it is of the weights, not of the data
+            losses["faithfulness"] = self._faithfulness()
+        return losses
 
-    def _counts(self, name: str) -> bool:
-        return self.coefficients[name] > 0 or name in ("minimality", "faithfulness")
-
-    def _divergence_under(self, part: Part) -> Callable[[SourceMasks], Tensor]:
-        """The divergence of a masked forward from the target's output."""
-        return lambda masks: part.divergence(self.run(masks, part.tokens, **part.arguments))
+    def _divergence(self, part: Part, masks: SourceMasks) -> Tensor:
+        """How far the output under masks is from the target's."""
+        return part.divergence(self.run(masks, part.tokens, **part.arguments))
 
     def _adversarial(self, part: Part, importance: Tensor) -> Tensor:
         assert self.adversary is not None
         masks = self.adversary.masks(importance, part.rows)
         if self.config.adversary.routing == "subset":
             masks.routed = uniform_k_subset(masks.delta.shape, self.device, self.generator)
-        return self._divergence_under(part)(masks)
+        return self._divergence(part, masks)
 
     def _faithfulness(self) -> Tensor:
         with self._autocast(False):
@@ -255,7 +238,7 @@ class Stepper:
 
     # -------------------------------------------------------------------- 5
 
-    def _update(self, losses: Losses, parts: list[Part]) -> None:
+    def _update(self, losses: Losses, parts: list[Part], step: int) -> None:
         if self.device.type == "cpu":
             require_finite(losses)
         if self.adversary is not None:
@@ -272,6 +255,8 @@ class Stepper:
                 torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
             losses[f"grad_norm/{name}"] = whole(norm)
         for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(opt, group["base"], step, self.config.steps)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
@@ -280,34 +265,15 @@ class Stepper:
         n_positions = sum(part.z[..., 0].numel() for part in parts) * self.processes.world
         self.adversary.ascend(self.coefficients["adversarial"] / n_positions)
 
-    # ---------------------------------------------------------------- helpers
-
-    def _schedule(self, step: int) -> None:
-        config = self.config
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(config.optimiser, group["base"], step, config.steps)
-        self._adversary_lr = adversary_lr(config.adversary, step, config.steps)
-        if self.adversary is not None:
-            self.adversary.set_lr(self._adversary_lr)
-
-    def _autocast(self, on: bool = True) -> AbstractContextManager[Any]:
-        if not self.autocast:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
-
-
-def _masked_forward(vpd: Decomposition, config: VPDConfig) -> MaskedForward:
-    if config.compile:
-        return CompiledForwards(vpd).run
-    return RecomputedForwards(vpd).run if config.recompute else vpd.run
+    def _autocast(self, on: bool = True) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast and on)
 
 
 def require_finite(losses: Losses) -> None:
-    """Raise if a loss is NaN or infinite.
+    """Check that no loss is NaN or infinite.
 
     Raises:
-        NonFiniteLossError: Naming the terms.
+        NonFiniteLossError: Naming those that are.
     """
     bad = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))]
     if bad:
@@ -320,9 +286,6 @@ def require_finite(losses: Losses) -> None:
 
 def warm_up_faithfulness(stepper: Stepper) -> float:
     """Fit `V U` to the weights before training: AdamW on U and V against Delta-L2 alone.
-
-    Args:
-        stepper: Holds the decomposition, its weights and the configuration.
 
     Returns:
         The last value of the loss.

@@ -28,9 +28,9 @@ from vpd_lens.training.checkpoint import Checkpoint, save_checkpoint
 from vpd_lens.training.compaction import compact_when_due, sizes
 from vpd_lens.training.distributed import join, stop_requests
 from vpd_lens.training.log import Diagnostics, MetricsLog, SilentLog, last_metrics
+from vpd_lens.training.losses import StepImportance
 from vpd_lens.training.sharding import sharded_importance
 from vpd_lens.training.step import Losses, Stepper, require_finite, warm_up_faithfulness
-from vpd_lens.training.window import StepImportance
 
 # Between checkpoints where `checkpoint_every` asks for none: what is lost when a process dies. A
 # state that takes long to write is written less often.
@@ -76,11 +76,9 @@ def train(
     the new run; it is not aligned or warmed up again. Should a run fail before its first step, a
     decomposition that it has attached is taken off again.
 
-    Resuming continues bit-identically on CPU: parameters, optimiser, sources, random generator
-    and data position are restored. On CUDA the same holds as far as its kernels are
-    deterministic; on another kind of device, or with another number of processes, random masks
-    are drawn anew. A run that was stopped before its first checkpoint starts over, with or
-    without `resume`.
+    Resuming continues bit-identically on CPU, and on CUDA as far as its kernels are deterministic;
+    on another kind of device, or with another number of processes, random masks are drawn anew.
+    A run that was stopped before its first checkpoint starts over, with or without `resume`.
 
     In a script that `torchrun` or `accelerate` has started on many processes, all of them call
     this with the same arguments, and train together; see `docs/processes.md`.
@@ -113,16 +111,17 @@ def train(
         TrainingInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     config = config or VPDConfig.small()
+    if output is None:
+        output = Path("runs") / f"vpd-{datetime.now():%Y%m%d-%H%M%S}"
     with ExitStack() as stack:
         processes = join(config.device, model)
         stack.callback(processes.close)
         rows = processes.rows(config.batch_size, config.micro_batches)
-        folder = processes.from_first(Path(output) if output is not None else _default_folder())
+        folder = processes.all(Path(output))[0]
         _move(model, processes.device)
         if "vpd" not in model.__dict__:
-            sites = config.sites if isinstance(config.sites, str) else list(config.sites)
-            counts, importance, seed = config.n_subcomponents, config.importance, config.seed
-            attach(model, sites, counts, importance, example, seed=seed)
+            counts, importance = config.n_subcomponents, config.importance
+            attach(model, config.sites, counts, importance, example, seed=config.seed)
             stack.enter_context(removed_if_untrained(model))
         vpd: Decomposition = model.__dict__["vpd"]
         batches = token_batches(
@@ -137,7 +136,7 @@ def train(
         needed = budget(vpd, config, config.batch_size // processes.world, batches.seq_len or 1)
         there = float(sum(p.nbytes for p in [*model.parameters(), *vpd.parameters()]))
         warn_if_short(needed, there, vpd.device)
-        found = processes.from_first(_found(folder))
+        found = processes.all(_found(folder))[0]
         _require_startable(folder, found, resume)
         if processes.world > 1:
             processes.require_same(
@@ -169,29 +168,16 @@ def train(
 
 
 class _Run:
-    """One call of `train`: what it begins from, the loop, and its checkpoints.
-
-    Args:
-        stepper: All that a step changes.
-        batches: This process's rows of the data.
-        folder: Output of the run.
-
-    Attributes:
-        start: Steps that were finished before.
-        trained_before: Steps behind the decomposition when the run began.
-        extra: What else a checkpoint keeps: the wandb run.
-        history: All metrics logged.
-        saved: The step of the last checkpoint; `None`: there is none.
-    """
+    """One call of `train`: what it begins from, the loop, and its checkpoints."""
 
     def __init__(self, stepper: Stepper, batches: Any, folder: Path) -> None:
         self.stepper, self.batches, self.folder = stepper, batches, folder
         self.vpd, self.config, self.processes = stepper.vpd, stepper.config, stepper.processes
         self.checkpoint = folder / "checkpoint"
-        self.start, self.trained_before = 0, stepper.vpd.trained_steps
-        self.extra: dict[str, Any] = {}
+        self.start, self.trained_before = 0, stepper.vpd.trained_steps  # steps of this run, before
+        self.extra: dict[str, Any] = {}  # what else a checkpoint keeps: the wandb run
         self.history: list[dict[str, float]] = []
-        self.saved: int | None = None
+        self.saved: int | None = None  # the step of the last checkpoint
         self.next_save = time.monotonic() + CHECKPOINT_SECONDS
 
     def resume(self) -> None:
@@ -214,13 +200,14 @@ class _Run:
         """Where metrics go: to `folder` on the first process, nowhere on the others."""
         if not self.processes.first:
             return SilentLog()
-        if wandb is not None and "wandb_id" in self.extra:
-            wandb = {"id": self.extra["wandb_id"], "resume": "allow", **wandb}
+        if wandb is not None:
+            wandb = {"config": self.config.model_dump(), **wandb}
+            if "wandb_id" in self.extra:
+                wandb = {"id": self.extra["wandb_id"], "resume": "allow", **wandb}
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.config.to_yaml(self.folder / "config.yaml")
-            config = self.config.model_dump()
-            log = MetricsLog(self.folder, self.config.steps, self.start, progress, wandb, config)
+            log = MetricsLog(self.folder, self.config.steps, self.start, progress, wandb)
         if log.run is not None:
             self.extra["wandb_id"] = log.run.id
         return log
@@ -228,8 +215,8 @@ class _Run:
     def loop(self, log: MetricsLog | SilentLog) -> float:
         """Train up to the last step, and return the seconds that it took."""
         config, stepper = self.config, self.stepper
-        c_total = sum(stepper.vpd.subcomponents.original_sizes)
-        window = _Window(c_total, config.steps, warn=self.processes.first)
+        window = _Window()
+        diagnostics = Diagnostics(sum(stepper.vpd.subcomponents.original_sizes), config.steps)
         begun = time.perf_counter()
         with stop_requests() as requests, self.processes.contact(self._what_is_left):
             for step in range(self.start, config.steps):
@@ -247,11 +234,14 @@ class _Run:
                         f"{stepper.vpd.layout.total} left"
                     )
                 if done % config.log_every == 0 or done == config.steps:
-                    self.history.append(window.summary(done, importance, stepper))
+                    self.history.append(window.summary(importance, stepper))
+                    if self.processes.first:
+                        diagnostics.look(done, self.history[-1])
                     log.write(done, self.history[-1])
+                    window = _Window()
                 stop, due = self._agree(requests, done)
                 if due or done == config.steps or stop:
-                    window.require_finite()
+                    require_finite(window.sums)
                     self._save(done)
                 if stop and done < config.steps:
                     raise TrainingInterrupted(
@@ -299,12 +289,7 @@ class _Run:
 class _Window:
     """Losses since the last log line, summed on the device: no host sync between log steps."""
 
-    def __init__(self, c_total: int, steps: int, warn: bool = True) -> None:
-        self.diagnostics = Diagnostics(c_total, steps)
-        self.warn = warn
-        self._reset()
-
-    def _reset(self) -> None:
+    def __init__(self) -> None:
         self.sums: Losses = {}
         self.count = 0
         self.since = time.perf_counter()
@@ -314,26 +299,20 @@ class _Window:
             self.sums[name] = self.sums.get(name, 0) + loss.detach()
         self.count += 1
 
-    def require_finite(self) -> None:
-        require_finite(self.sums)
-
-    def summary(self, done: int, importance: StepImportance, stepper: Stepper) -> dict[str, float]:
+    def summary(self, importance: StepImportance, stepper: Stepper) -> dict[str, float]:
         """Means of the losses over the window, sparsity of the last batch, and timing."""
-        self.require_finite()
+        require_finite(self.sums)
         g = importance.whole()
         metrics = {name: float(total) / self.count for name, total in self.sums.items()}
-        own = {
+        figures = {
             "l0": float(importance.mean((g > 0).sum(-1))),
             "ci_max": float(importance.mean(g.amax(-1))),
             "lr": stepper.optimisers[0].param_groups[0]["lr"],
             "seconds_per_step": (time.perf_counter() - self.since) / self.count,
         }
-        metrics |= dict(zip(own, stepper.processes.mean(list(own.values())), strict=True))
-        metrics |= sizes(stepper)
-        if self.warn:
-            self.diagnostics.look(done, metrics)
-        self._reset()
-        return metrics
+        every = stepper.processes.all(figures)
+        means = {name: sum(own[name] for own in every) / len(every) for name in figures}
+        return metrics | means | sizes(stepper)
 
 
 def _move(model: nn.Module, device: str) -> None:
@@ -358,8 +337,8 @@ def _found(folder: Path) -> str:
         except ArtefactError:
             continue
         return name
-    started = any(os.path.exists(folder / name) for name in ("metrics.jsonl", "config.yaml"))
-    return "started" if started else ""
+    names = ("metrics.jsonl", "config.yaml")
+    return "started" if any(os.path.exists(folder / name) for name in names) else ""
 
 
 def _require_startable(folder: Path, found: str, resume: bool) -> None:
@@ -379,7 +358,3 @@ def _require_startable(folder: Path, found: str, resume: bool) -> None:
             f"resume=True, but output={str(folder)!r} holds no run and no checkpoint. Leave resume "
             "out, or check the path."
         )
-
-
-def _default_folder() -> Path:
-    return Path("runs") / f"vpd-{datetime.now():%Y%m%d-%H%M%S}"
