@@ -12,8 +12,7 @@ from typer import Option
 
 from vpd_lens import __version__
 from vpd_lens.cli.analyse import eval_command, graph_command, harvest_command, info_command
-from vpd_lens.cli.plan import plan_command
-from vpd_lens.cli.train import init_command, train_command
+from vpd_lens.cli.train import init_command, plan_command, train_command
 
 app = typer.Typer(
     name="vpd-lens",
@@ -22,16 +21,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (
-    init_command,
-    plan_command,
-    train_command,
-    eval_command,
-    info_command,
-    harvest_command,
-    graph_command,
-):
-    app.command(_command.__name__.removesuffix("_command"))(_command)
+app.command("init")(init_command)
+app.command("plan")(plan_command)
+app.command("train")(train_command)
+app.command("eval")(eval_command)
+app.command("info")(info_command)
+app.command("harvest")(harvest_command)
+app.command("graph")(graph_command)
 
 
 def main() -> None:

@@ -73,6 +73,14 @@ def eval_command(
         write_report(report, json, html, str(decomposition), other, beside_name)
 
 
+def _step_counts(text: str) -> tuple[int, ...]:
+    if text.strip().lower() in ("", "none"):
+        return ()
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise ConfigError(f"--pgd-steps {text!r}: expected numbers separated by commas, or none.")
+    return tuple(map(int, text.split(",")))
+
+
 def info_command(decomposition: Decomposed, debug: Debug = False) -> None:
     """Say what a saved decomposition is, without loading its model."""
     with readable_errors(debug):
@@ -81,18 +89,6 @@ def info_command(decomposition: Decomposed, debug: Debug = False) -> None:
         from vpd_lens.description import describe
 
         show(describe(decomposition), quiet=False)
-
-
-def _step_counts(text: str) -> tuple[int, ...]:
-    if text.strip().lower() in ("", "none"):
-        return ()
-    try:
-        steps = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        steps = (-1,)
-    if min(steps) < 0:
-        raise ConfigError(f"--pgd-steps {text!r}: expected numbers separated by commas, or none.")
-    return steps
 
 
 def graph_command(
@@ -139,17 +135,14 @@ def graph_command(
         from vpd_lens.analysis.harvest import Harvest
 
         examples = None if harvest is None else Harvest.load(harvest, loaded.vpd)
-        targets: Any = [Token(_unescaped(text), position) for text in target or []]
+        prompt, *tokens = (
+            text.replace("\\n", "\n").replace("\\t", "\t") for text in (prompt, *(target or []))
+        )
+        targets: Any = [Token(token, position) for token in tokens]
         if not targets and prune is None:
             targets = [TopTokens(position=position)]
-        graph = attribute(
-            loaded,
-            _unescaped(prompt),
-            targets or None,
-            prune=prune,
-            frozen=frozen,
-            progress=not quiet,
-        )
+        options: dict[str, Any] = {"prune": prune, "frozen": frozen, "progress": not quiet}
+        graph = attribute(loaded, prompt, targets or None, **options)
         if keep is not None:
             graph = graph.pruned(keep)
         if graph.circuit is not None:
@@ -159,10 +152,6 @@ def graph_command(
             say(f"Graph: {graph.save(save)}", quiet)
         if html is not None:
             say(f"Page: {graph.to_html(html, examples)}", quiet)
-
-
-def _unescaped(text: str) -> str:
-    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def harvest_command(

@@ -1,10 +1,11 @@
-"""`vpd-lens init` and `train`: from a run file to a trained decomposition."""
+"""`vpd-lens init`, `plan` and `train`: from a run file to a trained decomposition."""
 
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Option
@@ -12,7 +13,9 @@ from typer import Option
 from vpd_lens.cli.options import (
     Debug,
     Device,
+    ModelClassName,
     Overrides,
+    ProcessingName,
     Quiet,
     RunFilePath,
     quoted,
@@ -35,6 +38,91 @@ def init_command(
         from vpd_lens.config import template
 
         typer.echo(template(preset), nl=False)
+
+
+def plan_command(
+    model: Annotated[
+        str | None, Option(metavar="SOURCE", help="The target: a directory, or a name.")
+    ] = None,
+    run: Annotated[
+        Path | None, Option(metavar="RUN.YAML", help="Plan this run file instead.")
+    ] = None,
+    preset: Annotated[str, Option(help="paper, small or spd; not with --run.")] = "paper",
+    overrides: Overrides = None,
+    processes: Annotated[int, Option(min=1, help="Processes (GPUs) that share the batch.")] = 1,
+    measure: Annotated[
+        int | None,
+        Option(
+            min=1,
+            metavar="SEQUENCES",
+            help="Time real steps of so many sequences here, and scale that by the FLOP.",
+        ),
+    ] = None,
+    device: Annotated[
+        str, Option(help="cuda: bf16 as on a GPU; cpu: fp32. Also where --measure runs.")
+    ] = "cuda",
+    model_class: ModelClassName = "auto",
+    processing: ProcessingName = "default",
+    json: Annotated[Path | None, Option(help="Write all figures as JSON.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Count the FLOP and the memory of a training step by running it without values.
+
+    Only the configuration of a Hugging Face model is read. No device is needed but for --measure.
+    """
+    with readable_errors(debug):
+        from vpd_lens.config import read_run_file
+        from vpd_lens.config.run_file import run_of
+
+        if (model is None) == (run is None):
+            raise ConfigError("give either --model or --run.")
+        changes = list(overrides or [])
+        if run is not None:
+            found = read_run_file(run, changes)
+        else:
+            start = [f"training.preset={quoted(preset)}", f"model.source={quoted(model)}"]
+            start += [f"model.model_class={model_class}", f"model.processing={processing}"]
+            found = run_of({"data": "-", "output": "-"}, [*start, *changes], "--set")
+        config = found.training
+        rows, rest = divmod(config.batch_size, processes)
+        if rest:
+            raise ConfigError(f"batch_size={config.batch_size} is not a multiple of {processes}.")
+
+        from vpd_lens.decomposition.attach import attach
+        from vpd_lens.models import load_model
+        from vpd_lens.storage import write_json
+        from vpd_lens.training.budget import gigabytes
+        from vpd_lens.training.plan import measured_step, plan_step
+
+        target = load_model(**found.model.model_dump(), weights=False)
+        context = int(target.cfg.n_ctx)  # type: ignore[union-attr, arg-type]
+        pos = min(config.seq_len or context, context)
+        gpu = device != "cpu"
+        cost = plan_step(target, config, rows, pos, autocast=gpu)
+        figures: dict[str, Any] = {**asdict(cost), "batch": rows, "pos": pos}
+        typer.echo(f"A step of {rows} x {pos} tokens{' in each process' * (processes > 1)}")
+        for phase, flop in cost.flop.items():
+            typer.echo(f"  {phase:<12} {flop / 1e12:>10.4g} TFLOP")
+        typer.echo(f"  {'in all':<12} {cost.total_flop / 1e12:>10.4g} TFLOP, {config.steps} times")
+        typer.echo(
+            f"Memory: {gigabytes(cost.lasting)} stay from step to step, {gigabytes(cost.peak)} at "
+            f"the peak ({cost.peak_phase})"
+        )
+        if measure is not None:
+            real = load_model(**found.model.model_dump(), device=device)
+            attach(real, config.sites, config.n_subcomponents, config.importance)
+            config = config.replaced({"batch_size": measure, "micro_batches": 1, "device": device})
+            seconds = measured_step(real.__dict__["vpd"], config, measure, pos)
+            target = load_model(**found.model.model_dump(), weights=False)
+            part = plan_step(target, config, measure, pos, autocast=gpu)
+            scaled = seconds * cost.total_flop / part.total_flop
+            figures |= {"measured_batch": measure, "measured_seconds": seconds, "seconds": scaled}
+            typer.echo(
+                f"Time on {device}: {seconds:.3g} s for {measure} sequences, so {scaled:.3g} s a "
+                f"step, {scaled * config.steps / 3600:.3g} hours for the run"
+            )
+        if json is not None:
+            write_json(json, figures)
 
 
 def train_command(

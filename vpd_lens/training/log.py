@@ -10,21 +10,14 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from rich import progress as bars
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 from vpd_lens.storage import disk_errors, write_text
 
 
-class _Bar(Progress):
+class _Bar(bars.Progress):
     """A progress bar with the losses on a line of their own, so that 80 columns hold both."""
 
     losses = ""
@@ -59,11 +52,11 @@ class MetricsLog:
         self.console = Console(quiet=not progress)
         self.run: Any = None
         self._bar = _Bar(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            bars.TextColumn("[bold]{task.description}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(),
             console=self.console,
             disable=not progress or not self.console.is_terminal,
         )
@@ -99,11 +92,8 @@ class MetricsLog:
         with disk_errors(self.path):
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
             self._file.flush()
-        text = "  ".join(
-            f"{name} {metrics[name]:.3g}"
-            for name in ("stochastic", "adversarial", "l0", "faithfulness")
-            if name in metrics
-        )
+        shown = [n for n in ("stochastic", "adversarial", "l0", "faithfulness") if n in metrics]
+        text = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
         self._bar.losses = text
         if not self.console.is_terminal:
             seconds = metrics["seconds_per_step"]

@@ -116,7 +116,7 @@ def minimality(
     """Importance and frequency minimality: `1/(B T) sum_c (s_c + beta s_c log2(1 + s_c))`.
 
     Args:
-        power_sum: `s_c`, summed over the global batch.
+        power_sum: `s_c` of the global batch.
         n_positions: `B T` of that batch.
         frequency: `beta`.
     """

@@ -35,14 +35,17 @@ def sharded_importance(vpd: Decomposition, processes: Processes, on: bool) -> It
     blanks = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in module.parameters()}
     blank = copy.deepcopy(module, blanks)
     _shard(module, vpd.device)
+    together = True
     try:
         yield
     except BaseException as error:
-        if isinstance(error, ProcessError) or not processes.all_here():
-            raise
-        _restore(vpd, blank, module)
+        together = not isinstance(error, ProcessError) and processes.all_here()
         raise
-    _restore(vpd, blank, module)
+    finally:
+        if together:
+            plain = blank.to_empty(device=vpd.device)
+            plain.load_state_dict({k: whole(t) for k, t in module.state_dict().items()})
+            vpd.importance = plain
 
 
 def _shard(module: nn.Module, device: torch.device) -> None:
@@ -60,12 +63,6 @@ def _shard(module: nn.Module, device: torch.device) -> None:
             # The losses are divided by the number of processes already.
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
-
-
-def _restore(vpd: Decomposition, blank: nn.Module, sharded: nn.Module) -> None:
-    plain = blank.to_empty(device=vpd.device)
-    plain.load_state_dict({k: whole(t) for k, t in sharded.state_dict().items()})
-    vpd.importance = plain
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -12,7 +12,9 @@ How a batch is cut into micro-batches and shared between processes is in `losses
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,12 +45,7 @@ Losses = dict[str, Tensor]
 
 
 class Stepper:
-    """The state that a training step carries forward, and the step itself.
-
-    Args:
-        vpd: The decomposition to train.
-        config: The run.
-        processes: Those that train together, each on its rows of the batch.
+    """What a training step carries forward, and the step itself, on one of `processes`.
 
     Attributes:
         coefficients: Weight of every loss in the total.
@@ -265,8 +262,10 @@ class Stepper:
         n_positions = sum(part.z[..., 0].numel() for part in parts) * self.processes.world
         self.adversary.ascend(self.coefficients["adversarial"] / n_positions)
 
-    def _autocast(self, on: bool = True) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast and on)
+    def _autocast(self, on: bool = True) -> AbstractContextManager[Any]:
+        if not self.autocast:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
 
 def require_finite(losses: Losses) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -245,9 +245,9 @@ class _Run:
                     self._save(done)
                 if stop and done < config.steps:
                     raise TrainingInterrupted(
-                        f"stopped by {stop} after step {done} of {config.steps}; a checkpoint "
-                        f"is in {self.checkpoint}. To go on: train(..., output="
-                        f"{str(self.folder)!r}, resume=True), or vpd-lens train with --resume."
+                        f"stopped by {stop} after step {done} of {config.steps}; a checkpoint is "
+                        f"in {self.checkpoint}. To go on: train(..., output={str(self.folder)!r}, "
+                        "resume=True), or vpd-lens train with --resume."
                     )
         return time.perf_counter() - begun
 
@@ -332,29 +332,27 @@ def _move(model: nn.Module, device: str) -> None:
 def _found(folder: Path) -> str:
     """What an earlier run has left: `"checkpoint"`, `"decomposition"`, `"started"` or nothing."""
     for name in ("checkpoint", "decomposition"):
-        try:
+        with suppress(ArtefactError):
             existing_folder(folder / name)
-        except ArtefactError:
-            continue
-        return name
+            return name
     names = ("metrics.jsonl", "config.yaml")
     return "started" if any(os.path.exists(folder / name) for name in names) else ""
 
 
 def _require_startable(folder: Path, found: str, resume: bool) -> None:
     """Refuse to overwrite a run, and to continue one that is not there."""
+    where = f"output={str(folder)!r}"
     if found == "checkpoint" and not resume:
         raise ConfigError(
-            f"output={str(folder)!r} already holds a run. Pass resume=True to continue it, or "
-            "another directory."
+            f"{where} already holds a run. Pass resume=True to continue it, or another directory."
         )
     if found == "decomposition":
         raise ConfigError(
-            f"output={str(folder)!r} holds the result of a run whose checkpoint is gone. Name "
-            "another directory; vpd_lens.load reads the result."
+            f"{where} holds the result of a run whose checkpoint is gone. Name another directory; "
+            "vpd_lens.load reads the result."
         )
     if not found and resume:
         raise ConfigError(
-            f"resume=True, but output={str(folder)!r} holds no run and no checkpoint. Leave resume "
-            "out, or check the path."
+            f"resume=True, but {where} holds no run and no checkpoint. Leave resume out, or check "
+            "the path."
         )
