@@ -160,7 +160,8 @@ class Stepper:
             importances = [part.z.detach().clamp(0, 1).to(self.mask_dtype) for part in parts]
             for _ in range(self.config.adversary.inner_steps):
                 for part, g in zip(parts, importances, strict=True):
-                    loss = self._adversarial(part, g) * part.share
+                    # On every site, whatever the routing of the loss.
+                    loss = self._divergence(part, self.adversary.masks(g, part.rows)) * part.share
                     loss = self.coefficients["adversarial"] * loss
                     loss.backward(inputs=self.adversary.leaves())
                 self._ascend(parts)
