@@ -87,17 +87,3 @@ def test_sources_start_over_as_often_as_they_should(dtype):
     moments = adversary.optimiser.state[adversary.leaves()[0]]["exp_avg"]
     share = float((moments == 0).all(-1).float().mean())
     assert share == pytest.approx(0.001, rel=0.3)
-
-
-@pytest.mark.parametrize("routing", ["all", "subset"])
-def test_inner_updates_attack_the_loss_that_is_trained(routing, tokens, monkeypatch):
-    stepper = fresh_stepper({"adversary": {"routing": routing, "inner_steps": 2}})
-    routed = []
-    run = stepper.run
-    monkeypatch.setattr(
-        stepper, "run", lambda masks, *a, **k: (routed.append(masks.routed), run(masks, *a, **k))[1]
-    )
-    stepper.step(tokens[:4], 0)
-    *inner, _, last = routed
-    assert len(inner) == 2
-    assert all((masks is None) == (routing == "all") for masks in (*inner, last))

@@ -202,7 +202,8 @@ class Stepper:
         if self.coefficients["layerwise"] > 0:
             losses["layerwise"] = part.share * layerwise_reconstruction(under, g, layout, draws)
         if self.coefficients["adversarial"] > 0:
-            losses["adversarial"] = part.share * self._adversarial(part, g)
+            routing = self.config.adversary.routing
+            losses["adversarial"] = part.share * self._adversarial(part, g, routing)
         losses["minimality"] = minimal.of(index, part)
         if index == 0:  # it is of the weights, not of the data
             losses["faithfulness"] = self._faithfulness()
@@ -212,10 +213,10 @@ class Stepper:
         """How far the output under masks is from the target's."""
         return part.divergence(self.run(masks, part.tokens, **part.arguments))
 
-    def _adversarial(self, part: Part, importance: Tensor) -> Tensor:
+    def _adversarial(self, part: Part, importance: Tensor, routing: str = "all") -> Tensor:
         assert self.adversary is not None
         masks = self.adversary.masks(importance, part.rows)
-        if self.config.adversary.routing == "subset":
+        if routing == "subset":
             masks.routed = uniform_k_subset(masks.delta.shape, self.device, self.generator)
         return self._divergence(part, masks)
 
