@@ -77,7 +77,7 @@ class AdversaryConfig(Config):
     summed over positions, so that it does not depend on the batch size."""
     routing: Literal["all", "subset"] = "all"
     """`"all"` masks every site (the authors' code), `"subset"` routes as the stochastic loss does
-    (their text). Inner updates always mask every site."""
+    (their text). Inner updates always mask every site, so that each source has a gradient."""
     scope: Literal["position", "sequence", "batch", "single"] = "position"
     """Which positions share sources: `"position"` none (the paper), `"sequence"` one set per
     sequence, `"batch"` one per position for the whole batch, `"single"` one."""
