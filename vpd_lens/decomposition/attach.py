@@ -192,7 +192,7 @@ class Attachment:
             child = parent._modules[part]
             assert child is not None
             parent = child
-        nn.Module.add_module(parent, "vpd", hooks)
+        nn.Module.add_module(parent, "vpd", hooks.train(parent.training))
         self.mounted.append((parent, "vpd"))
 
 

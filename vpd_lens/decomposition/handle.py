@@ -375,7 +375,8 @@ class Decomposition(nn.Module):
 
     def _run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         output, cache = self.attachment.original["run_with_cache"](*args, **kwargs)
-        masked = self.forwards.state.context is not None
-        if masked and hasattr(cache, "compute_head_results"):
-            cache.compute_head_results = partial(self.forwards.compute_head_results, cache)
+        if self.forwards.state.context is not None:
+            for name in ("compute_head_results", "_ensure_head_results"):  # the latter since 4.3
+                if hasattr(cache, name):
+                    setattr(cache, name, partial(self.forwards.compute_head_results, cache))
         return output, cache
