@@ -128,7 +128,8 @@ def test_shortcuts_are_taken(model: nn.Module) -> None:
         routes = choose_routes(Observer(forward, alive), [*vpd.layout.names, "output"])
         kinds = {name.split(".", 2)[-1]: type(route).__name__ for name, route in routes.items()}
         norm = dict.fromkeys(("attn.q", "attn.k", "attn.v", "mlp.in", "output"), "ThroughNorm")
-        assert kinds == {**norm, "attn.o": "ThroughHeads", "mlp.out": "ThroughNeurons"}
+        assert kinds == {**norm, "attn.o": "Backward", "mlp.out": "ThroughNeurons"}
+        assert getattr(routes["blocks.0.attn.o"], "n_heads", 0) == vpd.model.cfg.n_heads > 1
 
 
 def test_progress_counts_every_pass(model: nn.Module, tokens: Tensor) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -34,7 +35,14 @@ class GatheredRecord(storage.Record):
 
 @dataclass(repr=False, kw_only=True)
 class Gathered(ABC):
-    """Sums over the batches so far, which know their decomposition and where to go on."""
+    """Sums over the batches so far, which know their decomposition and where to go on.
+
+    All their tensors are stored, by the names of the attributes and keys that lead to them, of
+    which the first, or `prefix`, is the file.
+    """
+
+    record_type: ClassVar[type[GatheredRecord]]
+    prefix: ClassVar[str] = ""
 
     settings: BaseModel
     fingerprint: str
@@ -59,7 +67,9 @@ class Gathered(ABC):
 
     def moved(self: G, device: torch.device) -> G:
         """A copy with its tensors on a device."""
-        return _moved(self, device)
+        return _changed(self, lambda _, tensor: tensor.to(device))
+
+    # ---------------------------------------------------------------- storing
 
     def save(self, path: str | Path) -> Path:
         """Write this to a folder, whole or not at all; an earlier one there is replaced.
@@ -67,39 +77,77 @@ class Gathered(ABC):
         Raises:
             ArtefactError: If the folder cannot be written, or holds something else.
         """
-        record, tensors = self._stored()
-        return storage.write(path, record, tensors)
+        own = self._own()
+        kept = {n: getattr(self, n) for n in self.record_type.model_fields if n not in own}
+        files: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in self._tensors().items():
+            file, _, part = name.partition("/")
+            files[file][part] = tensor
+        return storage.write(path, self.record_type(**own, **kept), files)
+
+    @classmethod
+    def load(cls: type[G], path: str | Path, vpd: Decomposition | None = None) -> G:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtefactError: If a file is missing or damaged, or of another decomposition than `vpd`.
+        """
+        artefact = storage.read(path, cls.record_type)
+        files = [name.removesuffix(".safetensors") for name in artefact.files]
+        tensors = {f"{file}/{n}": t for file in files for n, t in artefact.tensors(file).items()}
+        with torch.device("meta"):
+            blank = cls._blank(dict(artefact.record), tensors)
+        shapes = {name: tensor.shape for name, tensor in blank._tensors().items()}
+        storage.require_shapes(artefact.folder, tensors, shapes)
+        found = _changed(blank, lambda name, _: tensors[name], cls.prefix)
+        if vpd is not None:
+            found.check(vpd)
+        return found
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors by file and name there: `<file>/<attribute>/<key>`."""
+        tensors: dict[str, Tensor] = {}
+        _changed(self, tensors.setdefault, self.prefix)
+        return tensors
 
     @abstractmethod
-    def _stored(self) -> tuple[GatheredRecord, dict[str, dict[str, Tensor]]]:
-        """What `save` writes: a record, and tensors by file."""
+    def _own(self) -> dict[str, Any]:
+        """What the record says that is no attribute."""
+
+    @classmethod
+    @abstractmethod
+    def _blank(cls: type[G], kept: dict[str, Any], tensors: dict[str, Tensor]) -> G:
+        """What a record belongs to, with nothing in its tensors, some of whose sizes are given."""
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _changed(value: Any, change: Callable[[str, Tensor], Tensor], name: str = "") -> Any:
+    """A copy with the tensors that `change` makes of the names and tensors here."""
     if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: _moved(part, device) for name, part in value.items()}
+        return change(name.removesuffix("/"), value)
     if is_dataclass(value):
-        return replace(value, **_moved(vars(value), device))
+        return replace(value, **_changed(vars(value), change, name))
+    if isinstance(value, dict):
+        return {key: _changed(part, change, f"{name}{key}/") for key, part in value.items()}
     return value
 
 
 def gather(
-    result: Gathered,
+    result: G,
+    add: Callable[[G, Batch], None],
     batches: TokenBatches,
     n_batches: int,
-    add: Callable[[Batch], None],
     output: str | Path | None,
     save_every: float,
-) -> None:
-    """`add` batches to a result until it has `n_batches` or the data ends.
+    device: torch.device,
+) -> G:
+    """`add` batches to a result, on a device, until it has `n_batches` or the data ends.
 
-    It is written to `output`, if that is given, at the end and every `save_every` seconds.
+    It is written to `output`, if that is given, at the end and every `save_every` seconds, and
+    returned on the CPU.
     """
-    last = time.monotonic()
+    result, last = result.moved(device), time.monotonic()
     while result.n_batches < n_batches and (batch := next(batches, None)) is not None:
-        add(batch)
+        add(result, batch.to(device))
         result.data_state = batches.state_dict()
         if output is not None and time.monotonic() - last >= save_every:
             result.save(output)
@@ -107,6 +155,7 @@ def gather(
             last = time.monotonic()
     if output is not None:
         result.save(output)
+    return result.moved(torch.device("cpu"))
 
 
 def check_output(n_batches: int, output: str | Path | None, resume: bool) -> None:

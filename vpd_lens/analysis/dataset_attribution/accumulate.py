@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vpd_lens.analysis.circuits.cut_forward import CutForward
 from vpd_lens.analysis.circuits.targets import explained_decomposition
-from vpd_lens.analysis.dataset_attribution.batch import Observer
+from vpd_lens.analysis.dataset_attribution.batch import Observer, flat
 from vpd_lens.analysis.dataset_attribution.result import OUTPUT, DatasetAttributions, Settings
 from vpd_lens.analysis.dataset_attribution.routes import choose_routes
 from vpd_lens.analysis.gathering import check_output, check_same, chosen, gather, origin
@@ -108,12 +108,7 @@ def dataset_attributions(
         alive_threshold=alive_threshold, absolute=absolute, frozen=frozen, targets=names
     )
     read = partial(
-        one_pass,
-        data,
-        model=model,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        prepend_bos=prepend_bos,
+        one_pass, data, model=model, batch_size=batch_size, seq_len=seq_len, prepend_bos=prepend_bos
     )
     given = None if alive is None else _checked_alive(vpd, alive)
     stored = None
@@ -134,16 +129,15 @@ def dataset_attributions(
     engine = Engine(vpd, given, settings)
     with torch.device("meta"):
         _require_small(engine.empty(), memory_limit)
-    result = (stored or engine.empty()).moved(vpd.device)
-    batches = read(state=result.data_state)
+    result = stored or engine.empty()
     total, done = (n * engine.n_passes for n in (n_batches, result.n_batches))
     with Progress("Attributing", total, done, progress) as bar:
 
-        def add(batch: Batch) -> None:
-            engine.add(result, batch.to(vpd.device), bar.advance)
+        def add(result: DatasetAttributions, batch: Batch) -> None:
+            engine.add(result, batch, bar.advance)
 
-        gather(result, batches, n_batches, add, output, save_every)
-    return result.moved(torch.device("cpu"))
+        batches = read(state=result.data_state)
+        return gather(result, add, batches, n_batches, output, save_every, vpd.device)
 
 
 class Engine:
@@ -199,15 +193,13 @@ class Engine:
         for name in self.alive:
             result.importance[name] += seen.importance[name].sum(0)
             result.squares[name] += seen.acts[name].square().sum(0)
-        real = slice(None) if seen.real is None else seen.real
-        tokens = seen.tokens[real]
-        result.token_counts += tokens.bincount(minlength=len(result.token_counts))
-        x = seen.cut.inputs["unembed"].detach().flatten(0, -2)[real].float()
+        result.token_counts += seen.tokens.bincount(minlength=len(result.token_counts))
+        x = flat(seen.cut.inputs["unembed"].detach(), seen.real)
         logits = x @ self.unembed.weight.float()
         if self.unembed.bias is not None:
             logits += self.unembed.bias
         result.logit_squares += logits.square().sum(0)
-        result.n_positions += len(tokens)
+        result.n_positions += len(seen.tokens)
         result.n_batches += 1
 
 
@@ -243,10 +235,7 @@ def _checked_alive(vpd: Decomposition, alive: Indices) -> dict[str, Tensor]:
 
 
 def _require_small(result: DatasetAttributions, limit: float) -> None:
-    sizes = {
-        name: 4 * table.numel() * (1 + (name in result.absolute)) / 2**30
-        for name, table in result.signed.items()
-    }
+    sizes = {n: t.nbytes * (1 + (n in result.absolute)) / 2**30 for n, t in result.signed.items()}
     total = sum(sizes.values())
     if total > limit:
         largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]

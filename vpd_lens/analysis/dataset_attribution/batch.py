@@ -36,35 +36,28 @@ class Observer:
     def __call__(self, batch: Batch, count_pass: Callable[[], None] = lambda: None) -> Observed:
         """One batch; its pads are on the right, where a causal model does not see them."""
         vpd, cut = self.forward.vpd, self.forward(batch.tokens)
-        real = None if batch.real is None else batch.real.flatten()
         inputs = {name: cut.inputs[name].detach() for name in self.alive}
         with torch.no_grad():
             z = vpd.pre_importance(list(inputs.values()), batch.real)
             parts = dict(zip(self.alive, vpd.layout.split(lower_leaky(z)), strict=True))
-
-        def flat(x: Tensor) -> Tensor:
-            return zero_at_pads(x.flatten(0, -2).float(), real)
-
-        importance = {name: flat(parts[name][..., index]) for name, index in self.alive.items()}
-        acts = {name: flat(x.float() @ self.read[name]) for name, x in inputs.items()}
-        weighted = {name: g * acts[name] for name, g in importance.items()}
-        embeddings, tokens = flat(cut.embeddings), batch.tokens.flatten()
+        real = slice(None) if batch.real is None else batch.real.flatten()
+        g = {name: flat(parts[name][..., index], real) for name, index in self.alive.items()}
+        acts = {name: flat(x, real) @ self.read[name] for name, x in inputs.items()}
+        weighted = {name: g[name] * acts[name] for name in g}
+        embeddings, tokens = flat(cut.embeddings, real), batch.tokens.flatten()[real]
         count_pass()
-        return Observed(self, cut, count_pass, tokens, real, embeddings, acts, importance, weighted)
+        return Observed(self, cut, count_pass, real, tokens, embeddings, acts, g, weighted)
 
 
 @dataclass
 class Observed:
-    """One batch after its forward pass, positions of all its sequences in one dimension.
-
-    At pads all of it is 0, so that they are neither sources nor counted.
-    """
+    """One batch after its forward pass: the positions of all its sequences that are no pads."""
 
     observer: Observer
     cut: Cut
     count_pass: Callable[[], None]  # called after each pass, to show progress
+    real: Bool[Tensor, " _n_all"] | slice  # which of all positions those are
     tokens: Int[Tensor, " n"]
-    real: Bool[Tensor, " n"] | None  # False at pads; `None`: there are none
     embeddings: Float[Tensor, "n d_model"]
     acts: dict[str, Float[Tensor, "n _S"]]  # `a = x V` of the alive subcomponents, by site
     importance: dict[str, Float[Tensor, "n _S"]]  # `g`
@@ -75,11 +68,12 @@ class Observed:
     ) -> list[Float[Tensor, "n _d_out"]]:
         """One backward pass from a matrix' input to the outputs of the places before it."""
         x = self.cut.inputs[matrix]
-        cotangent = zero_at_pads(cotangent, self.real).to(x.dtype).reshape(x.shape)
+        everywhere = torch.zeros_like(x)
+        everywhere.flatten(0, -2)[self.real] = cotangent.to(x.dtype)
         leaves = [self.cut.leaves[place] for place in places]
-        found = torch.autograd.grad(x, leaves, cotangent, retain_graph=True)
+        found = torch.autograd.grad(x, leaves, everywhere, retain_graph=True)
         self.count_pass()
-        return [gradient.flatten(0, -2).float() for gradient in found]
+        return [flat(gradient, self.real) for gradient in found]
 
     def contributions(
         self,
@@ -106,8 +100,6 @@ class Observed:
         return sums.index_add_(0, self.tokens, values).T
 
 
-def zero_at_pads(
-    values: Float[Tensor, "n d"], real: Bool[Tensor, " n"] | None
-) -> Float[Tensor, "n d"]:
-    """`values` with 0 in the rows of pads."""
-    return values if real is None else values.masked_fill(~real[:, None], 0)
+def flat(x: Float[Tensor, "*pos d"], real: Bool[Tensor, " _n_all"] | slice) -> Float[Tensor, "n d"]:
+    """The rows of all positions that are no pads, in fp32."""
+    return x.flatten(0, -2)[real].float()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,19 +14,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from vpd_lens import storage
 from vpd_lens.analysis.circuits.cut_forward import EMBEDDING
 from vpd_lens.analysis.gathering import Gathered, GatheredRecord
-from vpd_lens.decomposition import Decomposition
 from vpd_lens.errors import InputError
 
 OUTPUT = "output"
 _SMALLEST = 1e-10
 _ALL = slice(None)
-
-# Attributes that are tensors by place, and tensors.
-_GROUPS = ("alive", "signed", "absolute", "importance", "squares")
-_SINGLE = ("token_counts", "logit_squares", "readout")
 
 Sign = Literal["both", "positive", "negative"]
 
@@ -80,6 +73,8 @@ class DatasetAttributions(Gathered):
         n_positions: Positions so far.
         data_state: Where in the data to go on.
     """
+
+    record_type, prefix = _Record, "attributions/"
 
     settings: Settings
     alive: dict[str, Int[Tensor, " _n"]]
@@ -311,34 +306,13 @@ class DatasetAttributions(Gathered):
         text = f"{name} {self.strings[int(index)]!r}" if place in (EMBEDDING, OUTPUT) else name
         return Text(text), Text(f"{value:+.3f}")  # as Text: brackets in a token are no markup
 
-    # ---------------------------------------------------------------- storing
-
-    def _stored(self) -> tuple[_Record, dict[str, dict[str, Tensor]]]:
-        kept = {name: getattr(self, name) for name in _Record.model_fields if name != "sites"}
-        return _Record(sites=list(self.alive), **kept), {"attributions": self._tensors()}
+    def _own(self) -> dict[str, Any]:
+        return {"sites": list(self.alive)}
 
     @classmethod
-    def load(cls, path: str | Path, vpd: Decomposition | None = None) -> DatasetAttributions:
-        """Read what `save` wrote.
+    def _blank(cls, kept: dict[str, Any], tensors: dict[str, Tensor]) -> DatasetAttributions:
+        def given(name: str) -> Tensor:
+            return tensors.get(cls.prefix + name, torch.empty(0, 0))
 
-        Raises:
-            ArtefactError: If a file is missing or damaged, or of another decomposition than `vpd`.
-        """
-        artefact = storage.read(path, _Record)
-        tensors, kept = artefact.tensors("attributions"), dict(artefact.record)
-        nothing = torch.empty(0, 0)
-        alive = {name: tensors.get(f"alive/{name}", nothing) for name in kept.pop("sites")}
-        readout, counts = (tensors.get(name, nothing) for name in ("readout", "token_counts"))
-        with torch.device("meta"):
-            blank = cls.empty(alive, readout, len(counts), **kept)
-        shapes = {name: tensor.shape for name, tensor in blank._tensors().items()}
-        storage.require_shapes(artefact.folder, tensors, shapes)
-        groups = {g: {n: tensors[f"{g}/{n}"] for n in getattr(blank, g)} for g in _GROUPS}
-        found = replace(blank, **groups, **{name: tensors[name] for name in _SINGLE})
-        if vpd is not None:
-            found.check(vpd)
-        return found
-
-    def _tensors(self) -> dict[str, Tensor]:
-        grouped = {f"{g}/{name}": t for g in _GROUPS for name, t in getattr(self, g).items()}
-        return grouped | {name: getattr(self, name) for name in _SINGLE}
+        alive = {name: given(f"alive/{name}") for name in kept.pop("sites")}
+        return cls.empty(alive, given("readout"), len(given("token_counts")), **kept)

@@ -2,9 +2,9 @@
 
 Gradients stop at every matrix, so between a source and a target lie only norms, attention and
 activation functions. `Backward` takes whatever lies there, with one backward pass per target.
-Of norms and activation functions the Jacobian is known at every position, and the whole table is a
-few products of matrices: `ThroughNorm`, `ThroughNeurons`. Heads of attention do not meet, so that
-one backward pass may serve all of them: `ThroughHeads`.
+Heads of attention do not meet, so that one may serve all of them. Of norms and activation functions
+the Jacobian is known at every position, and the whole table is a few products of matrices:
+`ThroughNorm`, `ThroughNeurons`.
 
 A shortcut is taken where it gives what the backward passes give, on a few made-up tokens with
 random weights. So no knowledge of architectures is needed: a model that is put together in another
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vpd_lens.analysis.circuits.cut_forward import EMBEDDING
 from vpd_lens.analysis.circuits.linear import LinearNorm
-from vpd_lens.analysis.dataset_attribution.batch import Observed, Observer
+from vpd_lens.analysis.dataset_attribution.batch import Observed, Observer, flat
 from vpd_lens.analysis.dataset_attribution.result import OUTPUT
 from vpd_lens.data import Batch
 from vpd_lens.sites.site import relative_error
@@ -62,44 +62,35 @@ class Route(ABC):
         return 0
 
 
-class Backward(Route):
-    """One backward pass per target, whatever lies between."""
-
-    def __call__(self, batch: Observed, read: Read, sign: Sign) -> Table:
-        if sign is None:
-            if read.shape[1] > len(read):
-                # It is linear in the read direction, so the axes will do.
-                return read.T @ self(batch, torch.eye(len(read), device=read.device), None)
-            sign = read.new_ones(len(batch.tokens), read.shape[1])
-        cotangents = (s[:, None] * direction for s, direction in zip(sign.T, read.T, strict=True))
-        return torch.cat([batch.contributions(self.matrix, self.places, c) for c in cotangents])
-
-    def n_passes(self, read: Read, absolute: bool) -> int:
-        return read.shape[1] if absolute else min(read.shape)
-
-
 @dataclass(frozen=True)
-class ThroughHeads(Backward):
-    """From q, k and v through attention: every head by itself.
+class Backward(Route):
+    """One backward pass per target, whatever lies between, or per axis of what targets read.
 
-    Not for the absolute variant, where targets that read several heads have one sign for all.
+    The table is linear in the read directions, so fewer axes than targets, or those of one head of
+    attention for every head at once, will do. Not with signs: targets that read several have one
+    for all.
     """
 
-    n_heads: int
+    n_heads: int = 1
 
     def __call__(self, batch: Observed, read: Read, sign: Sign) -> Table:
-        if sign is not None:
-            return super().__call__(batch, read, sign)
-        axes = torch.eye(len(read) // self.n_heads, device=read.device).repeat(1, self.n_heads)
-        ones = read.new_ones(len(batch.tokens), 1)
-        by_head = [
-            batch.contributions(self.matrix, self.places, ones * axis, self.n_heads)
-            for axis in axes
+        by_axes, n_heads, directions = self._by_axes(read, sign is not None), 1, read.T
+        if by_axes:
+            n_heads = self.n_heads
+            directions = torch.eye(len(read) // n_heads, device=read.device).repeat(1, n_heads)
+        signs = read.new_ones(len(directions), len(batch.tokens)) if sign is None else sign.T
+        rows = [
+            batch.contributions(self.matrix, self.places, s[:, None] * direction, n_heads)
+            for s, direction in zip(signs, directions, strict=True)
         ]
-        return read.T @ torch.stack(by_head, 1).flatten(0, 1)  # [(head d_head), n_sources]
+        table = torch.stack(rows, 1).flatten(0, 1)  # [(head axis), n_sources], or one head
+        return read.T @ table if by_axes else table
 
     def n_passes(self, read: Read, absolute: bool) -> int:
-        return read.shape[1] if absolute else len(read) // self.n_heads
+        return len(read) // self.n_heads if self._by_axes(read, absolute) else read.shape[1]
+
+    def _by_axes(self, read: Read, absolute: bool) -> bool:
+        return not absolute and (self.n_heads > 1 or read.shape[1] > len(read))
 
 
 @dataclass(frozen=True)
@@ -138,7 +129,7 @@ class ThroughNorm(Route):
 
     def _parts(self, batch: Observed) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "n d"]]:
         """One over the scale, and `u`, at every position."""
-        residual, out = (t.flatten(0, -2).float() for t in batch.cut.norms[self.name])
+        residual, out = (flat(t, batch.real) for t in batch.cut.norms[self.name])
         centred = residual - residual.mean(-1, keepdim=True) if self.norm.centred else residual
         scaled = out if self.norm.bias is None else out - self.norm.bias
         unscaled = self.norm.weight * centred
@@ -232,7 +223,7 @@ def _shortcuts(exact: Backward, probe: Observed) -> Iterator[Route]:
             yield ThroughNorm(matrix, places, name, norm, forward.frozen)
     if EMBEDDING not in places and widths == {x.shape[1]}:
         yield ThroughNeurons(matrix, places)
-        yield ThroughHeads(matrix, places, int(forward.vpd.model.cfg.n_heads))
+        yield Backward(matrix, places, int(forward.vpd.model.cfg.n_heads))
 
 
 def _agree(shortcut: Route, exact: Backward, probe: Observed) -> bool:

@@ -95,7 +95,6 @@ def harvest(
     else:
         kept = origin(vpd, max(vocabularies))
         result = Harvest.empty(layout, vocabularies, settings=settings, **kept)
-    result = result.moved(vpd.device)
     batches = one_pass(
         data,
         model=model,
@@ -107,13 +106,11 @@ def harvest(
     )
     with Progress("Harvesting", n_batches, result.n_batches, progress) as bar:
 
-        def add(batch: Batch) -> None:
-            batch = batch.to(vpd.device)
+        def add(result: Harvest, batch: Batch) -> None:
             result.add(*_observed(vpd, layout, threshold, vocabularies[1], batch))
             bar.advance()
 
-        gather(result, batches, n_batches, add, output, save_every)
-    return result.moved(torch.device("cpu"))
+        return gather(result, add, batches, n_batches, output, save_every, vpd.device)
 
 
 @torch.no_grad()

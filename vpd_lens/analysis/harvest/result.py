@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,14 +10,11 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from vpd_lens import storage
 from vpd_lens.analysis.gathering import Gathered, GatheredRecord
 from vpd_lens.analysis.harvest.examples import Example, Examples, Firings, random_keys, top_keys
 from vpd_lens.analysis.harvest.statistics import Summary, TokenStatistic, TokenTable, Usage
-from vpd_lens.decomposition import Decomposition, Layout
+from vpd_lens.decomposition import Layout
 from vpd_lens.errors import InputError
-
-_PARTS = ("usage", "inputs", "outputs", "top", "random")
 
 
 class Settings(BaseModel):
@@ -73,6 +69,8 @@ class Harvest(Gathered):
         n_batches: Batches gathered so far.
         data_state: Where in the data to go on.
     """
+
+    record_type = HarvestRecord
 
     layout: Layout
     settings: Settings
@@ -214,31 +212,11 @@ class Harvest(Gathered):
             )
         return columns.start + index
 
-    # ---------------------------------------------------------------- storing
-
-    def _stored(self) -> tuple[HarvestRecord, dict[str, dict[str, Tensor]]]:
-        own = {"sites": list(self.layout.names), "n_subcomponents": list(self.layout.sizes)}
-        kept = {n: getattr(self, n) for n in HarvestRecord.model_fields if n not in own}
-        return HarvestRecord(**own, **kept), {name: vars(getattr(self, name)) for name in _PARTS}
+    def _own(self) -> dict[str, Any]:
+        return {"sites": self.layout.names, "n_subcomponents": self.layout.sizes}
 
     @classmethod
-    def load(cls, path: str | Path, vpd: Decomposition | None = None) -> Harvest:
-        """Read what `save` wrote.
-
-        Raises:
-            ArtefactError: If a file is missing or damaged, or of another decomposition than `vpd`.
-        """
-        artefact = storage.read(path, HarvestRecord)
-        tensors, kept = {name: artefact.tensors(name) for name in _PARTS}, dict(artefact.record)
+    def _blank(cls, kept: dict[str, Any], tensors: dict[str, Tensor]) -> Harvest:
         layout = Layout(tuple(kept.pop("sites")), tuple(kept.pop("n_subcomponents")))
-        sizes = (len(tensors[name].get("everywhere", ())) for name in ("inputs", "outputs"))
-        with torch.device("meta"):
-            found = cls.empty(layout, tuple(sizes), **kept)
-        for name in _PARTS:
-            part = vars(getattr(found, name))
-            shapes = {key: blank.shape for key, blank in part.items()}
-            storage.require_shapes(artefact.folder / name, tensors[name], shapes)
-            part.update(tensors[name])
-        if vpd is not None:
-            found.check(vpd)
-        return found
+        n_in, n_out = (len(tensors.get(f"{x}puts/everywhere", ())) for x in ("in", "out"))
+        return cls.empty(layout, (n_in, n_out), **kept)
