@@ -3,10 +3,8 @@
 Mean max cosine similarity (MMCS): every subcomponent of the reference is matched with the most
 similar one at the same site of the other decomposition, and the cosines are averaged. It is 1 if
 everything in the reference is found again, and is not symmetric. Cosines are absolute: the sign
-of a V column or of a U row is a convention.
-
-A rank-1 matrix' cosine is the product of its directions' cosines,
-`<v u', w z'> / (|v u'| |w z'|) = cos(v, w) cos(u, z)`, so no rank-1 matrix is ever formed.
+of a V column or of a U row is a convention. That of two rank-1 matrices is the product of their
+directions' cosines, `<v u', w z'> / (|v u'| |w z'|) = cos(v, w) cos(u, z)`.
 
 Source: VPD, evaluation (seed consistency and feature splitting).
 """
@@ -42,8 +40,8 @@ class Similarity(BaseModel):
         v: Of the read directions, the columns of V.
         u: Of the write directions, the rows of U.
         rank_one: Of the rank-1 matrices `V[:, c] U[c, :]`.
-        n_reference: Subcomponents averaged over; the similarities are NaN if there are none.
-        n_other: Subcomponents they could be matched with; the similarities are 0 without any.
+        n_reference: Subcomponents averaged over; without any all is NaN.
+        n_other: Subcomponents they could be matched with; without any all is 0.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
@@ -70,11 +68,9 @@ def compare(
 ) -> Comparison:
     """Match every subcomponent of `reference` with its most similar one in `other`.
 
-    Args:
-        reference: `{site: (V [d_in, C], U [C, d_out])}`; see `directions`.
-        other: The same sites; numbers of subcomponents may differ.
-        alive: Which subcomponents count, `{site: indices}` of the reference and of the other; by
-            default all. See `vpd_lens.analysis.alive_subcomponents`.
+    Both are `{site: (V [d_in, C], U [C, d_out])}`, see `directions`, of the same sites; numbers of
+    subcomponents may differ. `alive` says which count, `{site: indices}` of the reference and of
+    the other, see `vpd_lens.analysis.alive_subcomponents`; by default all do.
 
     Raises:
         InputError: If the sites or their shapes differ.
@@ -94,22 +90,18 @@ def random_baseline(
     alive: tuple[Alive, Alive] | None = None,
     seed: int = 0,
 ) -> Comparison:
-    """`compare` for random directions of the same shapes: what chance gives.
-
-    Only shapes and counts of the arguments, which are those of `compare`, are used. Directions are
-    Gaussian, as at the initialisation, whose scale does not matter.
+    """`compare`, whose arguments these are, for Gaussian directions: what chance gives.
 
     Raises:
         InputError: If the sites or their shapes differ.
     """
     generator = torch.Generator().manual_seed(seed)
-
-    def drawn(pair: Pair) -> Pair:
-        v, u = (torch.randn(x.shape, generator=generator) for x in pair)
-        return v, u
-
     pairs = _paired(reference, other, alive)
-    return _compared({site: (drawn(one), drawn(two)) for site, (one, two) in pairs.items()})
+    for site, both in pairs.items():
+        pairs[site] = tuple(
+            tuple(torch.randn(x.shape, generator=generator) for x in pair) for pair in both
+        )
+    return _compared(pairs)
 
 
 @torch.no_grad()
@@ -121,10 +113,10 @@ def multiple_match_share(
 ) -> float:
     """Share of the reference's subcomponents that more capacity has split, NaN if it has none.
 
-    A subcomponent counts as split if *more than one* subcomponent at the same site of the larger
-    decomposition has a write direction (row of U) whose absolute cosine with its own exceeds
-    `threshold`. The share is taken over all subcomponents of the reference, those without a match
-    included, of all sites together. The paper reports 2.7 %. The arguments are those of `compare`.
+    One is split if *more than one* subcomponent at the same site of the larger decomposition has a
+    write direction (row of U) whose absolute cosine with its own exceeds `threshold`. The share is
+    of all subcomponents of the reference, without a match or with, of all sites together. The paper
+    reports 2.7 %. The arguments are those of `compare`.
 
     Raises:
         InputError: If the sites or their shapes differ.
@@ -135,21 +127,14 @@ def multiple_match_share(
 
 
 def directions(decomposition: Decomposition | str | Path) -> Directions:
-    """V and U of every site, on the CPU.
-
-    Args:
-        decomposition: `model.vpd`, or the directory of a saved decomposition, which is read
-            without its model.
+    """V and U of every site, on the CPU, of `model.vpd` or a saved decomposition's directory.
 
     Raises:
         ArtefactError: If the directory is missing or damaged.
     """
     if isinstance(decomposition, Decomposition):
-        layout, parts = decomposition.layout, decomposition.subcomponents
-        return {
-            name: (v.detach().cpu(), u.detach().cpu())
-            for name, v, u in zip(layout.names, parts.v, parts.u, strict=True)
-        }
+        vpd = decomposition
+        return {n: (vpd.v(n).detach().cpu(), vpd.u(n).detach().cpu()) for n in vpd.layout.names}
     artefact = read(decomposition, DecompositionRecord)
     tensors = artefact.tensors("subcomponents")
     return {site: (tensors[f"{site}.V"], tensors[f"{site}.U"]) for site in artefact.record.sites}
@@ -162,10 +147,9 @@ def _compared(pairs: Mapping[str, tuple[Pair, Pair]]) -> Comparison:
     best, n_other = {}, {}
     for site, ((v, u), (other_v, other_u)) in pairs.items():
         of_v, of_u = _cosines(v.T, other_v.T), _cosines(u, other_u)  # [C, C_other]
+        # A column of zeros, so that there is a largest one even if there is no other.
+        best[site] = torch.stack([F.pad(c, (1, 0)).amax(1) for c in (of_v, of_u, of_v * of_u)])
         n_other[site] = len(other_u)
-        best[site] = torch.stack(
-            [c.amax(1) if len(other_u) else c.new_zeros(len(c)) for c in (of_v, of_u, of_v * of_u)]
-        )
     return Comparison(
         sites={site: _similarity(best[site], n_other[site]) for site in pairs},
         overall=_similarity(torch.cat(list(best.values()), dim=1), sum(n_other.values())),
@@ -191,7 +175,7 @@ def _paired(
     pairs = {}
     for site in reference:
         both = reference[site], other[site]
-        first, second = ((v.shape[0], u.shape[1]) for v, u in both)
+        first, second = ((len(v), u.shape[1]) for v, u in both)
         if first != second:
             raise InputError(
                 f"{site}: matrices of different shapes, {first} and {second}; only decompositions "

@@ -56,8 +56,7 @@ class Gathered(ABC):
         Raises:
             ArtefactError: If they differ.
         """
-        is_hash = isinstance(decomposition, str)
-        other = decomposition if is_hash else fingerprint(decomposition)
+        other = decomposition if isinstance(decomposition, str) else fingerprint(decomposition)
         if other != self.fingerprint:
             raise ArtefactError(
                 f"this {type(self).__name__} is of another decomposition: its fingerprint is "
@@ -176,9 +175,8 @@ def check_same(
     output: str | Path | None, then: BaseModel, now: BaseModel, others: Sequence[str] = ()
 ) -> None:
     """Refuse to go on with other settings, or where `others` names further differences."""
-    before, after = then.model_dump(), now.model_dump()
-    names = [name for name in after if before[name] != after[name]]
-    different = [f"{name} was {before[name]!r} and is {after[name]!r}" for name in names]
+    pairs = [(name, getattr(then, name), value) for name, value in now]
+    different = [f"{name} was {old!r} and is {new!r}" for name, old, new in pairs if old != new]
     if different := [*different, *others]:
         raise ArtefactError(
             f"{output}: this was started with other arguments: {'; '.join(different)}. Resume with "
@@ -212,18 +210,15 @@ def token_strings(tokenizer: Any, vocabulary: int) -> list[str]:
     tokenizer's vocabulary does; one without any text, or without a tokenizer, as its id in angle
     brackets. Models may have more ids than their tokenizer.
     """
+    strings = [f"<{token}>" for token in range(vocabulary)]
     if tokenizer is None:
-        return [f"<{token}>" for token in range(vocabulary)]
+        return strings
     ids = list(range(min(len(tokenizer), vocabulary)))
     texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
-    pieces = tokenizer.convert_ids_to_tokens(ids)
-    known = [_one(*parts) for parts in zip(ids, texts, pieces, strict=True)]
-    return known + [f"<{token}>" for token in range(len(ids), vocabulary)]
-
-
-def _one(token: int, text: str, piece: str | None) -> str:
-    piece = piece or f"<{token}>"
-    if not text or "\N{REPLACEMENT CHARACTER}" in text:
-        return piece
-    # SentencePiece drops the space in front of the first token that it decodes.
-    return " " + text if piece.startswith("▁") and not text.startswith(" ") else text
+    for i, text, piece in zip(ids, texts, tokenizer.convert_ids_to_tokens(ids), strict=True):
+        if not text or "\N{REPLACEMENT CHARACTER}" in text:
+            strings[i] = piece or strings[i]
+        else:  # SentencePiece drops the space in front of the first token that it decodes
+            dropped = (piece or "").startswith("▁") and not text.startswith(" ")
+            strings[i] = " " * dropped + text
+    return strings

@@ -22,13 +22,7 @@ Alive = Mapping[str, Int[Tensor, " _n_alive"]]
 def mean_importance(
     vpd: Decomposition, batches: Iterable[Tensor | Batch]
 ) -> Float[Tensor, " C_total"]:
-    """Mean causal importance of every subcomponent over all positions, in fp32 on the CPU.
-
-    Pads of a `Batch` are no positions.
-
-    Raises:
-        InputError: If there are no batches.
-    """
+    """Mean causal importance of every subcomponent over all positions, on the CPU."""
     found = Sparsity(vpd.layout, (), vpd.device)
     for batch in batches:
         batch = (Batch(batch) if isinstance(batch, Tensor) else batch).to(vpd.device)
@@ -44,7 +38,7 @@ def alive_subcomponents(
     """Indices of the subcomponents that are used: mean causal importance above a threshold.
 
     Returns `{site: indices}`, on the CPU. Batches are inputs of the model, such as
-    `vpd_lens.data.one_pass` gives; the threshold is in [0, 1].
+    `vpd_lens.data.one_pass` gives, whose pads do not count; the threshold is in [0, 1].
 
     Raises:
         InputError: If there are no batches.
@@ -64,11 +58,9 @@ def above(
 def head_shares(vpd: Decomposition, name: str) -> Float[Tensor, "C heads"]:
     """Share of each head in every subcomponent of an attention matrix.
 
-    A decomposition sees all heads of a layer as one matrix, so a subcomponent may serve several.
-    At `q`, `k` and `v` a share is that of the squared norm of the write direction `U_c`; at `o`
-    that of the read direction `V_c`. Heads of `k` and `v` are the key-value heads, of which
-    grouped-query models have fewer. Shares add up to 1, or are all 0 where the direction is zero
-    and in no head.
+    The share is that of the squared norm of the write direction `U_c` at `q`, `k` and `v`, where
+    heads of `k` and `v` are the key-value heads, and of the read direction `V_c` at `o`. Shares add
+    up to 1, or are all 0 where the direction is zero.
 
     Raises:
         InputError: If the site is not one of attention.
@@ -78,8 +70,8 @@ def head_shares(vpd: Decomposition, name: str) -> Float[Tensor, "C heads"]:
         raise InputError(f"{name!r} is not the q, k, v or o matrix of an attention layer.")
     cfg = vpd.model.cfg
     vectors = vpd.v(name).T if kind == "o" else vpd.u(name)  # [C, heads * d_head]
-    grouped = kind in ("k", "v") and getattr(cfg, "n_key_value_heads", None)
-    n_heads = cfg.n_key_value_heads if grouped else cfg.n_heads
+    grouped = getattr(cfg, "n_key_value_heads", None) if kind in ("k", "v") else None
+    n_heads = grouped or cfg.n_heads
     squares = vectors.double().square()  # fp32 squares of small directions would be 0
     squared = reduce(squares, "c (head d_head) -> c head", "sum", head=n_heads)
     total = squared.sum(-1, keepdim=True)

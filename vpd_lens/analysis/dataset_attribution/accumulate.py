@@ -1,9 +1,7 @@
 """`dataset_attributions`: attribution edges summed over data.
 
 Phases: what is alive; by which route each matrix' table is computed; then batch after batch one
-forward pass, cut at the matrices, and the tables added up.
-
-Source: VPD, attribution graphs (dataset attributions).
+forward pass, cut at the matrices, and the tables added up. Source: VPD, attribution graphs.
 """
 
 from __future__ import annotations
@@ -71,7 +69,7 @@ def dataset_attributions(
         model: A decomposed HookedTransformer or TransformerBridge.
         data: As for `vpd_lens.train`. Read in order, not shuffled, and once at most; twice unless
             `alive` is given. Pads count nowhere.
-        n_batches: Batches in all, those before a resume included.
+        n_batches: Batches in all, those before a resume included, of `batch_size` sequences.
         batch_size: Sequences per batch.
         seq_len: Tokens per sequence; `None`: the model's context length (or the row length).
         targets: Sites whose subcomponents are targets, and `"output"` for logits; `"all"`: all.
@@ -111,9 +109,8 @@ def dataset_attributions(
         one_pass, data, model=model, batch_size=batch_size, seq_len=seq_len, prepend_bos=prepend_bos
     )
     given = None if alive is None else _checked_alive(vpd, alive)
-    stored = None
-    if resume:
-        stored = DatasetAttributions.load(output, vpd)
+    stored = DatasetAttributions.load(output, vpd) if resume else None
+    if stored is not None:
         other = given is not None and any(not given[n].equal(stored.alive[n]) for n in given)
         check_same(output, stored.settings, settings, ["alive was another choice"] * other)
         given = stored.alive
@@ -124,8 +121,7 @@ def dataset_attributions(
                 "is found in a pass of its own. Give alive={site: indices}, or an iterable."
             )
         with Progress("Finding what is alive", n_batches, show=progress) as bar:
-            batches = bar.counting(read(n_batches=n_batches))
-            given = _find_alive(vpd, batches, alive_threshold)
+            given = _find_alive(vpd, bar.counting(read(n_batches=n_batches)), alive_threshold)
     engine = Engine(vpd, given, settings)
     with torch.device("meta"):
         _require_small(engine.empty(), memory_limit)
@@ -144,7 +140,7 @@ class Engine:
     """Computes the tables of a batch and adds them to those of the batches before."""
 
     def __init__(self, vpd: Decomposition, alive: dict[str, Tensor], settings: Settings) -> None:
-        self.alive, self.settings = alive, settings
+        self.settings = settings
         self.observer = Observer(CutForward(vpd, settings.frozen, through_delta=False), alive)
         self.unembed = find_sites(vpd.model, ["unembed"])[0]
         # A decomposed unembedding cuts the logits off from everything but its own subcomponents.
@@ -159,23 +155,18 @@ class Engine:
     @property
     def n_passes(self) -> int:
         """Forward and backward passes per batch."""
-        both = [n for n in self.routes if self.settings.absolute and n != OUTPUT]
         return 1 + sum(
-            self.routes[name].n_passes(self.reads[name], absolute)
-            for absolute, names in ((False, self.routes), (True, both))
-            for name in names
+            route.n_passes(self.reads[name], absolute)
+            for name, route in self.routes.items()
+            for absolute in {False, self.settings.absolute and name != OUTPUT}
         )
 
     def empty(self) -> DatasetAttributions:
         """Attributions over nothing yet."""
-        return DatasetAttributions.empty(
-            self.alive,
-            self.readout.cpu(),
-            self.observer.n_tokens,
-            places={name: route.places for name, route in self.routes.items()},
-            settings=self.settings,
-            **self.origin,
-        )
+        places = {name: route.places for name, route in self.routes.items()}
+        kept = {"places": places, "settings": self.settings, **self.origin}
+        seen = self.observer
+        return DatasetAttributions.empty(seen.alive, self.readout, seen.n_tokens, **kept)
 
     def add(
         self,
@@ -188,10 +179,9 @@ class Engine:
         for name, route in self.routes.items():
             result.signed[name] += route(seen, self.reads[name], None)
             if name in result.absolute:
-                sign = seen.acts[name].sign()
-                result.absolute[name] += route(seen, self.reads[name], sign)
-        for name in self.alive:
-            result.importance[name] += seen.importance[name].sum(0)
+                result.absolute[name] += route(seen, self.reads[name], seen.acts[name].sign())
+        for name, g in seen.importance.items():
+            result.importance[name] += g.sum(0)
             result.squares[name] += seen.acts[name].square().sum(0)
         result.token_counts += seen.tokens.bincount(minlength=len(result.token_counts))
         x = flat(seen.cut.inputs["unembed"].detach(), seen.real)

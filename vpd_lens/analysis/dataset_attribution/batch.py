@@ -16,14 +16,9 @@ from vpd_lens.decomposition.importance import lower_leaky
 
 
 class Observer:
-    """Runs batches through the cut model.
+    """Runs batches through the cut model, whose sources are tokens and subcomponents.
 
-    Attributes:
-        forward: The cut model.
-        alive: Which subcomponents count, by site.
-        read: Their read directions, by site `[d_in, S]`.
-        write: Their write directions, `[S, d_out]`.
-        n_tokens: Size of the vocabulary, whose tokens are sources too.
+    `alive` has the latter by site; `read` and `write` their directions `[d_in, S]`, `[S, d_out]`.
     """
 
     def __init__(self, forward: CutForward, alive: Alive) -> None:

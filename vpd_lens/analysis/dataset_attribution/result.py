@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal
@@ -19,8 +19,7 @@ from vpd_lens.analysis.gathering import Gathered, GatheredRecord
 from vpd_lens.errors import InputError
 
 OUTPUT = "output"
-_SMALLEST = 1e-10
-_ALL = slice(None)
+_SMALLEST, _ALL = 1e-10, slice(None)
 
 Sign = Literal["both", "positive", "negative"]
 
@@ -69,8 +68,7 @@ class DatasetAttributions(Gathered):
         strings: Text of every token id.
         settings: How they were made.
         fingerprint: Of the decomposition (`vpd_lens.decomposition.saving.fingerprint`).
-        n_batches: Batches so far.
-        n_positions: Positions so far.
+        n_batches, n_positions: Batches and positions so far.
         data_state: Where in the data to go on.
     """
 
@@ -206,9 +204,15 @@ class DatasetAttributions(Gathered):
         for heading in ("source", "target"):
             table.add_column(heading, overflow="fold")
             table.add_column(justify="right")
-        for pair in zip_longest(sources, targets):
-            table.add_row(*(cell for found in pair for cell in self._cells(found)))
+        for pair in zip_longest(self._shown(sources), self._shown(targets), fillvalue=("", "")):
+            table.add_row(*map(Text, sum(pair, ())))  # as Text: brackets in a token are no markup
         return table
+
+    def _shown(self, found: list[tuple[str, float]]) -> Iterator[tuple[str, str]]:
+        for name, value in found:
+            place, _, index = name.partition(":")
+            text = f" {self.strings[int(index)]!r}" if place in (EMBEDDING, OUTPUT) else ""
+            yield name + text, f"{value:+.3f}"
 
     def __repr__(self) -> str:
         n_alive = sum(map(len, self.alive.values()))
@@ -260,10 +264,10 @@ class DatasetAttributions(Gathered):
         values = torch.cat(list(parts.values()))
         size = {"both": values.abs(), "positive": values, "negative": -values}[sign]
         order = size.argsort(descending=True, stable=True)
-        order = order[size[order] > 0][:top]
-        nodes = [(name, row) for name, part in parts.items() for row in range(len(part))]
-        named = ((*nodes[i], float(values[i])) for i in order.tolist())
-        return [(f"{n}:{int(self.alive[n][i]) if n in self.alive else i}", x) for n, i, x in named]
+        order = order[size[order] > 0][:top].tolist()
+        rows = {name: self.alive.get(name, torch.arange(len(part))) for name, part in parts.items()}
+        names = [f"{name}:{i}" for name, index in rows.items() for i in index.tolist()]
+        return [(names[i], float(values[i])) for i in order]
 
     # ------------------------------------------------------------------ nodes
 
@@ -297,14 +301,6 @@ class DatasetAttributions(Gathered):
                 f"site; alive[{place!r}] lists them. Lower alive_threshold to include more."
             )
         return place, int(found[0, 0])
-
-    def _cells(self, found: tuple[str, float] | None) -> tuple[Text, Text]:
-        if found is None:
-            return Text(), Text()
-        name, value = found
-        place, _, index = name.partition(":")
-        text = f"{name} {self.strings[int(index)]!r}" if place in (EMBEDDING, OUTPUT) else name
-        return Text(text), Text(f"{value:+.3f}")  # as Text: brackets in a token are no markup
 
     def _own(self) -> dict[str, Any]:
         return {"sites": list(self.alive)}

@@ -1,14 +1,13 @@
 """From sources to the targets at one matrix: tables of `sum (d a_t / d a_s) a_s g_s`.
 
-Gradients stop at every matrix, so between a source and a target lie only norms, attention and
-activation functions. `Backward` takes whatever lies there, with one backward pass per target.
+Gradients stop at every matrix, so only norms, attention and activation functions lie between a
+source and a target. `Backward` takes whatever lies there, with one backward pass per target.
 Heads of attention do not meet, so that one may serve all of them. Of norms and activation functions
 the Jacobian is known at every position, and the whole table is a few products of matrices:
 `ThroughNorm`, `ThroughNeurons`.
 
 A shortcut is taken where it gives what the backward passes give, on a few made-up tokens with
-random weights. So no knowledge of architectures is needed: a model that is put together in another
-way is merely slower.
+random weights: a model that is put together in another way is merely slower.
 """
 
 from __future__ import annotations
@@ -32,10 +31,7 @@ __all__ = ["choose_routes"]
 
 # Numbers in a temporary of `ThroughNeurons`: large enough to be fast, small enough for caches.
 _TEMPORARY = 2**21
-
-# Size of the made-up batch that decides on shortcuts.
-_POSITIONS = 6
-_DIRECTIONS = 3
+_POSITIONS, _DIRECTIONS = 6, 3  # of the made-up batch that decides on shortcuts
 
 Read = Float[Tensor, "d_in T"]  # directions of the targets
 Sign = Float[Tensor, "n T"] | None  # of their activations for the absolute variant
@@ -44,11 +40,9 @@ Table = Float[Tensor, "T n_sources"]
 
 @dataclass(frozen=True)
 class Route(ABC):
-    """How the table of one batch is computed for the targets at one matrix.
+    """How the table of one batch is computed for the targets that read at one matrix.
 
-    Attributes:
-        matrix: The matrix that reads.
-        places: Where the sources are, whose columns come one place after the other.
+    Columns are the sources at one of `places` after the other.
     """
 
     matrix: str
@@ -179,11 +173,10 @@ def choose_routes(observer: Observer, targets: Sequence[str]) -> dict[str, Route
     routes: dict[str, Route] = {}
     for target in targets:
         matrix = "unembed" if target == OUTPUT else target
+        exact = Backward(matrix, _places(probe, matrix))
         if target == OUTPUT and matrix in observer.alive:
             routes[target] = OwnLogits(matrix, (matrix,))
-            continue
-        exact = Backward(matrix, _places(probe, matrix))
-        if exact.places:
+        elif exact.places:
             shortcuts = (s for s in _shortcuts(exact, probe) if _agree(s, exact, probe))
             routes[target] = next(shortcuts, exact)
     return routes
@@ -205,10 +198,8 @@ def _places(probe: Observed, matrix: str) -> tuple[str, ...]:
     x = probe.cut.inputs[matrix]
     places = [EMBEDDING, *(name for name, w in probe.weighted.items() if w.shape[1])]
     leaves = [probe.cut.leaves[place] for place in places]
-    gradients = torch.autograd.grad(
-        x, leaves, torch.ones_like(x), retain_graph=True, allow_unused=True
-    )
-    return tuple(p for p, gradient in zip(places, gradients, strict=True) if gradient is not None)
+    found = torch.autograd.grad(x.sum(), leaves, retain_graph=True, allow_unused=True)
+    return tuple(p for p, gradient in zip(places, found, strict=True) if gradient is not None)
 
 
 def _shortcuts(exact: Backward, probe: Observed) -> Iterator[Route]:

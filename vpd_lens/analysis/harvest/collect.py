@@ -55,14 +55,12 @@ def harvest(
         seq_len: Tokens per sequence; `None`: the model's context length (or the row length).
         sites: Names of the sites to harvest; `None`: all.
         threshold: A subcomponent fires where its causal importance exceeds this.
-        n_top: Top examples of every subcomponent.
-        n_random: Random examples of every subcomponent.
+        n_top, n_random: Top and random examples of every subcomponent.
         context: Tokens on either side of an example.
         seed: Seed of the random examples.
         output: Directory of the harvest; `None`: it is not stored.
         resume: Go on from what is in `output`.
-        save_every: Seconds between the states written to `output`. An interruption loses no more
-            than what came after the last.
+        save_every: Seconds between the states written to `output`.
         memory_limit: Largest size of tables and examples, in GiB.
         prepend_bos: BOS policy for text; `None` follows the model.
         progress: Show how far it is and how long it will still take.
@@ -95,14 +93,9 @@ def harvest(
     else:
         kept = origin(vpd, max(vocabularies))
         result = Harvest.empty(layout, vocabularies, settings=settings, **kept)
+    where = {"seed": seed, "state": result.data_state}
     batches = one_pass(
-        data,
-        model=model,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        prepend_bos=prepend_bos,
-        seed=seed,
-        state=result.data_state,
+        data, model=model, batch_size=batch_size, seq_len=seq_len, prepend_bos=prepend_bos, **where
     )
     with Progress("Harvesting", n_batches, result.n_batches, progress) as bar:
 
@@ -120,33 +113,29 @@ def _observed(
     """Where the layout's subcomponents fire, and next-token probabilities."""
     output, inputs = vpd.target(batch.tokens, **batch.mask_argument())
     expected = (*batch.tokens.shape, vocabulary)
-    if not isinstance(output, Tensor) or output.shape != expected:
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if shape != expected:
         raise InputError(
             f"the model's output is {shape}; a harvest needs next-token logits {expected}, so the "
             "model must be a language model."
         )
     g = lower_leaky(vpd.pre_importance(inputs, batch.real))
-    importance = [g[..., vpd.layout.columns(name)] for name in layout.names]
-    of_site = dict(zip(vpd.layout.names, inputs, strict=True))
-    directions = {name: vpd.v(name) * vpd.u(name).norm(dim=1) for name in layout.names}
-    acts = [of_site[name].float() @ direction for name, direction in directions.items()]
-    found = torch.cat(importance, -1), torch.cat(acts, -1)
-    return Firings(batch.tokens, *found, threshold, batch.real), output.float().softmax(-1)
-
-
-# ------------------------------------------------------------------ before the pass
+    importance = torch.cat([g[..., vpd.layout.columns(name)] for name in layout.names], -1)
+    x = dict(zip(vpd.layout.names, inputs, strict=True))
+    acts = [x[n].float() @ (vpd.v(n) * vpd.u(n).norm(dim=1)) for n in layout.names]
+    firings = Firings(batch.tokens, importance, torch.cat(acts, -1), threshold, batch.real)
+    return firings, output.float().softmax(-1)
 
 
 def _vocabularies(model: nn.Module) -> tuple[int, int]:
     """Numbers of input and of output tokens; TransformerLens writes -1 for "not set"."""
     cfg = getattr(model, "cfg", None)
-    d_vocab, d_vocab_out = (getattr(cfg, n, None) or -1 for n in ("d_vocab", "d_vocab_out"))
+    d_vocab, d_vocab_out = (int(getattr(cfg, n, 0) or 0) for n in ("d_vocab", "d_vocab_out"))
     if d_vocab < 1:
         raise InputError(
             "the model has no vocabulary (model.cfg.d_vocab); a harvest needs a language model."
         )
-    return int(d_vocab), int(d_vocab_out if d_vocab_out > 0 else d_vocab)
+    return d_vocab, d_vocab_out if d_vocab_out > 0 else d_vocab
 
 
 def _check_memory(

@@ -1,14 +1,12 @@
 """Where subcomponents fire, and examples of the text there.
 
-Few subcomponents are needed at any position, so everything after the forward pass works on the
-list of firings instead of on every pair of position and subcomponent.
-
-Both kinds of examples are "the `n` largest of a stream", which differ in the key only:
+Few subcomponents are needed at any position, so what comes after the forward pass works on the list
+of firings. Examples of either kind are those with the `n` largest keys of a stream:
 
 - *top*: the importance, then the absolute activation. The bits of non-negative floats are
   ordered as the floats are, so the two in one 64-bit integer compare exactly.
-- *random*: an independent random number for every firing. The firings with the `n` largest are a
-  uniform sample without replacement, however long the stream: reservoir sampling by random sort.
+- *random*: an independent random number for every firing, which makes them a uniform sample without
+  replacement, however long the stream (reservoir sampling by random sort).
 """
 
 from __future__ import annotations
@@ -67,25 +65,22 @@ class Firings:
         `W = 2 context + 1`; -1 and 0 at pads and beyond the ends of the sequence.
         """
         sequence, subcomponent = self.sequence[which, None], self.subcomponent[which, None]
-        offsets = torch.arange(-context, context + 1, device=which.device)
-        position = self.position[which, None] + offsets
-        beyond = (position < 0) | (position >= self.tokens.shape[1])
-        position = position.clamp(0, self.tokens.shape[1] - 1)
+        position = self.position[which, None]
+        position = position + torch.arange(-context, context + 1, device=which.device)
+        inside = position.clamp(0, self.tokens.shape[1] - 1)
+        beyond = position != inside
         return (
-            self.tokens[sequence, position].masked_fill(beyond, EMPTY).int(),
-            self.importance[sequence, position, subcomponent].masked_fill(beyond, 0),
-            self.activation[sequence, position, subcomponent].masked_fill(beyond, 0),
+            self.tokens[sequence, inside].masked_fill(beyond, EMPTY).int(),
+            self.importance[sequence, inside, subcomponent].masked_fill(beyond, 0),
+            self.activation[sequence, inside, subcomponent].masked_fill(beyond, 0),
         )
 
 
 class Example(NamedTuple):
-    """The text around one firing.
+    """The text around one firing, which is at the place `focus` of the lists.
 
-    Attributes:
-        tokens: Token ids, at most `context` on either side of the firing.
-        importance: Causal importance of the subcomponent at each.
-        activation: Its activation `a ||U_c||` at each, with the sign.
-        focus: Where in these lists the firing is.
+    Token ids, at most `context` on either side of the firing, and the subcomponent's causal
+    importance and signed activation `a ||U_c||` at each.
     """
 
     tokens: list[int]
@@ -139,23 +134,21 @@ class Examples:
     def of(self, row: int) -> list[Example]:
         """Examples of one subcomponent, those with the largest keys first."""
         order = self.keys[row].argsort(descending=True)
-        order = order[self.keys[row, order] != EMPTY]
-        inside = self.tokens[row, order] != EMPTY  # [n, W]
-        lengths = inside.sum(1).tolist()
-        focus = inside[:, : inside.shape[1] // 2].sum(1).tolist()
-        windows = (self.tokens, self.importance, self.activation)
-        texts = zip(*(x[row, order][inside].split(lengths) for x in windows), strict=True)
-        return [
-            Example(*(part.tolist() for part in text), n)
-            for text, n in zip(texts, focus, strict=True)
-        ]
+        order = order[self.keys[row, order] != EMPTY].tolist()
+        windows, centre = (self.tokens, self.importance, self.activation), self.tokens.shape[2] // 2
+        examples = []
+        for slot in order:
+            inside = self.tokens[row, slot] != EMPTY
+            text = (window[row, slot][inside].tolist() for window in windows)
+            examples.append(Example(*text, focus=int(inside[:centre].sum())))
+        return examples
 
 
 def top_keys(firings: Firings) -> Int64[Tensor, " n_firings"]:
     """Keys that order firings by importance, then by absolute activation."""
-    importance = firings.at(firings.importance).float().view(torch.int32).long()
-    magnitude = firings.at(firings.activation).float().abs().view(torch.int32).long()
-    return (importance << 32) | magnitude
+    both = firings.importance, firings.activation.abs()
+    importance, size = (firings.at(x).float().view(torch.int32).long() for x in both)
+    return (importance << 32) | size
 
 
 def random_keys(firings: Firings, seed: int, batch: int) -> Int64[Tensor, " n_firings"]:

@@ -37,8 +37,8 @@ class Settings(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join(map(str, first["loc"]))
-            raise InputError(f"{name} is {first['input']!r}: {first['msg'].lower()}.") from None
+            text = f"{first['loc'][0]} is {first['input']!r}: {first['msg'].lower()}."
+            raise InputError(text) from None
 
 
 class HarvestRecord(GatheredRecord):
@@ -64,8 +64,7 @@ class Harvest(Gathered):
         usage: How much every subcomponent is used.
         inputs: Tokens at the positions where it fires.
         outputs: The target model's next-token probabilities there.
-        top: Its top examples.
-        random: Its random examples.
+        top, random: Its examples.
         n_batches: Batches gathered so far.
         data_state: Where in the data to go on.
     """
@@ -116,7 +115,7 @@ class Harvest(Gathered):
     def table(self, site: str) -> list[Summary]:
         """How much every subcomponent of a site is used, those with the largest mean CI first.
 
-        The rows are named tuples: `pandas.DataFrame(harvest.table(site))` makes a data frame.
+        `pandas.DataFrame(harvest.table(site))` makes a data frame of the named tuples.
 
         Raises:
             InputError: If there is no such site.
@@ -174,22 +173,20 @@ class Harvest(Gathered):
         row = self._row(site, index)
         if not self.usage.firings[row]:
             return None
-        tokens = {
-            f"{side}_tokens": [
-                {"token": self.strings[t.token], "recall": t.recall, "pmi": t.pmi}
-                for t in self.tokens(site, index, side, k)
-            ]
-            for side in ("input", "output")
-        }
-        return {
+        card: dict[str, Any] = {
             "density": float(self.usage.firings[row]) / self.n_positions,
             "mean_importance": float(self.usage.importance[row]) / self.n_positions,
             "examples": [
                 example._replace(tokens=[self.strings[i] for i in example.tokens])._asdict()
                 for example in self.examples(site, index)
             ],
-            **tokens,
         }
+        for side in ("input", "output"):
+            card[f"{side}_tokens"] = [
+                {"token": self.strings[t.token], "recall": t.recall, "pmi": t.pmi}
+                for t in self.tokens(site, index, side, k)
+            ]
+        return card
 
     def __repr__(self) -> str:
         alive = int((self.usage.firings > 0).sum())

@@ -12,7 +12,7 @@ weights `n(c, t)` of a subcomponent's firings, those `n(t)` of all positions, `n
   those at all positions, `KL(P(t | c fires) || P(t))`
 
 The largest recall finds tokens that are frequent anyhow, the largest PMI tokens seen once; the
-largest information finds neither. Pads are no positions: they are counted nowhere.
+largest information finds neither. Pads count nowhere.
 """
 
 from __future__ import annotations
@@ -74,31 +74,23 @@ class Usage:
         self.firings += firings.subcomponent.bincount(minlength=len(self.firings))
         self.importance += firings.importance.sum((0, 1), dtype=torch.float64)
         self.magnitude += firings.activation.abs().sum((0, 1), dtype=torch.float64)
-        self.signed.index_add_(
-            0, firings.subcomponent, firings.at(firings.activation).to(self.signed.dtype)
-        )
+        signed = firings.at(firings.activation).double()
+        self.signed.index_add_(0, firings.subcomponent, signed)
 
     def summaries(self, columns: slice) -> list[Summary]:
         """The means of some subcomponents, those with the largest mean importance first."""
         sums = (self.firings, self.importance, self.magnitude)
         means = [(total[columns].double() / self.n_positions).tolist() for total in sums]
         where_it_fires = (self.signed[columns] / self.firings[columns]).tolist()
-        rows = [
-            Summary(index, *values)
-            for index, values in enumerate(zip(*means, where_it_fires, strict=True))
-        ]
+        rows = map(Summary, range(len(where_it_fires)), *means, where_it_fires)
         return sorted(rows, key=lambda row: -row.mean_importance)
 
 
 class TokenStatistic(NamedTuple):
     """How one token goes with the firing of one subcomponent.
 
-    Attributes:
-        token: Token id.
-        count: Its weight at the firings.
-        recall: `P(token | fires)`.
-        precision: `P(fires | token)`.
-        pmi: Pointwise mutual information in nats.
+    Its id and weight `count` at the firings, recall `P(token | fires)`, precision
+    `P(fires | token)`, and pointwise mutual information in nats.
     """
 
     token: int
@@ -126,7 +118,7 @@ class TokenTable:
         tokens = firings.tokens[firings.sequence, firings.position].long()
         one = self.at_firings.new_ones(())
         self.at_firings.index_put_((firings.subcomponent, tokens), one, accumulate=True)
-        everywhere = firings.of_positions(firings.tokens).long()
+        everywhere = firings.of_positions(firings.tokens)
         self.everywhere += everywhere.bincount(minlength=len(self.everywhere))
 
     def add_mass(self, firings: Firings, mass: Float[Tensor, "batch pos vocab"]) -> None:
@@ -157,5 +149,4 @@ class TokenTable:
             raise InputError(f"by={by!r} is not one of {', '.join(orders)}.")
         best = orders[by].topk(min(k, len(seen))).indices
         columns = (seen, count, recall, precision, pmi)
-        rows = zip(*(column[best].tolist() for column in columns), strict=True)
-        return [TokenStatistic(*values) for values in rows]
+        return list(map(TokenStatistic, *(column[best].tolist() for column in columns)))
