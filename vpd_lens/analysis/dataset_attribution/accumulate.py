@@ -69,7 +69,7 @@ def dataset_attributions(
         model: A decomposed HookedTransformer or TransformerBridge.
         data: As for `vpd_lens.train`. Read in order, not shuffled, and once at most; twice unless
             `alive` is given. Pads count nowhere.
-        n_batches: Batches in all, those before a resume included, of `batch_size` sequences.
+        n_batches: Batches in all, those before a resume included.
         batch_size: Sequences per batch.
         seq_len: Tokens per sequence; `None`: the model's context length (or the row length).
         targets: Sites whose subcomponents are targets, and `"output"` for logits; `"all"`: all.

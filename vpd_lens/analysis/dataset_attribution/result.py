@@ -68,7 +68,8 @@ class DatasetAttributions(Gathered):
         strings: Text of every token id.
         settings: How they were made.
         fingerprint: Of the decomposition (`vpd_lens.decomposition.saving.fingerprint`).
-        n_batches, n_positions: Batches and positions so far.
+        n_batches: Batches so far.
+        n_positions: Positions so far.
         data_state: Where in the data to go on.
     """
 

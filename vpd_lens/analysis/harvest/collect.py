@@ -55,7 +55,8 @@ def harvest(
         seq_len: Tokens per sequence; `None`: the model's context length (or the row length).
         sites: Names of the sites to harvest; `None`: all.
         threshold: A subcomponent fires where its causal importance exceeds this.
-        n_top, n_random: Top and random examples of every subcomponent.
+        n_top: Top examples of every subcomponent.
+        n_random: Random examples of every subcomponent.
         context: Tokens on either side of an example.
         seed: Seed of the random examples.
         output: Directory of the harvest; `None`: it is not stored.
@@ -93,9 +94,14 @@ def harvest(
     else:
         kept = origin(vpd, max(vocabularies))
         result = Harvest.empty(layout, vocabularies, settings=settings, **kept)
-    where = {"seed": seed, "state": result.data_state}
     batches = one_pass(
-        data, model=model, batch_size=batch_size, seq_len=seq_len, prepend_bos=prepend_bos, **where
+        data,
+        model=model,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        prepend_bos=prepend_bos,
+        seed=seed,
+        state=result.data_state,
     )
     with Progress("Harvesting", n_batches, result.n_batches, progress) as bar:
 

@@ -64,7 +64,8 @@ class Harvest(Gathered):
         usage: How much every subcomponent is used.
         inputs: Tokens at the positions where it fires.
         outputs: The target model's next-token probabilities there.
-        top, random: Its examples.
+        top: Its top examples.
+        random: Its random examples.
         n_batches: Batches gathered so far.
         data_state: Where in the data to go on.
     """
