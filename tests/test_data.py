@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vpd_lens.data import Batch, TokenBatches, one_pass, token_batches
-from vpd_lens.data import checks as data_checks
+from vpd_lens.data import arrays as data_arrays
 from vpd_lens.data import documents as data_documents
 from vpd_lens.data.batches import BatchSpec
 from vpd_lens.errors import DataError, InputError
@@ -202,7 +202,7 @@ def test_arrays_resume(model, tmp_path, kind, shuffle):
 
 
 def test_vocabulary_is_checked_in_the_whole_array(model, monkeypatch, tmp_path):
-    monkeypatch.setattr(data_checks, "CHUNK", 16)
+    monkeypatch.setattr(data_arrays, "CHUNK", 16)
     bad = ROWS.clone()
     bad[8, 5] = 500
     with pytest.raises(DataError, match=r"token 500 at index \[8, 5\].*d_vocab = 500"):

@@ -112,8 +112,8 @@ class BatchSpec:
         bos = getattr(self.tokenizer, "bos_token_id", None)
         if bos is None:
             raise DataError(
-                "prepend_bos=True, but model.tokenizer has no BOS token. Pass prepend_bos=False, "
-                "or set model.tokenizer.bos_token."
+                "prepend_bos=True, but model.tokenizer has no BOS token. Set "
+                "model.tokenizer.bos_token, or pass prepend_bos=False."
             )
         return int(bos)
 
@@ -134,22 +134,18 @@ class BatchSpec:
 
         `row_length` is that of the data's rows, None for a stream.
         """
-        choices = [n for n in (self.n_ctx, row_length) if n is not None]
-        if self.seq_len is None and not choices:
+        length = self.seq_len or min(filter(None, (self.n_ctx, row_length)), default=None)
+        if length is None:
             raise DataError(
-                "seq_len is None, but neither the model (model.cfg.n_ctx) nor the data says how "
-                "long a row is. Pass seq_len."
+                "seq_len is None, but neither model.cfg.n_ctx nor the data gives one. Pass seq_len."
             )
-        length = min(choices) if self.seq_len is None else self.seq_len
         if row_length is not None and row_length < length:
             raise DataError(
-                f"source has rows of {row_length} tokens, shorter than seq_len={length}. Pass "
-                f"seq_len={row_length} or less."
+                f"source has rows of {row_length} tokens, shorter than seq_len={length}. Lower it."
             )
         if bos is not None and length < 2:
             raise InputError(
-                f"seq_len is {length} with a BOS token in front: no room is left for data. Pass 2 "
-                "or more, or prepend_bos=False."
+                f"seq_len={length} with BOS: no room for data. Pass more, or prepend_bos=False."
             )
         return length
 
@@ -176,13 +172,13 @@ class TokenBatches(Iterator[Batch]):
         self,
         spec: BatchSpec,
         seq_len: int | None,
-        description: str,
+        what: str,
         bos: int | None = None,
         **identity: Any,
     ) -> None:
         self.batch_size, self.seq_len, self.epoch = spec.batch_size, seq_len, 0
         policy = "no BOS added" if bos is None else f"BOS ({bos}) before every row"
-        self.description = f"{description}; {policy}"
+        self.description = f"{what}; {policy}"
         self._spec, self._bos = spec, bos
         self._window = (seq_len or 0) - (bos is not None)
         self._left: float = math.inf if spec.n_batches is None else spec.n_batches
@@ -207,10 +203,7 @@ class TokenBatches(Iterator[Batch]):
         return {"version": self._spec.version, **self._identity, "position": self._position()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position.
-
-        Args:
-            state: From `state_dict` of an object made from the same data with the same arguments.
+        """Go to a position from `state_dict` of an object made with the same arguments.
 
         Raises:
             DataError: If data or arguments differ, or the source cannot be resumed.

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vpd_lens.data.arrays import token_rows
+from vpd_lens.data.arrays import check_range, checksum, padded_rows, token_rows
 from vpd_lens.data.batches import Batch, BatchSpec, TokenBatches
-from vpd_lens.data.checks import check_range, checksum, padded_rows
 from vpd_lens.data.text import TextEncoder
 from vpd_lens.errors import DataError
 
@@ -46,11 +45,12 @@ class DocumentBatches(TokenBatches):
                 f"source ({name}) has the columns {list(first)}; expected 'tokens', 'input_ids' or "
                 f"text in {text_column!r}. Name the column of text with text_column=."
             )
-        self._column, self._mask = column, None
+        self._column, self._mask, bos = column, None, None
         self._encoder: TextEncoder | None = None
         if column == text_column and isinstance(first[column], str | None):
             self._encoder = TextEncoder(spec)
-            length = spec.length(bos=self._encoder.bos)
+            bos = self._encoder.bos
+            length = spec.length(bos=bos)
             what = f"text (column {column!r}), {self._encoder.eos_policy}"
         else:
             spec.forbid_bos(f"tokenised already (column {column!r})")
@@ -65,7 +65,6 @@ class DocumentBatches(TokenBatches):
         count = len(dataset) if hasattr(dataset, "__len__") else None
         what = f"{'streamed' if count is None else count} documents of {what}, rows of {length}"
         identity = {"documents": count, "column": column, "block_rows": self._block_rows}
-        bos = self._encoder and self._encoder.bos
         super().__init__(spec, length, f"{name}: {what}", bos, **identity)
         if count is not None:  # streams go on with all columns, as their positions were saved
             dataset = dataset.select_columns([column, self._mask] if self._mask else [column])
@@ -76,20 +75,18 @@ class DocumentBatches(TokenBatches):
     def _begin(self, start: dict[str, Any]) -> None:
         """Go to the beginning of a block; it is read when the first row of it is wanted."""
         self._examples.seek(start["epoch"], start["examples"])
-        self.epoch, self._n_block = start["epoch"], start["block"]
+        self.epoch, self._n_block, self._rows_in_epoch = (
+            start["epoch"],
+            start["block"],
+            start["rows"],
+        )
         self._carry = np.array(start["carry"], np.int64)
-        self._rows_in_epoch = start["rows"]
         self._start, self._row, self._ended = start, 0, False
         self._block = torch.empty(0, self._window, dtype=torch.long)
 
     def _read_block(self) -> None:
-        self._start = {
-            "epoch": self.epoch,
-            "examples": self._examples.position(),
-            "carry": self._carry.tolist(),
-            "block": self._n_block,
-            "rows": self._rows_in_epoch,
-        }
+        self._start = {"epoch": self.epoch, "block": self._n_block, "rows": self._rows_in_epoch}
+        self._start |= {"examples": self._examples.position(), "carry": self._carry.tolist()}
         pieces = [np.empty((0, self._window), np.int64)]
         n_rows = 0
         while n_rows < self._block_rows:
@@ -106,17 +103,15 @@ class DocumentBatches(TokenBatches):
         self._n_block += 1
 
     def _end_epoch(self) -> None:
-        once = self._spec.once
-        if self._rows_in_epoch < (self.batch_size if self.epoch == 0 and not once else 1):
+        self._ended = self._spec.once
+        if self._rows_in_epoch < (self.batch_size if self.epoch == 0 and not self._ended else 1):
             raise DataError(
                 f"source gave {self._rows_in_epoch} rows of {self.seq_len} tokens in a whole pass, "
                 f"fewer than batch_size={self.batch_size}. Pass a smaller batch_size or seq_len, "
                 "or more data; check that the documents are not empty."
             )
-        self._ended = once
-        if not once:
-            self.epoch += 1
-            self._rows_in_epoch = 0
+        if not self._ended:
+            self.epoch, self._rows_in_epoch = self.epoch + 1, 0
             self._examples.seek(self.epoch)
 
     def _pack(self, examples: list[dict[str, Any]]) -> np.ndarray:
@@ -141,8 +136,7 @@ class DocumentBatches(TokenBatches):
             raise DataError(
                 f"source has a row of {shortest} tokens in the column {self._column!r}, shorter "
                 f"than seq_len={self._window}. Pass seq_len={shortest} or less, add a column "
-                "attention_mask (short rows are padded then), or give the text instead, which is "
-                "packed into full rows."
+                "attention_mask (then short rows are padded), or give the text, which is packed."
             )
         check_range(np.concatenate(rows), self._spec.d_vocab, "a document of source")
         return padded_rows(rows, self._window)
@@ -169,9 +163,8 @@ class DocumentBatches(TokenBatches):
             self._read_block()
             if checksum(self._block) != position["crc32"]:
                 raise DataError(
-                    "source gave other documents than before the interruption, so the run cannot "
-                    "go on with the same batches. Has the data changed, or was the dataset "
-                    "shuffled without a seed?"
+                    "source gave other documents than before the interruption. Has the data "
+                    "changed, or was the dataset shuffled without a seed?"
                 )
             self._row = position["row"]
 
@@ -190,19 +183,18 @@ class _Examples:
 
     def seek(self, epoch: int, position: dict[str, Any] | int | None = None) -> None:
         """Go to a position in an epoch; None is its beginning, a number a count of examples."""
-        if not isinstance(position, dict):
-            position = {"count": position or 0, "dataset": None}
+        given = isinstance(position, dict)
+        self._start = position if given else {"count": position or 0, "dataset": None}
+        self._n_read, skip, state = 0, self._start["count"], self._start["dataset"]
         # A new object each time: a loaded position would be where every later epoch begins.
         self._current = self._dataset.with_format(None)
         if self._order is not None:
             self._current = self._current.select(self._order(epoch)).to_iterable_dataset()
         self._current.set_epoch(epoch)
-        skip = position["count"]
-        if position["dataset"] is not None:
-            self._current.load_state_dict(position["dataset"])
+        if state is not None:
+            self._current.load_state_dict(state)
             skip = 0
         self._iterator: Iterator[dict[str, Any]] = islice(iter(self._current), skip, None)
-        self._start, self._n_read = position, 0
 
     def read(self, n: int) -> list[dict[str, Any]]:
         """Up to `n` more examples; none at the end of the epoch."""
@@ -239,10 +231,8 @@ def _explained(what: str, advice: str) -> Iterator[None]:
 
 
 def _reading(where: str) -> Any:
-    return _explained(
-        f"source, a Hugging Face dataset, cannot be read {where}",
-        "Are all its files complete, and is the network up?",
-    )
+    advice = "Are all its files complete, and is the network up?"
+    return _explained(f"source, a Hugging Face dataset, cannot be read {where}", advice)
 
 
 def is_dataset(source: Any) -> bool:
@@ -267,8 +257,7 @@ def load_saved(path: Path, split: str | None = None) -> Any:
         return dataset
     if split not in dataset:
         raise DataError(
-            f"The saved dataset {path} has the splits {list(dataset)}; expected one data set. "
-            f"Choose one with 'hf:{path}:SPLIT'."
+            f"The saved dataset {path} has the splits {list(dataset)}. Choose 'hf:{path}:SPLIT'."
         )
     return dataset[split]
 
@@ -282,9 +271,7 @@ def load_hf(source: str) -> Any:
         name, split = name.rsplit(":", 1)
     if is_saved(Path(name)):
         return load_saved(Path(name), split)
-    with _explained(
-        f"source is {source!r}, but datasets.load_dataset({name!r}, split={split!r}) failed",
-        "Check name, split ('hf:NAME:SPLIT') and network; for other options load it yourself and "
-        "pass the dataset.",
-    ):
+    what = f"source is {source!r}, but datasets.load_dataset({name!r}, split={split!r}) failed"
+    advice = "Check name, split ('hf:NAME:SPLIT') and network, or load it yourself and pass it."
+    with _explained(what, advice):
         return datasets.load_dataset(name, split=split, streaming=True)

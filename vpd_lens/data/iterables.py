@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from vpd_lens.data import arrays
 from vpd_lens.data.batches import Batch, BatchSpec, TokenBatches
-from vpd_lens.data.checks import check_batch, checksum
 from vpd_lens.errors import DataError
 
 _ITERABLE = "an iterable (a list, a DataLoader, an object with __iter__)"
@@ -28,6 +30,7 @@ class IteratorBatches(TokenBatches):
     def __init__(self, source: Iterable[Any], spec: BatchSpec) -> None:
         spec.forbid_bos("an iterable of batches")
         self._source: Any = source
+        self._last: Batch | None
         self._kind = type(source).__name__
         self._again = not isinstance(source, Iterator)
         self._has_state = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
@@ -89,7 +92,7 @@ class IteratorBatches(TokenBatches):
     def _position(self) -> dict[str, Any]:
         if self._has_state:
             return {"consumed": self._consumed, "source": self._source_state()}
-        crc32 = None if self._last is None else checksum(self._last.tokens)
+        crc32 = None if self._last is None else arrays.checksum(self._last.tokens)
         return {"consumed": self._consumed, "crc32": crc32}
 
     def _seek(self, position: dict[str, Any]) -> None:
@@ -103,17 +106,15 @@ class IteratorBatches(TokenBatches):
             with suppress(StopIteration):  # fewer batches than then: noticed below
                 for _ in range(consumed):
                     self._draw()
-            if self._last is not None and checksum(self._last.tokens) != position["crc32"]:
+            if self._last is not None and arrays.checksum(self._last.tokens) != position["crc32"]:
                 raise DataError(
-                    "source gave other batches than before the interruption. Make its order "
-                    "depend on a seed (for a DataLoader pass generator=), or give it state_dict "
-                    "and load_state_dict."
+                    "source gave other batches than before the interruption. Make its order depend "
+                    "on a seed (for a DataLoader: generator=), or give it (load_)state_dict."
                 )
         elif consumed != self._consumed:
             raise DataError(
-                f"source, a {self._kind}, cannot be resumed: it is an iterator without state_dict, "
-                f"and {consumed} batches of it are consumed. Pass {_ITERABLE}, or a function "
-                "f(generator, batch_size)."
+                f"source, a {self._kind}, cannot be resumed: it has no state_dict, and {consumed} "
+                f"batches are consumed. Pass {_ITERABLE}, or a function f(generator, batch_size)."
             )
 
 
@@ -131,8 +132,7 @@ class FunctionBatches(TokenBatches):
         batch = check_batch(self._function(self._state, self.batch_size), self._spec)
         if len(batch.tokens) != self.batch_size:
             raise DataError(
-                f"source, a function, gave {len(batch.tokens)} rows when asked for "
-                f"batch_size={self.batch_size}."
+                f"source gave {len(batch.tokens)} rows when asked for batch_size={self.batch_size}."
             )
         return batch
 
@@ -142,3 +142,51 @@ class FunctionBatches(TokenBatches):
     def _seek(self, position: dict[str, Any]) -> None:
         state = bytearray.fromhex(position["generator"])
         self._state.set_state(torch.frombuffer(state, dtype=torch.uint8))
+
+
+def check_batch(given: Any, spec: BatchSpec) -> Batch:
+    """Check one batch from a user's iterable or function; the number of rows is left to the caller.
+
+    It is `[batch, pos]`, or anything `[batch, ...]` for a model without vocabulary, as a tensor, a
+    numpy array, a `Batch`, or a mapping with `input_ids` and perhaps `attention_mask`.
+    """
+    mask = None
+    if isinstance(given, Batch):
+        given, mask = given
+    elif isinstance(given, Mapping) and "input_ids" in given:
+        given, mask = given["input_ids"], given.get("attention_mask")
+    tokens = arrays.to_tensor(given) if isinstance(given, np.ndarray) else given
+    if not isinstance(tokens, Tensor):
+        raise DataError(
+            f"source gave a {type(given).__name__}; expected a token tensor [batch, pos], or a "
+            "mapping with input_ids and attention_mask, as in (b['tokens'] for b in loader)."
+        )
+    tokens, shape = tokens.detach().cpu(), list(tokens.shape)
+    if tokens.is_inference():  # made in inference_mode; no backward pass may use it
+        tokens = tokens.clone()
+    if spec.d_vocab is None and not (arrays.is_integer(tokens) and tokens.ndim == 2):
+        if tokens.ndim < 2:
+            raise DataError(f"source gave a batch of shape {shape}; expected [batch, features].")
+        return Batch(tokens)
+    arrays.require_integers(tokens, "a batch of source")
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise DataError(f"source gave a batch of shape {shape}; expected tokens [batch, pos].")
+    if spec.seq_len is not None and shape[1] != spec.seq_len:
+        raise DataError(
+            f"source gave rows of {shape[1]} tokens; expected seq_len={spec.seq_len}. Batches are "
+            "passed through uncut: change the source, or seq_len."
+        )
+    if spec.n_ctx is not None and shape[1] > spec.n_ctx:
+        raise DataError(
+            f"source gave rows of {shape[1]} tokens; model.cfg.n_ctx = {spec.n_ctx}. Cut them."
+        )
+    arrays.check_range(tokens.numpy(), spec.d_vocab, "a batch of source")
+    if mask is None:
+        return Batch(tokens.long())
+    real = torch.as_tensor(mask).detach().cpu().bool()
+    if real.shape != tokens.shape:
+        raise DataError(
+            f"source gave an attention mask of shape {list(real.shape)} for tokens of {shape}."
+        )
+    rows = [row[keep].numpy() for row, keep in zip(tokens.long(), real, strict=True)]
+    return Batch.of_rows(torch.from_numpy(arrays.padded_rows(rows, shape[1])), spec.pad)

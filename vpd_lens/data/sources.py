@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vpd_lens.data.arrays import ArrayBatches, is_rows, load_tokens, rows_of, to_array
+from vpd_lens.data.arrays import ArrayBatches, is_rows, load_tokens, rows_of
 from vpd_lens.data.batches import BatchSpec, TokenBatches
 from vpd_lens.data.documents import DocumentBatches, is_dataset, is_saved, load_hf, load_saved
 from vpd_lens.data.iterables import FunctionBatches, IteratorBatches
@@ -29,7 +29,7 @@ def token_batches(
     shuffle: bool = True,
     rows: slice = slice(None),
 ) -> TokenBatches:
-    """Endless batches of tokens for `model`, resumable to the bit.
+    """Endless batches of tokens for `model`, on the CPU, resumable to the bit.
 
     | `source` | what happens |
     |---|---|
@@ -63,14 +63,11 @@ def token_batches(
         seed: Seed of every random choice, together with the number of the epoch.
         prepend_bos: Whether every row begins with BOS, followed by `seq_len - 1` tokens of data.
             None: for text, `model.cfg.default_prepend_bos` if the tokenizer has a BOS token; for
-            tokens, they are used as they are. Must not be True for data that is cut already.
+            tokens, False. Must not be True for data that is cut already.
         text_column: The column of a dataset that holds the text.
         shuffle: False for the data's own order and no random window borders.
         rows: Those of every batch that one of several processes wants; the position does not
             depend on it.
-
-    Returns:
-        An endless iterator of `Batch`, on the CPU.
 
     Raises:
         InputError: If `batch_size` or `seq_len` is out of range.
@@ -111,10 +108,8 @@ def one_pass(
         >>> [len(b.tokens) for b in one_pass(torch.ones(5, 3).long(), model=None, batch_size=2)]
         [2, 2, 1]
     """
-    spec = BatchSpec(
-        model, batch_size, seq_len, seed, False, prepend_bos, once=True, n_batches=n_batches
-    )
-    batches = _batches(data, spec, "text")
+    arguments = (model, batch_size, seq_len, seed, False, prepend_bos)
+    batches = _batches(data, BatchSpec(*arguments, once=True, n_batches=n_batches), "text")
     if state is not None:
         batches.load_state_dict(state)
     return batches
@@ -124,11 +119,16 @@ def _batches(source: Any, spec: BatchSpec, text_column: str) -> TokenBatches:
     if isinstance(source, str) and source.startswith("hf:"):
         return DocumentBatches(load_hf(source), spec, text_column, source)
     if isinstance(source, str | Path):
-        return _from_path(Path(source), spec, text_column)
-    if isinstance(source, Tensor):
-        return ArrayBatches(to_array(source, "source"), spec, "tensor")
-    if isinstance(source, np.ndarray):
-        return ArrayBatches(source, spec, "array")
+        path = Path(source)
+        if path.suffix in (".npy", ".safetensors"):
+            return ArrayBatches(load_tokens(path), spec, str(path))
+        if is_saved(path):
+            return DocumentBatches(load_saved(path), spec, text_column, str(path))
+        encoder = TextEncoder(spec)
+        tokens, description = tokenize_files(path, encoder)
+        return ArrayBatches(tokens, spec, description, encoder.bos)
+    if isinstance(source, Tensor | np.ndarray):
+        return ArrayBatches(source, spec, "tensor" if isinstance(source, Tensor) else "array")
     if is_dataset(source):
         return DocumentBatches(source, spec, text_column, "dataset")
     if is_rows(source):
@@ -146,13 +146,3 @@ def _batches(source: Any, spec: BatchSpec, text_column: str) -> TokenBatches:
         f"source is a {type(source).__name__}, which is no kind of data that token_batches reads. "
         "Pass a token tensor, a path, a Hugging Face dataset, an iterable of batches or a function."
     )
-
-
-def _from_path(path: Path, spec: BatchSpec, text_column: str) -> TokenBatches:
-    if path.suffix in (".npy", ".safetensors"):
-        return ArrayBatches(load_tokens(path), spec, str(path))
-    if is_saved(path):
-        return DocumentBatches(load_saved(path), spec, text_column, str(path))
-    encoder = TextEncoder(spec)
-    tokens, description = tokenize_files(path, encoder)
-    return ArrayBatches(tokens, spec, description, encoder.bos)

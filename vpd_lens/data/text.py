@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from vpd_lens.data.batches import BatchSpec
-from vpd_lens.data.checks import FIRST
 from vpd_lens.errors import DataError
 from vpd_lens.progress import Progress
+
+FIRST = os.environ.get("RANK", "0") == "0"  # one bar for all processes of a job
 
 CHUNK_CHARACTERS = 1 << 20
 """Text per call of the tokenizer: enough to use its threads, little enough memory."""
 
 
 class TextEncoder:
-    """How documents become tokens: `bos` in front of every row, `eos` after every document."""
+    """How documents become tokens: `bos` in front of every row, `end` after every document."""
 
     def __init__(self, spec: BatchSpec) -> None:
         self.tokenizer = spec.tokenizer
@@ -27,20 +29,18 @@ class TextEncoder:
                 "source is text, but the model has no tokenizer (model.tokenizer is None). Pass "
                 "tokens, or set one with model.set_tokenizer(...)."
             )
-        wanted = spec.prepend_bos
-        if wanted is None:
-            default = getattr(getattr(spec.model, "cfg", None), "default_prepend_bos", True)
-            wanted = default and self.tokenizer.bos_token_id is not None
+        default = getattr(getattr(spec.model, "cfg", None), "default_prepend_bos", True)
+        usual = default and self.tokenizer.bos_token_id is not None
+        wanted = usual if spec.prepend_bos is None else spec.prepend_bos
         self.bos: int | None = spec.bos if wanted else None
-        self.eos: int | None = self.tokenizer.eos_token_id
-        end = "no EOS between them" if self.eos is None else f"EOS ({self.eos}) after each"
-        self.eos_policy = end
+        eos = self.tokenizer.eos_token_id
+        self.end = [] if eos is None else [eos]
+        self.eos_policy = f"EOS ({eos}) after each" if self.end else "no EOS between them"
 
     def encode(self, texts: Sequence[str | None]) -> np.ndarray:
         """Tokens of documents, each followed by EOS, one after the other; empty ones left out."""
-        end = [] if self.eos is None else [self.eos]
         documents = self._ids([text for text in texts if text])
-        return np.array([token for ids in documents for token in (*ids, *end)], np.int64)
+        return np.array([token for ids in documents for token in (*ids, *self.end)], np.int64)
 
     def rows(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Tokens of each text, after BOS if there is one; without EOS."""
@@ -53,14 +53,9 @@ class TextEncoder:
         # Without special tokens: TransformerLens makes many tokenizers add a BOS to each document,
         # and a text that mentions "<eos>" has no border there.
         # Not verbose: documents longer than the context are cut into rows later.
-        documents = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+        only_ids = {"return_attention_mask": False, "return_token_type_ids": False}
+        plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        documents = self.tokenizer(texts, **plain, **only_ids)["input_ids"]
         # Where the vocabulary has no other way to write a control token, its mention is left out.
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         control = {getattr(self.tokenizer, name, None) for name in names}
@@ -75,16 +70,15 @@ def tokenize_files(path: Path, encoder: TextEncoder) -> tuple[np.ndarray, str]:
     """
     files = _files(path)
     pieces: list[np.ndarray] = []
-    texts: list[str] = []
+    texts: list[str | None] = []
     waiting = n_skipped = 0
     with Progress(f"Tokenising {path}", len(files), show=len(files) > 1 and FIRST) as bar:
         for file in bar.counting(files):
-            text = _read(file)
-            n_skipped += text is None
-            texts.append(text or "")
-            waiting += len(texts[-1])
+            texts.append(_read(file))
+            waiting += len(texts[-1] or "")
             if waiting >= CHUNK_CHARACTERS or file is files[-1]:
                 pieces.append(encoder.encode(texts).astype(np.int32))
+                n_skipped += texts.count(None)
                 texts, waiting = [], 0
     tokens = np.concatenate(pieces)
     if not len(tokens):
@@ -98,13 +92,8 @@ def tokenize_files(path: Path, encoder: TextEncoder) -> tuple[np.ndarray, str]:
 
 def _files(path: Path) -> list[Path]:
     """Files in a directory (recursively, hidden ones left out), or matching a glob, in order."""
-    if path.is_dir():
-        inside = [(file, file.relative_to(path).parts) for file in path.rglob("*")]
-        found = [f for f, parts in inside if not any(part.startswith(".") for part in parts)]
-    elif path.exists():
-        found = [path]
-    else:
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+    pattern = glob.escape(str(path)) if path.exists() else str(path)
+    found = map(Path, glob.glob(f"{pattern}/**" if path.is_dir() else pattern, recursive=True))
     files = sorted(file for file in found if file.is_file())
     if not files:
         raise DataError(
