@@ -51,9 +51,6 @@ def decompose(
         seed: Seed of the initialisation.
         **training: Further arguments of `vpd_lens.train` (`output`, `resume`, `wandb`, ...).
 
-    Returns:
-        `model` itself.
-
     Raises:
         AttachError: If no site matches, a site fails the self-check, or the model is decomposed
             already, compiled, on several devices or under an adapter; the message says which.
@@ -88,21 +85,15 @@ def decompose(
     base = base.replaced({name: value for name, value in given.items() if value is not None})
     if training and data is None:
         raise ConfigError(f"{sorted(training)} only make sense with data=...; none was given.")
-    configured = base.sites if isinstance(base.sites, str) else list(base.sites)
     if "vpd" in model.__dict__:
         raise AttachError(
             "This model is decomposed already. Call vpd_lens.remove(model) first, or train the "
             "decomposition it carries with vpd_lens.train(model, data, config)."
         )
-    attach(
-        model,
-        configured if sites is None else sites,
-        base.n_subcomponents if n_subcomponents is None else n_subcomponents,
-        base.importance,
-        example,
-        divergence,
-        base.seed,
-    )
+    configured = base.sites if isinstance(base.sites, str) else list(base.sites)
+    where = configured if sites is None else sites
+    counts = base.n_subcomponents if n_subcomponents is None else n_subcomponents
+    attach(model, where, counts, base.importance, example, divergence, base.seed)
     if data is not None:
         with removed_if_untrained(model):
             train(model, data, base, **training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,13 +52,12 @@ class SubcomponentsRecord(Record):
     def _count(self) -> SubcomponentsRecord:
         if len(self.sites) != len(self.n_subcomponents):
             raise ValueError(f"{len(self.sites)} sites, {len(self.n_subcomponents)} sizes")
-        sites = zip(self.sites, self.n_subcomponents, self.indices, strict=True)
-        for name, size, original in sites:
-            kept, numbers = original.kept, sorted([*original.kept, *original.folded])
+        for name, size, found in zip(self.sites, self.n_subcomponents, self.indices, strict=True):
+            kept, numbers = found.kept, sorted(found.kept + found.folded)
             if kept != sorted(kept) or len(kept) != size or numbers != list(range(len(numbers))):
                 raise ValueError(
-                    f"original_indices of {name}: {len(kept)} kept and {len(original.folded)} "
-                    f"folded column numbers do not count its {size} subcomponents"
+                    f"original_indices of {name}: {len(kept)} kept and {len(found.folded)} folded "
+                    f"column numbers do not count its {size} subcomponents"
                 )
         return self
 
@@ -99,7 +99,7 @@ def describe(path: str | Path) -> Group:
     )
     tables = {"Training": record.training, "Base model": base.model_dump(exclude={"weights"})}
     tables["Metrics"] = record.metrics
-    shown = (_pairs(title, _flat(values)) for title, values in tables.items() if values)
+    shown = (_pairs(title, values) for title, values in tables.items() if values)
     return Group(heading, _sites(record), *shown)
 
 
@@ -120,25 +120,23 @@ def _sites(record: DecompositionRecord) -> Table:
 def _ranges(numbers: list[int]) -> str:
     """Ascending numbers with runs joined: `0-2, 5, 7-8`."""
     # In a run, number and position grow together.
-    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    ends = [(run[0][1], run[-1][1]) for run in (list(group) for _, group in runs)]
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ends)
+    groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = ([number for _, number in group] for _, group in groups)
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _pairs(title: str, values: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column("name")
     table.add_column("value", overflow="fold")
-    for name, value in values.items():
+    for name, value in _flat(values):
         text = f"{value:.5g}" if isinstance(value, float) else str(value)
         table.add_row(Text(name), Text(text))  # as Text: [qk] in a pattern is no markup
     return table
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields by dotted path."""
-    flat: dict[str, Any] = {}
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of nested fields."""
     for name, value in values.items():
         nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat
+        yield from _flat(value, f"{prefix}{name}.") if nested else [(f"{prefix}{name}", value)]

@@ -48,8 +48,11 @@ def load_model(
             TransformerLens does not have.
         ConfigError: If a name is unknown or cannot be downloaded, or an argument does not fit.
     """
-    _require_one_of("model_class", model_class, get_args(ModelClass))
-    _require_one_of("processing", processing, get_args(Processing))
+    choices = {"model_class": (model_class, ModelClass), "processing": (processing, Processing)}
+    for argument, (value, kind) in choices.items():
+        if value not in get_args(kind):
+            known = ", ".join(get_args(kind))
+            raise ConfigError(f"{argument}={value!r} is not one of {known}.")
     device = _usable_device(device)
     path = Path(source).expanduser()
     name = str(source)  # on the hub `name` or `owner/name`; anything else can only be a directory
@@ -58,9 +61,7 @@ def load_model(
         if (path / "model.json").exists():
             return _load_0_1(path, model_class, device, processing)
         if not (path / "config.json").exists():
-            raise ArtefactError(
-                f"{path}: no Hugging Face model (config.json) is in this directory. Check the path."
-            )
+            raise ArtefactError(f"{path}: no Hugging Face model (config.json) in this directory.")
         name = str(path)
     try:
         return _pretrained(name, model_class, device, processing, weights).eval()
@@ -106,9 +107,8 @@ def _hooked_transformer_class() -> tuple[Any, Any]:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
     except ImportError:
         raise ArtefactError(
-            f"A HookedTransformer is asked for, and TransformerLens {version('transformer-lens')} "
-            "no longer has that class. Install transformer-lens<4, or use model_class='bridge' "
-            "with a Hugging Face model."
+            f"HookedTransformer: TransformerLens {version('transformer-lens')} no longer has that "
+            "class. Install transformer-lens<4, or use a Hugging Face model as a 'bridge'."
         ) from None
     return HookedTransformer, HookedTransformerConfig
 
@@ -118,9 +118,8 @@ def _load_0_1(path: Path, model_class: str, device: str, processing: str) -> nn.
     record = read_json(path / "model.json")
     if processing != "default" or model_class not in ("auto", record.get("class")):
         raise ConfigError(
-            f"{path} holds a {record.get('class')} with weights as they were when saved, and "
-            f"takes neither processing={processing!r} nor model_class={model_class!r}. Leave both "
-            "out."
+            f"{path} holds a {record.get('class')} with weights as saved, and takes neither "
+            f"processing={processing!r} nor model_class={model_class!r}. Leave both out."
         )
     try:
         with torch.random.fork_rng(devices=[]):  # building draws weights that are then replaced
@@ -159,11 +158,6 @@ def _built(path: Path, record: dict[str, Any], device: str) -> nn.Module:
     return model
 
 
-def _require_one_of(argument: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{argument}={value!r} is not one of {', '.join(choices)}.")
-
-
 def _usable_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -172,10 +166,7 @@ def _usable_device(device: str) -> str:
     except RuntimeError as error:
         raise ConfigError(f"device={device!r}: {_first_line(error)}") from None
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device={device!r}, but this PyTorch sees no CUDA device. Use device='cpu', or "
-            "install a CUDA build of PyTorch."
-        )
+        raise ConfigError(f"device={device!r}, but PyTorch sees no CUDA device. Use device='cpu'.")
     return device
 
 

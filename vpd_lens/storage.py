@@ -70,8 +70,7 @@ class Artefact(Generic[R]):
             raise ArtefactError(f"{path}: {RECORD} lists no checksum of it. {_RESTORE}")
         if file_hash(path) != self.files[name]:
             raise ArtefactError(
-                f"{path}: its content does not match its checksum; it is truncated or was "
-                f"changed. {_RESTORE}"
+                f"{path}: does not match its checksum; truncated or changed. {_RESTORE}"
             )
         return path
 
@@ -114,11 +113,8 @@ def write(
 ) -> Path:
     """Write an artefact, whole or not at all; returns its folder.
 
-    Args:
-        path: Its folder; an earlier one of the same kind is replaced once this one is complete.
-        record: What it says.
-        tensors: Tensors by name, for each `<name>.safetensors`.
-        beside: Writes further files into the folder that it is given.
+    An earlier one of the same kind is replaced once this one is complete. `tensors` are those of
+    each `<name>.safetensors`; `beside` writes further files into the folder that it is given.
 
     Raises:
         ArtefactError: If the folder holds anything else, or cannot be written; it is as before.
@@ -131,8 +127,7 @@ def write(
         fields = record.model_dump(mode="json")
     except ValueError as error:
         raise InputError(
-            f"this {record.kind} cannot be written as JSON ({error}). Put plain numbers, text, "
-            "lists and dictionaries there."
+            f"this {record.kind} cannot be written as JSON ({error}). Use numbers, text and lists."
         ) from None
     with atomic_folder(path) as folder:
         for name, part in tensors.items():
@@ -167,8 +162,7 @@ def read(path: str | Path, record_type: type[R]) -> Artefact[R]:
     version = content.get("format_version")
     if version not in (1, FORMAT_VERSION):
         raise ArtefactError(
-            f"{file}: format version {version!r}, which is newer than this library reads "
-            f"({FORMAT_VERSION}). Upgrade vpd-lens."
+            f"{file}: format version {version!r}, which is newer than this vpd-lens. Upgrade it."
         )
     try:
         if version == 1:
@@ -177,13 +171,11 @@ def read(path: str | Path, record_type: type[R]) -> Artefact[R]:
             raise ArtefactError(f"{file}: does not match its own checksum. {_RESTORE}")
         record = record_type.model_validate(content["record"])
         artefact = Artefact(folder, record, content["files"], content["vpd_lens_version"])
-    except ValidationError as error:
-        raise ArtefactError(f"{file}: damaged, or changed by hand: {_problems(error)}.") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtefactError(f"{file}: damaged, or changed by hand ({error!r}).") from None
-    for part in folder.glob("*.safetensors"):
-        if part.name not in artefact.files:
-            artefact.file(part.name)
+        found = _problems(error) if isinstance(error, ValidationError) else repr(error)
+        raise ArtefactError(f"{file}: damaged, or changed by hand: {found}.") from None
+    for name in sorted({p.name for p in folder.glob("*.safetensors")} - artefact.files.keys()):
+        artefact.file(name)  # an error: it is not listed
     for name in artefact.files:
         if not (folder / name).is_file():
             raise ArtefactError(f"{folder / name}: missing. {_RESTORE}")
@@ -214,13 +206,12 @@ def _folder_of(path: Path, kind: str) -> Path:
     found = kind_of(folder)
     if found == kind:
         return folder
-    parts = ("decomposition", "checkpoint") if found is None else ()  # of a run's output
-    inside = [name for name in parts if kind_of(folder / name) == name]
-    if kind in inside:
-        return folder / kind
     what = f" It holds a {found}." if found is not None else ""
-    if inside:
-        what = " It is a run that is not finished: train on with resume=True."
+    for part in ("decomposition", "checkpoint") if found is None else ():  # of a run's output
+        if kind_of(folder / part) == part == kind:
+            return folder / kind
+        if kind_of(folder / part) == part:
+            what = " It is a run that is not finished: train on with resume=True."
     raise ArtefactError(f"{path}: there is no {kind} in it.{what}")
 
 
@@ -239,14 +230,10 @@ def _require_replaceable(path: Path, kind: str) -> None:
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU and contiguous; copies only of what shares memory, which safetensors refuses."""
-    plain: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        address = tensor.untyped_storage().data_ptr()
-        plain[name] = tensor.clone() if address in seen else tensor
-        seen.add(address)
-    return plain
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    owner = {t.untyped_storage().data_ptr(): name for name, t in plain.items()}
+    shared = {n: t.clone() for n, t in plain.items() if owner[t.untyped_storage().data_ptr()] != n}
+    return plain | shared
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -75,17 +75,13 @@ class DocumentBatches(TokenBatches):
     def _begin(self, start: dict[str, Any]) -> None:
         """Go to the beginning of a block; it is read when the first row of it is wanted."""
         self._examples.seek(start["epoch"], start["examples"])
-        self.epoch, self._n_block, self._rows_in_epoch = (
-            start["epoch"],
-            start["block"],
-            start["rows"],
-        )
+        self.epoch, self._n_block, self._n_rows = start["epoch"], start["block"], start["rows"]
         self._carry = np.array(start["carry"], np.int64)
         self._start, self._row, self._ended = start, 0, False
         self._block = torch.empty(0, self._window, dtype=torch.long)
 
     def _read_block(self) -> None:
-        self._start = {"epoch": self.epoch, "block": self._n_block, "rows": self._rows_in_epoch}
+        self._start = {"epoch": self.epoch, "block": self._n_block, "rows": self._n_rows}
         self._start |= {"examples": self._examples.position(), "carry": self._carry.tolist()}
         pieces = [np.empty((0, self._window), np.int64)]
         n_rows = 0
@@ -93,7 +89,7 @@ class DocumentBatches(TokenBatches):
             if examples := self._examples.read(READ):
                 pieces.append(self._pack(examples) if self._encoder else self._cut(examples))
                 n_rows += len(pieces[-1])
-                self._rows_in_epoch += len(pieces[-1])
+                self._n_rows += len(pieces[-1])
                 continue
             self._end_epoch()
             if n_rows or self._ended:  # no row twice in a block
@@ -104,14 +100,14 @@ class DocumentBatches(TokenBatches):
 
     def _end_epoch(self) -> None:
         self._ended = self._spec.once
-        if self._rows_in_epoch < (self.batch_size if self.epoch == 0 and not self._ended else 1):
+        if self._n_rows < (self.batch_size if self.epoch == 0 and not self._ended else 1):
             raise DataError(
-                f"source gave {self._rows_in_epoch} rows of {self.seq_len} tokens in a whole pass, "
+                f"source gave {self._n_rows} rows of {self.seq_len} tokens in a whole pass, "
                 f"fewer than batch_size={self.batch_size}. Pass a smaller batch_size or seq_len, "
                 "or more data; check that the documents are not empty."
             )
         if not self._ended:
-            self.epoch, self._rows_in_epoch = self.epoch + 1, 0
+            self.epoch, self._n_rows = self.epoch + 1, 0
             self._examples.seek(self.epoch)
 
     def _pack(self, examples: list[dict[str, Any]]) -> np.ndarray:
@@ -183,8 +179,8 @@ class _Examples:
 
     def seek(self, epoch: int, position: dict[str, Any] | int | None = None) -> None:
         """Go to a position in an epoch; None is its beginning, a number a count of examples."""
-        given = isinstance(position, dict)
-        self._start = position if given else {"count": position or 0, "dataset": None}
+        whole = isinstance(position, dict)
+        self._start = position if whole else {"count": position or 0, "dataset": None}
         self._n_read, skip, state = 0, self._start["count"], self._start["dataset"]
         # A new object each time: a loaded position would be where every later epoch begins.
         self._current = self._dataset.with_format(None)

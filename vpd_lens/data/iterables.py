@@ -30,7 +30,6 @@ class IteratorBatches(TokenBatches):
     def __init__(self, source: Iterable[Any], spec: BatchSpec) -> None:
         spec.forbid_bos("an iterable of batches")
         self._source: Any = source
-        self._last: Batch | None
         self._kind = type(source).__name__
         self._again = not isinstance(source, Iterator)
         self._has_state = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")

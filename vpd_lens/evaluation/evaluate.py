@@ -21,16 +21,7 @@ from vpd_lens.decomposition.attach import decomposition_of
 from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.modes import masks_of
 from vpd_lens.errors import InputError
-from vpd_lens.evaluation.metrics import (
-    Means,
-    Sparsity,
-    delta_sizes,
-    hidden_errors,
-    next_token_cross_entropy,
-    pgd_curve,
-    predicts_next_token,
-    reported_modes,
-)
+from vpd_lens.evaluation import metrics
 from vpd_lens.evaluation.report import EvalReport
 from vpd_lens.progress import Progress
 
@@ -77,9 +68,6 @@ def evaluate(
         prepend_bos: BOS policy for text; `None` follows the model.
         progress: Show a progress bar, which moves with every forward.
 
-    Returns:
-        An `EvalReport`: print it, `to_json`, `to_html`.
-
     Raises:
         AttachError: If the model carries no decomposition.
         DataError: If the data does not fit the model.
@@ -88,15 +76,8 @@ def evaluate(
     vpd = decomposition_of(model)
     # Also where the caller has switched gradients off: the adversary needs them.
     with torch.inference_mode(False), torch.enable_grad():
-        batches = one_pass(
-            data,
-            model=model,
-            batch_size=batch_size,
-            n_batches=n_batches,
-            seq_len=seq_len,
-            prepend_bos=prepend_bos,
-            seed=seed,
-        )
+        sizes = {"batch_size": batch_size, "n_batches": n_batches, "seq_len": seq_len}
+        batches = one_pass(data, model=model, **sizes, prepend_bos=prepend_bos, seed=seed)
         measured = _Measurement(vpd, thresholds, rounding, seed)
         n_forwards = n_batches * (1 + len(measured.modes))
         if pgd_steps:
@@ -107,7 +88,7 @@ def evaluate(
                 found = (batch, *measured.add(batch, bar.advance))
                 for _ in range(pgd_restarts if pgd_steps and index < pgd_batches else 0):
                     adversary = (pgd_steps, pgd_step_size, measured.generator, bar.advance)
-                    measured.curves.append(pgd_curve(vpd, *found, *adversary))
+                    measured.curves.append(metrics.pgd_curve(vpd, *found, *adversary))
         return measured.report(seed)
 
 
@@ -119,10 +100,10 @@ class _Measurement:
     ) -> None:
         self.vpd = vpd
         self.generator = torch.Generator(device=vpd.device).manual_seed(seed)
-        self.sparsity = Sparsity(vpd.layout, thresholds, vpd.device)
-        self.modes = reported_modes(rounding)
-        self.divergences, self.cross_entropies = Means(), Means()
-        self.hidden = {mode: Means() for mode in WITH_HIDDEN_ERROR}
+        self.sparsity = metrics.Sparsity(vpd.layout, thresholds, vpd.device)
+        self.modes = metrics.reported_modes(rounding)
+        self.divergences, self.cross_entropies = metrics.Means(), metrics.Means()
+        self.hidden = {mode: metrics.Means() for mode in WITH_HIDDEN_ERROR}
         self.curves: list[dict[int, float]] = []
         self.predicts_next_token = True
         self.batch_shape: list[int] = []
@@ -142,7 +123,7 @@ class _Measurement:
         self.sparsity.add(importance, real)
         n_positions = math.prod(importance.shape[:-1]) if real is None else int(real.sum())
         divergence = Divergence(output, vpd.divergence, real)
-        if vpd.divergence != "kl" or not predicts_next_token(vpd.model, tokens, output):
+        if vpd.divergence != "kl" or not metrics.predicts_next_token(vpd.model, tokens, output):
             self.predicts_next_token = False
         self._add_cross_entropy("target", output, batch)
         tick()
@@ -150,7 +131,7 @@ class _Measurement:
             masks = masks_of(mode, importance, vpd.layout, self.generator, threshold, real)
             if mode in WITH_HIDDEN_ERROR:
                 masked, outputs = vpd.run_recording(masks, tokens, **batch.mask_argument())
-                for site, error in hidden_errors(vpd, inputs, outputs, real).items():
+                for site, error in metrics.hidden_errors(vpd, inputs, outputs, real).items():
                     self.hidden[mode].add(site, error, n_positions)
             else:
                 masked = vpd.run(masks, tokens, **batch.mask_argument())
@@ -161,7 +142,7 @@ class _Measurement:
 
     def _add_cross_entropy(self, name: str, output: Tensor, batch: Batch) -> None:
         if self.predicts_next_token:
-            mean, n = next_token_cross_entropy(output, batch.tokens, batch.real)
+            mean, n = metrics.next_token_cross_entropy(output, batch.tokens, batch.real)
             self.cross_entropies.add(name, mean, n)
 
     def report(self, seed: int) -> EvalReport:
@@ -176,7 +157,7 @@ class _Measurement:
             alive=self.sparsity.alive(),
             n_subcomponents=dict(zip(vpd.layout.names, vpd.layout.sizes, strict=True)),
             hidden_error={mode: errors.means() for mode, errors in self.hidden.items()},
-            delta=delta_sizes(vpd),
+            delta=metrics.delta_sizes(vpd),
             ci_histogram=self.sparsity.histogram.tolist(),
             mean_ci=self.sparsity.sorted_by_site(),
             divergence=vpd.divergence if isinstance(vpd.divergence, str) else "custom",
@@ -202,6 +183,6 @@ class _Measurement:
         table = {"target": {"kl": 0.0}, **table}
         lost = means["zero"] - means["target"]
         for name, row in table.items():
-            recovered = 1 - (means[name] - means["target"]) / lost if lost else math.nan
-            row |= {"ce": means[name], "ce_recovered": recovered}
+            row["ce"] = means[name]
+            row["ce_recovered"] = 1 - (row["ce"] - means["target"]) / lost if lost else math.nan
         return table

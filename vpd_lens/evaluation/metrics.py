@@ -1,7 +1,6 @@
-"""Everything that is measured on one decomposition (VPD, evaluation), as running means.
+"""Everything that is measured on one decomposition, as sums, so that memory is bounded.
 
-What is kept are sums, so that any amount of data can be evaluated in bounded memory. Every batch
-counts by its number of positions that are data, so that a short or padded one has its own weight.
+Every batch counts by its number of positions that are data; a short one has its own weight.
 """
 
 from __future__ import annotations
@@ -74,10 +73,7 @@ def next_token_cross_entropy(
     tokens: Int[Tensor, "batch pos"],
     real: Bool[Tensor, "batch pos"] | None = None,
 ) -> tuple[float, int]:
-    """Mean cross-entropy of the next token in nats, and the number of predictions.
-
-    There are `batch * (pos - 1)` of them, less those of pads.
-    """
+    """Mean cross-entropy of the next token in nats, and the number of predictions, less pads."""
     targets = tokens[:, 1:] if real is None else tokens[:, 1:].masked_fill(~real[:, 1:], -100)
     n = int((targets >= 0).sum())
     flat = logits[:, :-1].float().flatten(0, 1)
@@ -156,12 +152,8 @@ def delta_sizes(vpd: Decomposition) -> dict[str, dict[str, float]]:
     by_name = dict(zip(vpd.layout.names, rows, strict=True))
     by_name["total"] = [sum(column) for column in zip(*rows, strict=True)]
     return {
-        name: {
-            "mse": delta / n,
-            "relative": _ratio(delta, weight) ** 0.5,
-            "folded": _ratio(folded, weight) ** 0.5,
-        }
-        for name, (delta, folded, weight, n) in by_name.items()
+        name: {"mse": delta / n, "relative": _ratio(delta, w) ** 0.5, "folded": _ratio(f, w) ** 0.5}
+        for name, (delta, f, w, n) in by_name.items()
     }
 
 
@@ -206,9 +198,8 @@ def pgd_curve(
 ) -> dict[int, float]:
     """Divergence under a fresh shared adversary after each of several step counts.
 
-    They lie along one trajectory, whose start is drawn from `generator`. `divergence` is the
-    distance from the target's output, `step_size` that of a sign step; `tick` is called before
-    every forward.
+    They lie along one trajectory, whose start is drawn from `generator`. `divergence` is from the
+    target's output, `step_size` that of a sign step; `tick` is called before every forward.
     """
 
     def divergence_of(masks: AnyMasks) -> Tensor:

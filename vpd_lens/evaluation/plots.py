@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from vpd_lens.evaluation.metrics import ALIVE
 from vpd_lens.viz.svg import GRID, INK, MUTED, PALETTE, draw, legend_above
@@ -62,13 +62,12 @@ def pgd_plot(figure: Figure, reports: Named, unit: str) -> None:
             axes.plot(steps, mean, "o-", color=colour, markersize=3.5, label=name)
             axes.plot(steps, largest, ":", color=colour, linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="steps of the adversary", ylabel=unit)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
     ticks = {int(step) for _, report in reports for step in report.pgd} - {0}
     axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:g}")
     for mode, label in (("stochastic", "random masks"), ("zero", "everything ablated")):
         y = reports[0][1].modes[mode]["kl"]
         axes.axhline(y, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -82,8 +81,8 @@ def histogram_plot(figure: Figure, reports: Named) -> None:
     """Counts of importances, logarithmic."""
     axes = figure.subplots()
     (name, report), *others = reports
-    edges = np.linspace(0, 1, len(report.ci_histogram) + 1)
     counts = np.maximum(report.ci_histogram, 0.5)
+    edges = np.linspace(0, 1, len(counts) + 1)
     axes.bar(edges[:-1], counts, np.diff(edges) * 0.9, align="edge", color=MAIN, label=name)
     for other_name, other in others:
         scale = sum(report.ci_histogram) / max(sum(other.ci_histogram), 1)
@@ -104,23 +103,19 @@ def l0_plot(figure: Figure, reports: Named) -> None:
     l0 = [next(iter(report.l0.values())) for _, report in reports]
     values = [l0[0][name] for name in names]
     others = [values.get(name, np.nan) for values in l0[1:2] for name in names]
-    _site_bars(axes, names, values, marks=others)
-    _print_values(axes, names, values, "{:.0f}" if max(values) >= 10 else "{:.1f}")
-    axes.set_ylabel("active per position")
-    legend_above(axes, _kind_handles(names))
+    _site_bars(axes, names, values, "active per position", others)
+    _label_bars(axes, names, values, [f"{v:.{0 if max(values) >= 10 else 1}f}" for v in values])
 
 
 @_svg("alive", "Alive subcomponents of every site", _FULL)
 def alive_plot(figure: Figure, report: EvalReport) -> None:
     """Subcomponents that are ever used, against how many each site has."""
     axes = figure.subplots()
-    names, totals = list(report.n_subcomponents), list(map(float, report.n_subcomponents.values()))
+    names, totals = list(report.n_subcomponents), list(report.n_subcomponents.values())
     alive = [report.alive[name] for name in names]
     axes.bar(_site_positions(names), totals, 0.8, color=GRID, edgecolor=MUTED, linewidth=0.5)
-    _site_bars(axes, names, alive)
-    _print_values(axes, names, totals, "{:.0f}", alive)
-    axes.set_ylabel("subcomponents")
-    legend_above(axes, _kind_handles(names))
+    _site_bars(axes, names, alive, "subcomponents")
+    _label_bars(axes, names, totals, [f"{n:.0f}" for n in alive])
 
 
 @_svg("mean-ci", "Sorted mean causal importance per site", (10.2, 4.2))
@@ -161,9 +156,8 @@ def delta_plot(figure: Figure, report: EvalReport) -> None:
     names = list(report.n_subcomponents)
     sizes = [report.delta[name]["relative"] for name in names]
     values = [size if size > 1e-9 else 1e-9 for size in sizes]  # NaN of a zero matrix, too
-    _site_bars(axes, names, values)
-    axes.set(yscale="log", ylabel="size of delta / size of W")
-    axes.set_ylim(min(values) / 2, max(1.0, *values))
+    _site_bars(axes, names, values, "size of delta / size of W")
+    axes.set(yscale="log", ylim=(min(values) / 2, max(1.0, *values)))
 
 
 @_svg("hidden", "Relative error of every site's output", _HALF)
@@ -172,8 +166,7 @@ def hidden_plot(figure: Figure, report: EvalReport) -> None:
     axes = figure.subplots()
     names = list(report.n_subcomponents)
     ci, random = ([report.hidden_error[mode][n] for n in names] for mode in ("ci", "stochastic"))
-    _site_bars(axes, names, ci, marks=random)
-    axes.set_ylabel("error / mean square")
+    _site_bars(axes, names, ci, "error / mean square", random)
     bars = Patch(color=MUTED, label="importances as masks")
     legend_above(axes, [bars, Line2D([], [], color=INK, label="random masks")])
 
@@ -199,11 +192,6 @@ def _kind_colours(names: Sequence[str]) -> dict[str, str]:
     return {kind: _COLOURS.get(kind, PALETTE[i % len(PALETTE)]) for i, kind in enumerate(kinds)}
 
 
-def _kind_handles(names: Sequence[str]) -> list[Patch]:
-    """Legend entries for the kinds of these sites."""
-    return [Patch(color=colour, label=kind) for kind, colour in _kind_colours(names).items()]
-
-
 def _site_positions(names: Sequence[str]) -> np.ndarray:
     """One place per site, with a gap between layers, `[n_sites]`."""
     layers = [_layer_and_kind(name)[0] for name in names]
@@ -212,7 +200,7 @@ def _site_positions(names: Sequence[str]) -> np.ndarray:
 
 
 def _site_bars(
-    axes: Axes, names: Sequence[str], values: Sequence[float], marks: Sequence[float] = ()
+    axes: Axes, names: list[str], values: list[float], ylabel: str, marks: Sequence[float] = ()
 ) -> None:
     """One bar per site, with a mark across it, labelled by layer."""
     positions, colours = _site_positions(names), _kind_colours(names)
@@ -231,19 +219,17 @@ def _site_bars(
     every = -(-len(places) // _MAX_LABELS)
     axes.set_xticks(places[::every], labels[::every])
     axes.tick_params(axis="x", length=0)
+    axes.set_ylabel(ylabel)
 
 
-def _print_values(
-    axes: Axes,
-    names: Sequence[str],
-    heights: Sequence[float],
-    form: str,
-    values: Sequence[float] | None = None,
+def _label_bars(
+    axes: Axes, names: list[str], heights: list[float] | list[int], labels: list[str]
 ) -> None:
-    """Write values (by default the heights) over bars, unless there are too many."""
+    """Write labels over bars, unless there are too many, and a legend of the kinds of sites."""
+    legend_above(axes, [Patch(color=c, label=kind) for kind, c in _kind_colours(names).items()])
     if len(names) > _FEW_SITES:
         return
     style = {"textcoords": "offset points", "ha": "center", "fontsize": 7.5, "color": MUTED}
-    for x, height, value in zip(_site_positions(names), heights, values or heights, strict=True):
-        axes.annotate(form.format(value), (x, height), (0, 2), **style)
+    for x, height, label in zip(_site_positions(names), heights, labels, strict=True):
+        axes.annotate(label, (x, height), (0, 2), **style)
     axes.margins(y=0.12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 
@@ -102,29 +103,27 @@ class EvalReport(BaseModel):
 
     def _modes_table(self, beside: EvalReport | None, name: str) -> Table:
         unit = "KL" if self.divergence == "kl" else "divergence"
-        with_ce = ["CE", "CE recovered"] if "ce" in self.modes["zero"] else []
+        them, with_ce = beside or self, "ce" in self.modes["zero"]
         table = Table(title=f"Masking modes ({self.n_positions} positions)", title_justify="left")
         table.add_column("masks")
-        for column in [unit, *with_ce, *([f"{unit}, {name}"] if beside else [])]:
+        ce_columns = ["CE", "CE recovered"] if with_ce else []
+        for column in [unit, *ce_columns, *([f"{unit}, {name}"] if beside else [])]:
             table.add_column(column, justify="right")
 
-        def add(label: str, value: str, other: str, ce: list[str] | None = None) -> None:
-            ce = ce if ce is not None else [""] * len(with_ce)
-            table.add_row(label, value, *ce, *([other] if beside else []))
+        def add(label: str, value: str, other: str, ce: Sequence[str] = ("", "")) -> None:
+            table.add_row(label, value, *(ce if with_ce else ()), *([other] if beside else ()))
 
-        # Without another report, its column is not there.
-        modes, pgd = (beside.modes, beside.pgd) if beside else ({}, {})
         for mode, row in self.modes.items():
             ce = [f"{row['ce']:.3f}", f"{row['ce_recovered']:.1%}"] if with_ce else []
-            other = f"{modes[mode]['kl']:.4f}" if mode in modes else "-"
+            other = f"{them.modes[mode]['kl']:.4f}" if mode in them.modes else "-"
             add(mode, f"{row['kl']:.4f}", other, ce)
         table.add_section()
         for steps, value in self.pgd.items():
-            other = f"{pgd[steps]['mean']:.3f}" if steps in pgd else "-"
+            other = f"{them.pgd[steps]['mean']:.3f}" if steps in them.pgd else "-"
             figure = f"{value['mean']:.3f} (max {value['max']:.3f})"
             add(f"adversarial, {steps} steps", figure, other)
         table.add_section()
-        mine, others = self.summary(), (beside or self).summary()
+        mine, others = self.summary(), them.summary()
         for label, key in (("L0", "l0"), ("alive", "alive"), ("subcomponents", "n_subcomponents")):
             add(label, f"{mine[key]:.0f}", f"{others[key]:.0f}")
         return table
@@ -142,23 +141,19 @@ class EvalReport(BaseModel):
         return table
 
     def __rich__(self) -> Group:
-        """What `rich.print(report)` shows."""
         return self.tables()
 
     def __str__(self) -> str:
-        """The tables as plain text."""
         return self._printed().export_text()
 
     def _repr_html_(self) -> str:
-        """The tables in a notebook."""
         return self._printed().export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
     def _printed(self) -> Console:
         console = Console(width=100, no_color=True, record=True, file=StringIO())
-        console.print(self.tables())
+        console.print(self)
         return console
 
     def __repr__(self) -> str:
-        """The summary on one line."""
         figures = ", ".join(f"{key}={value:.4g}" for key, value in self.summary().items())
         return f"EvalReport({figures})"

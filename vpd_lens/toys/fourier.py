@@ -51,10 +51,7 @@ def logit_waves(logits: Float[Tensor, "p p p"]) -> Float[Tensor, " frequencies"]
 
 
 def wave_share(logits: Float[Tensor, "p p p"]) -> float:
-    """Share of the variance of logits `[a, b, c]` that is a function of `a + b - c` alone.
-
-    What is the same for all `c` does not count.
-    """
+    """Share of the variance over `c` of logits `[a, b, c]` that `a + b - c` alone determines."""
     centred = logits.double() - logits.double().mean(2, keepdim=True)
     return float(_by_distance(centred).square().mean() / centred.square().mean())
 

@@ -22,10 +22,9 @@ def represented_features(
     """Features that the target itself computes; no method can find a mechanism for the others.
 
     A feature's strength is how much of its own output the decomposed layers make. A target has
-    dropped a feature, as TMS sometimes does, if its strength is below half the median. The rule
-    looks at the target alone, so that it is the same for every method: at its `output` on
-    single-feature inputs and at that without the decomposed layers, `skipped` (0 for TMS, the
-    input for the residual MLP).
+    dropped a feature, as TMS sometimes does, if its strength is below half the median. The rule is
+    the same for every method: it looks at the target alone, at its `output` on single-feature
+    inputs and that without the decomposed layers, `skipped` (TMS: 0, residual MLP: the input).
     """
     strength = (output - skipped).diagonal().abs()
     return strength >= 0.5 * strength.median()
@@ -41,9 +40,8 @@ def cosine_to_features(
 ) -> Float[Tensor, "n C"]:
     """Cosine (Frobenius) of every rank-1 matrix `V_c U_c` with every mechanism `e_i w_i`.
 
-    Because both are of rank 1, it is `cos(V_c, e_i) cos(U_c, w_i)`: a subcomponent matches only
-    if it reads the feature alone and writes its vector; negating both vectors changes nothing.
-    Read directions `v` are in feature coordinates; `features` are the true vectors `w_i`.
+    Both are of rank 1, so it is `cos(V_c, e_i) cos(U_c, w_i)`: a match reads the feature alone and
+    writes its vector. Read directions `v` are in feature coordinates; `features` are the `w_i`.
     """
     return F.normalize(v, dim=0) * (F.normalize(features, dim=1) @ F.normalize(u, dim=1).T)
 
@@ -75,11 +73,7 @@ def l2_ratio(
 
 
 def identity_order(importance: Float[Tensor, "n C"]) -> list[int]:
-    """The order of all columns that makes the importances as diagonal as possible.
-
-    The first `n` columns are the optimal assignment to the rows (Hungarian algorithm); the others
-    follow by falling maximum.
-    """
+    """Columns in the most diagonal order: optimally assigned to rows, then by falling maximum."""
     first = linear_sum_assignment(importance.numpy(), maximize=True)[1].tolist()
     by_maximum = importance.amax(0).argsort(descending=True).tolist()
     return first + [column for column in by_maximum if column not in first]

@@ -21,11 +21,9 @@ from vpd_lens.toys.models import fit
 
 @dataclass(frozen=True)
 class RepeatedTokens:
-    """Rows of random tokens that repeat after a random period.
+    """Rows of random tokens that repeat after a random period; a data source for `vpd_lens.train`.
 
-    The period varies between the shortest and the longest of `periods`, so that attending to a
-    fixed distance does not help. Called with a generator and a batch size, it is a data source for
-    `vpd_lens.train`.
+    The period is between the two `periods`, so that attending to a fixed distance does not help.
     """
 
     d_vocab: int = 32
@@ -52,10 +50,7 @@ class RepeatedTokens:
         return F.cross_entropy(logits[:, :-1][known], tokens[:, 1:][known])
 
     def transformer(self, seed: int = 0, n_heads: int = 2) -> nn.Module:
-        """Two layers of attention, width 64, no MLPs, no layer norm; its weights are random.
-
-        The heads of a layer share the 64 dimensions.
-        """
+        """Two layers of attention of width 64, without MLPs and layer norm; random weights."""
         sizes = {"n_layers": 2, "d_model": 64, "n_ctx": self.length, "d_vocab": self.d_vocab}
         attention = {"n_heads": n_heads, "d_head": 64 // n_heads, "attn_only": True}
         return native_transformer(seed, **sizes, **attention, normalization_type=None)
@@ -73,17 +68,15 @@ class RepeatedTokens:
             tokens = self(generator, 64)
             return self.loss(model(tokens), tokens)
 
-        return fit(model, steps, loss, optimiser, schedule, progress)
+        return fit(model, steps, loss, schedule, progress)
 
 
 @dataclass(frozen=True)
 class HeadScores:
     """Mean attention of every head, `[layer, head]`.
 
-    Attributes:
-        previous: To the position before, over all queries but the first.
-        induction: To positions whose predecessor is the query's token, over queries that have
-            such positions.
+    `previous`: to the position before, over all queries but the first. `induction`: to positions
+    whose predecessor is the query's token, over queries that have such positions.
     """
 
     previous: Float[Tensor, "layer head"]
@@ -94,10 +87,7 @@ class HeadScores:
 def head_scores(
     model: nn.Module, task: RepeatedTokens, tokens: Int[Tensor, "batch pos"]
 ) -> HeadScores:
-    """How much each head does of what the two heads of the circuit do, on rows of the task.
-
-    The model may be decomposed; under `masked`, scores are those of the masks.
-    """
+    """How much each head does of what the circuit's two do, on rows of the task; obeys `masked`."""
     _, cache = model.run_with_cache(tokens)  # type: ignore[operator]
     matches = task.matches(tokens)
     known = matches.any(-1)

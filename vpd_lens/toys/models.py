@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.utils import skip_init
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -28,8 +28,7 @@ class SparseFeatures:
 
     Called with a generator and a batch size, it is a data source for `vpd_lens.train`. Active
     values are uniform between `low` (0 for TMS, -1 for the residual MLP) and 1. With `nonzero`,
-    inputs without an active feature are left out: a decomposition learns nothing from them, since
-    whatever the masks, the output is that of the biases alone.
+    inputs without an active feature, whose output no mask changes, are left out.
     """
 
     n_features: int
@@ -37,7 +36,7 @@ class SparseFeatures:
     low: float = 0.0
     nonzero: bool = False
 
-    def __call__(self, generator: torch.Generator, batch_size: int) -> Float[Tensor, "batch n"]:
+    def __call__(self, generator: Generator, batch_size: int) -> Float[Tensor, "batch n"]:
         """One batch, all of its randomness from `generator`."""
         shape, rows = (batch_size, self.n_features), torch.zeros(0, self.n_features)
         while len(rows) < batch_size:
@@ -66,7 +65,7 @@ class TMS(nn.Module):
         n_features: int,
         d_hidden: int,
         identity: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> None:
         super().__init__()
         self.linear1 = _linear(n_features, d_hidden, generator)
@@ -99,8 +98,7 @@ class ResidualMLP(nn.Module):
 
     `r = x W_E; r += relu(r W_in) W_out` per block; the output is `r W_E^T`. The rows of `W_E`
     (`embedding`) are random unit vectors, never trained; the blocks, `layers`, have `mlp_in` and
-    `mlp_out` of `d_mlp` neurons, without biases. Without a generator, the weights come from
-    PyTorch's global one.
+    `mlp_out` of `d_mlp` neurons, without biases. `generator` is as for `TMS`.
     """
 
     embedding: Tensor
@@ -111,7 +109,7 @@ class ResidualMLP(nn.Module):
         d_embed: int,
         d_mlp: int,
         n_layers: int,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> None:
         super().__init__()
         directions = F.normalize(torch.randn(n_features, d_embed, generator=generator), dim=-1)
@@ -130,9 +128,7 @@ class ResidualMLP(nn.Module):
         return residual @ self.embedding.T
 
 
-def _linear(
-    d_in: int, d_out: int, generator: torch.Generator | None, bias: bool = False
-) -> nn.Linear:
+def _linear(d_in: int, d_out: int, generator: Generator | None, bias: bool = False) -> nn.Linear:
     """A layer as PyTorch initialises it, but from `generator`."""
     layer: nn.Linear = skip_init(nn.Linear, d_in, d_out, bias=bias)  # type: ignore[assignment]
     nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
@@ -142,18 +138,13 @@ def _linear(
 
 
 def fit(
-    model: Model,
-    steps: int,
-    loss: Callable[[], Tensor],
-    optimiser: torch.optim.Optimizer,
-    schedule: LRScheduler,
-    progress: bool = False,
+    model: Model, steps: int, loss: Callable[[], Tensor], schedule: LRScheduler, progress: bool
 ) -> Model:
-    """Train a target to the end of its schedule; returns it in evaluation mode."""
+    """Train a target by the optimiser of a schedule; returns it in evaluation mode."""
     for _ in track(range(steps), "Training the target", disable=not progress):
-        optimiser.zero_grad()
+        schedule.optimizer.zero_grad()
         loss().backward()
-        optimiser.step()
+        schedule.optimizer.step()
         schedule.step()
     return model.eval()
 
@@ -167,7 +158,7 @@ class Toy:
     """
 
     name: str
-    build: Callable[[torch.Generator], TMS | ResidualMLP]
+    build: Callable[[Generator], TMS | ResidualMLP]
     data: SparseFeatures
     label: Callable[[Tensor], Tensor]
     steps: int
@@ -178,8 +169,8 @@ class Toy:
 
     def train_target(self, seed: int) -> TMS | ResidualMLP:
         """Train the target from scratch; the same seed gives the same weights."""
-        model = self.build(torch.Generator().manual_seed(seed))
-        generator = torch.Generator().manual_seed(seed)
+        model = self.build(Generator().manual_seed(seed))
+        generator = Generator().manual_seed(seed)
         parameters, forward = model.parameters(), model
         if isinstance(model, TMS):
             parameters, forward = [model.linear1.weight, model.linear2.bias], model.forward_tied
@@ -192,7 +183,7 @@ class Toy:
             x = self.data(generator, self.batch_size)
             return F.mse_loss(forward(x), self.label(x))
 
-        fit(model, self.steps, loss, optimiser, LambdaLR(optimiser, rate))
+        fit(model, self.steps, loss, LambdaLR(optimiser, rate), progress=False)
         if isinstance(model, TMS):
             model.untie()
         return model
@@ -226,15 +217,6 @@ def _resid_mlp(n_layers: int, n_features: int, d_mlp: int, steps: int) -> Toy:
     )
 
 
-TOYS = {
-    toy.name: toy
-    for toy in (
-        _tms(5, 2),
-        _tms(5, 2, identity=True),
-        _tms(40, 10),
-        _tms(40, 10, identity=True),
-        _resid_mlp(1, 100, 50, 1000),
-        _resid_mlp(2, 100, 25, 1000),
-        _resid_mlp(3, 102, 17, 3000),
-    )
-}
+_TMS = [_tms(*size, identity) for size in ((5, 2), (40, 10)) for identity in (False, True)]
+_MLPS = [_resid_mlp(1, 100, 50, 1000), _resid_mlp(2, 100, 25, 1000), _resid_mlp(3, 102, 17, 3000)]
+TOYS = {toy.name: toy for toy in (*_TMS, *_MLPS)}

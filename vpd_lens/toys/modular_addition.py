@@ -25,8 +25,7 @@ def last_position_kl(
 class ModularAddition:
     """Rows `(a, b, p)`, where the last is the equals sign; the answer is `(a + b) % p`.
 
-    Called with a generator and a batch size, it is a data source for `vpd_lens.train`. The modulus
-    `p` is an odd prime, the vocabulary `0 .. p`.
+    A data source for `vpd_lens.train`. `p` is an odd prime, the vocabulary `0 .. p`.
     """
 
     p: int = 59
@@ -53,8 +52,8 @@ class ModularAddition:
 
     def accuracy(self, model: nn.Module) -> float:
         """Share of all pairs that the model adds correctly."""
-        found = self.logits(model).argmax(-1).flatten()
-        return float((found == self.answers(self.all_rows())).float().mean())
+        right = self.logits(model).argmax(-1).flatten() == self.answers(self.all_rows())
+        return float(right.float().mean())
 
     def transformer(self, seed: int = 0, d_model: int = 64, d_mlp: int = 256) -> nn.Module:
         """One layer, 4 heads, `d_mlp` relu neurons, no layer norm; its weights are random."""
@@ -65,23 +64,19 @@ class ModularAddition:
     def train_target(self, seed: int = 0, steps: int = 1500, progress: bool = True) -> nn.Module:
         """Train a transformer until it has understood addition, not just learnt it by heart.
 
-        Full batches of 80 % of all pairs, and strong weight decay, make it generalise within a
-        few hundred of the AdamW steps; the rest cleans up. `seed` is that of the weights and of
-        the pairs that are held out.
+        Full batches of 80 % of all pairs and strong weight decay make it generalise within a few
+        hundred AdamW steps; the rest cleans up. `seed`: of the weights and of what is held out.
         """
         model = self.transformer(seed)
         rows = self.all_rows()
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         rows = rows[order[: int(0.8 * len(rows))]]
         answers = self.answers(rows)
-        optimiser = torch.optim.AdamW(
-            model.parameters(), lr=3e-3, weight_decay=1.0, betas=(0.9, 0.98), fused=True
-        )
+        recipe = {"lr": 3e-3, "weight_decay": 1.0, "betas": (0.9, 0.98), "fused": True}
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda step: min(1.0, (step + 1) / 20, 3 * (1 - step / steps))
+            torch.optim.AdamW(model.parameters(), **recipe),
+            lambda step: min(1.0, (step + 1) / 20, 3 * (1 - step / steps)),
         )
-
-        def loss() -> Tensor:
-            return F.cross_entropy(model(rows)[:, -1], answers)
-
-        return fit(model, steps, loss, optimiser, schedule, progress)
+        return fit(
+            model, steps, lambda: F.cross_entropy(model(rows)[:, -1], answers), schedule, progress
+        )
