@@ -70,7 +70,7 @@ class Artefact(Generic[R]):
             raise ArtefactError(f"{path}: {RECORD} lists no checksum of it. {_RESTORE}")
         if file_hash(path) != self.files[name]:
             raise ArtefactError(
-                f"{path}: does not match its checksum; truncated or changed. {_RESTORE}"
+                f"{path}: its content does not match its checksum; truncated or changed. {_RESTORE}"
             )
         return path
 
@@ -162,7 +162,8 @@ def read(path: str | Path, record_type: type[R]) -> Artefact[R]:
     version = content.get("format_version")
     if version not in (1, FORMAT_VERSION):
         raise ArtefactError(
-            f"{file}: format version {version!r}, which is newer than this vpd-lens. Upgrade it."
+            f"{file}: format version {version!r}, which is newer than this library reads "
+            f"({FORMAT_VERSION}). Upgrade vpd-lens."
         )
     try:
         if version == 1:
