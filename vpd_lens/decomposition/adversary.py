@@ -17,8 +17,8 @@ def shared_sources(
     """Sources from U(0, 1), one per subcomponent and delta for the whole batch.
 
     An adversary that shares its sources over batch and positions must find systematic defects
-    rather than the noise of one datapoint. Shapes `[1, ..., C_total]` and `[1, ..., n_sites]`, with
-    the number of dimensions, dtype and device (the generator's, too) of `importance`.
+    rather than the noise of one datapoint. Their leading dimensions, as many as `importance` has,
+    are of size 1.
     """
     one = (1,) * (importance.ndim - 1)
     return uniform_sources(importance.new_empty(*one, layout.total), layout, generator)
@@ -43,22 +43,16 @@ def ascend(
     g, sources = importance.detach(), start
     curve: dict[int, float] = {}
     for step in range(n_steps):
-        leaves = [sources.components.detach().requires_grad_()]
-        delta = sources.delta.detach()
-        if moves is None:
-            leaves.append(delta.requires_grad_())
-        loss = loss_of(Sources(leaves[0], delta).over(g))
+        r, delta = sources.components.detach().requires_grad_(), sources.delta.detach()
+        leaves = [r] if moves is not None else [r, delta.requires_grad_()]
+        loss = loss_of(Sources(r, delta).over(g))
         if step in checkpoints:
             curve[step] = float(loss.detach())
-        slopes = torch.autograd.grad(loss, leaves)
-        moved = [
-            (leaf.detach() + step_size * slope.sign()).clamp_(0, 1)
-            for leaf, slope in zip(leaves, slopes, strict=True)
-        ]
-        if moves is None:
-            sources = Sources(*moved)
-        else:
-            sources = Sources(torch.where(moves, moved[0], leaves[0].detach()), delta)
+        slopes = zip(leaves, torch.autograd.grad(loss, leaves), strict=True)
+        moved = [(leaf.detach() + step_size * slope.sign()).clamp_(0, 1) for leaf, slope in slopes]
+        if moves is not None:
+            moved = [torch.where(moves, moved[0], r.detach()), delta]
+        sources = Sources(*moved)
     if n_steps in checkpoints:
         with torch.no_grad():
             curve[n_steps] = float(loss_of(sources.over(g)))

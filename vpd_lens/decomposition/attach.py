@@ -56,18 +56,14 @@ def attach(
     if divergence is None:
         divergence = "mse" if model_kind(model) == "module" else "kl"
     with torch.inference_mode(False):
-        function = importance or CausalImportanceConfig()
-        vpd = Decomposition(model, chosen, counts, function, divergence, seed)
+        importance = importance or CausalImportanceConfig()
+        vpd = Decomposition(model, chosen, counts, importance, divergence, seed)
         vpd.__dict__["attachment"] = Attachment(vpd.to(weight.device))
     return model
 
 
 def decomposition_of(model: nn.Module) -> Decomposition:
-    """The decomposition that a model carries.
-
-    Raises:
-        AttachError: If it carries none.
-    """
+    """The decomposition that a model carries; an `AttachError` if it carries none."""
     if "vpd" not in model.__dict__:
         raise AttachError(
             "This model carries no decomposition. Call vpd_lens.decompose or vpd_lens.load first."
@@ -134,11 +130,7 @@ def _tiny_forward(model: nn.Module, example: Tensor | None) -> Callable[[], Any]
 
 
 class Attachment:
-    """The reversible changes that a decomposition makes to its model, made when it is created.
-
-    Attributes:
-        original: The model's own entry points, by name, in whose place are the decomposition's.
-    """
+    """The reversible changes that a decomposition makes to its model, made when it is created."""
 
     def __init__(self, vpd: Decomposition) -> None:
         self.model = model = vpd.model
@@ -146,25 +138,26 @@ class Attachment:
         self.mounted: list[tuple[nn.Module, str]] = []
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         own = [name for name in _ENTRIES if hasattr(type(model), name)]
+        # The model's own entry points, in whose place are the decomposition's.
         self.original = {name: getattr(model, name) for name in own}
         self.previous = {name: model.__dict__[name] for name in _ENTRIES if name in model.__dict__}
         forwards = vpd.forwards
         forwards.original = self.original["forward"]
         model.requires_grad_(False)
+        pre_hooks: list[tuple[nn.Module, Callable]] = []
         for index, site in enumerate(vpd.sites):
-            self._mount(site.mount, site.hooks)
+            self._mount(site.name, site.hooks)
             read, edit = partial(forwards.read, index), partial(forwards.edit, index)
             self.handles += site.attach(read, edit)
             if site.results is not None:
-                edit_heads = partial(forwards.edit_heads, index)
-                self.handles.append(site.results.register_forward_pre_hook(edit_heads))
+                pre_hooks.append((site.results, partial(forwards.edit_heads, index)))
         if model_kind(model) != "module":
             if (unembed := model._modules.get("unembed")) is not None:
                 forwards.ends = True
-                self.handles.append(unembed.register_forward_pre_hook(forwards.note_end))
-            for point in _embedding_points(model):
-                watched = partial(_require_grad_if_watched, model, forwards)
-                self.handles.append(point.register_forward_pre_hook(watched))
+                pre_hooks.append((unembed, forwards.note_end))
+            watched = partial(_require_grad_if_watched, model, forwards)
+            pre_hooks += [(point, watched) for point in _embedding_points(model)]
+        self.handles += [module.register_forward_pre_hook(hook) for module, hook in pre_hooks]
         model.__dict__.update({name: getattr(vpd, f"_{name}") for name in self.original})
         model.__dict__["vpd"] = vpd
         _refresh_hook_names(model)
@@ -184,14 +177,12 @@ class Attachment:
         _refresh_hook_names(self.model)
 
     def _mount(self, path: str, hooks: nn.Module) -> None:
-        parent = self.model
+        parent: Any = self.model
         for part in path.split("."):
             if part not in parent._modules:
                 nn.Module.add_module(parent, part, nn.Module())
                 self.mounted.append((parent, part))
-            child = parent._modules[part]
-            assert child is not None
-            parent = child
+            parent = parent._modules[part]
         nn.Module.add_module(parent, "vpd", hooks.train(parent.training))
         self.mounted.append((parent, "vpd"))
 
@@ -203,10 +194,8 @@ _ENTRIES = ("forward", "generate", "generate_stream", "run_with_cache")
 def _embedding_points(model: nn.Module) -> list[nn.Module]:
     """The hook points through which token and position embeddings enter the residual stream."""
     points = [model._modules.get(name) for name in ("hook_embed", "hook_pos_embed")]
-    for name in ("embed", "pos_embed"):
-        component = model._modules.get(name)
-        if component is not None:
-            points.append(component._modules.get("hook_out"))
+    components = [model._modules.get(name) for name in ("embed", "pos_embed")]
+    points += [c._modules.get("hook_out") for c in components if c is not None]
     return [point for point in points if point is not None]
 
 

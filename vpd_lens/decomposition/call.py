@@ -45,10 +45,7 @@ def whole_call(
 
 def cached_positions(kwargs: dict[str, Any]) -> int:
     """How many positions lie in a key-value cache that a forward is given; 0 without one."""
-    for name in _CACHES:
-        cache = kwargs.get(name)
-        if cache is None:
-            continue
+    for cache in map(kwargs.get, _CACHES):
         if hasattr(cache, "get_seq_length"):  # Hugging Face
             return int(cache.get_seq_length())
         if getattr(cache, "entries", None):  # TransformerLens
@@ -70,33 +67,24 @@ def real_positions(
             return mask.bool()
     x = args[0] if args else kwargs.get("input")
     if isinstance(x, list | tuple) and len(x) > 1 and all(isinstance(text, str) for text in x):
-        return _of_texts(model, list(x), kwargs)
+        given = {"prepend_bos": kwargs["prepend_bos"]} if "prepend_bos" in kwargs else {}
+        lengths = torch.tensor([model.to_tokens(text, **given).shape[1] for text in x])  # type: ignore[operator]
+        n, longest = lengths[:, None], int(lengths.max())
+        if bool((n == longest).all()):
+            return None
+        side = kwargs.get("padding_side") or getattr(model.tokenizer, "padding_side", "right")
+        rows = torch.arange(longest).expand(len(x), -1)
+        return rows >= longest - n if side == "left" else rows < n
     tokenizer = getattr(model, "tokenizer", None)
-    if (
-        model_kind(model) == "hooked_transformer"
-        and tokenizer is not None
-        and tokenizer.padding_side == "left"
-        and isinstance(x, Tensor)
-        and not x.is_floating_point()
-    ):
+    left = getattr(tokenizer, "padding_side", None) == "left"
+    tokens = isinstance(x, Tensor) and not x.is_floating_point()
+    if left and tokens and model_kind(model) == "hooked_transformer":
         from transformer_lens import utils
 
         bos = kwargs.get("prepend_bos")
         bos = bos if isinstance(bos, bool) else getattr(model.cfg, "default_prepend_bos", True)
         return utils.get_attention_mask(tokenizer, torch.atleast_2d(x), bos).bool()
     return None
-
-
-def _of_texts(model: nn.Module, texts: list[str], kwargs: dict[str, Any]) -> Tensor | None:
-    given = {"prepend_bos": kwargs["prepend_bos"]} if "prepend_bos" in kwargs else {}
-    lengths = [model.to_tokens(text, **given).shape[1] for text in texts]  # type: ignore[operator]
-    longest = max(lengths)
-    if min(lengths) == longest:
-        return None
-    side = kwargs.get("padding_side") or getattr(model.tokenizer, "padding_side", "right")
-    rows = torch.arange(longest).expand(len(texts), -1)
-    n = torch.tensor(lengths)[:, None]
-    return rows >= longest - n if side == "left" else rows < n
 
 
 def right_padding(model: nn.Module, real: Bool[Tensor, "batch pos"]) -> dict[str, Tensor]:
@@ -115,19 +103,12 @@ def right_padding(model: nn.Module, real: Bool[Tensor, "batch pos"]) -> dict[str
 
 @dataclass
 class Generation:
-    """What one call of `generate` has seen: the input so far and the masks already used.
+    """What one call of `generate` has seen: the input so far and the masks already used."""
 
-    Attributes:
-        history: The whole input so far, `[batch, pos]` tokens or `[batch, pos, d_model]`.
-        n_passed: How many of its positions the current call passes.
-        used: Masks of its positions, but for those that are new.
-        sources: Those that `adversarial` masks found on the prompt, kept for what follows.
-    """
-
-    history: Tensor | None = None
-    n_passed: int = 0
-    used: Masks | None = None
-    sources: Sources | None = None
+    history: Tensor | None = None  # the input, `[batch, pos]` tokens or `[batch, pos, d_model]`
+    n_passed: int = 0  # how many of its positions the current call passes
+    used: Masks | None = None  # masks of its positions, but for those that are new
+    sources: Sources | None = None  # what `adversarial` found on the prompt, kept for what follows
 
     @property
     def n_used(self) -> int:
@@ -135,11 +116,7 @@ class Generation:
         return 0 if self.used is None else self.used.components.shape[1]
 
     def whole_call(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """The arguments of an uncached forward on everything up to this call's last position.
-
-        Raises:
-            VPDError: If the call neither repeats the whole sequence nor adds one token to it.
-        """
+        """The arguments of an uncached forward on everything up to this call's last position."""
         x = args[0] if args else kwargs["input"]
         self.n_passed, before = x.shape[1], self.history
         if before is not None and x.shape[1] != before.shape[1] + 1:
@@ -155,13 +132,8 @@ class Generation:
 
     def remember(self, new: Masks) -> Masks:
         """Keep the masks `[batch, new, C_total]` of new positions; return those of the call's."""
-        parts = [new.components, new.delta, new.routed]
         if self.used is not None:
-            used = (self.used.components, self.used.delta, self.used.routed)
-            parts = [
-                None if old is None or part is None else torch.cat([old, part], dim=1)
-                for old, part in zip(used, parts, strict=True)
-            ]
-        self.used = Masks(*parts)  # type: ignore[arg-type]
-        n = self.n_passed
-        return Masks(*(None if part is None else part[:, -n:] for part in parts))  # type: ignore[arg-type]
+            pairs = zip(vars(self.used).values(), vars(new).values(), strict=True)
+            new = Masks(*(None if pair[0] is None else torch.cat(pair, 1) for pair in pairs))
+        self.used, n = new, self.n_passed
+        return Masks(*(None if part is None else part[:, -n:] for part in vars(new).values()))

@@ -41,8 +41,7 @@ class Divergence:
         kind: DivergenceKind | CustomDivergence = "kl",
         real: Bool[Tensor, "*batch"] | None = None,
     ) -> None:
-        self.kind = kind
-        self.target = target.detach()
+        self.kind, self.target = kind, target.detach()
         self.weight: Tensor | None = None
         if real is not None:
             if kind not in ("kl", "mse"):
@@ -53,14 +52,12 @@ class Divergence:
             real = real.to(target.device).reshape(-1).float()
             self.weight = real / real.sum().clamp(min=1)
         if kind == "kl":
-            flat = self.target.reshape(-1, target.shape[-1])
-            self._of_target = _TargetDistribution(flat, self.weight)
+            self._prepare(self.target.reshape(-1, target.shape[-1]))
 
     def __call__(self, masked: Float[Tensor, "*batch d"]) -> Float[Tensor, ""]:
         """The divergence of `masked` from the target, a mean over positions."""
         if self.kind == "kl":
-            flat = masked.reshape(-1, masked.shape[-1])
-            return _KLFromTarget.apply(flat, self._of_target)  # type: ignore[no-any-return]
+            return _MeanKL.apply(masked.reshape(-1, masked.shape[-1]), self)  # type: ignore[no-any-return]
         if self.kind == "mse":
             squares = (masked.float() - self.target.float()).square()
             if self.weight is None:
@@ -73,71 +70,60 @@ class Divergence:
     def per_position(self, masked: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """KL (or mean squared error) of every position."""
         if self.kind == "kl":
-            kl, _ = self._of_target.kl(masked.reshape(-1, masked.shape[-1]))
-            return kl.view(masked.shape[:-1])
+            return self._kl(masked.reshape(-1, masked.shape[-1]))[0].view(masked.shape[:-1])
         return (masked.float() - self.target.float()).square().mean(-1)
 
+    def _prepare(self, logits: Float[Tensor, "n vocab"]) -> None:
+        """Compute what every comparison with the target needs of it.
 
-class _TargetDistribution:
-    """The target's probabilities `[n, vocab]`, and what every comparison with them needs.
-
-    fp32 logits are kept as probabilities. Narrower ones stay as they are, so that nothing of
-    fp32 and the size of the logits exists; probabilities are made again chunk by chunk.
-    """
-
-    def __init__(self, logits: Float[Tensor, "n vocab"], weight: Tensor | None) -> None:
+        fp32 logits are kept as probabilities. Narrower ones stay as they are, so that nothing of
+        fp32 and the size of the logits exists; probabilities are made again chunk by chunk.
+        """
         n, vocab = logits.shape
-        self.weight = weight
-        self.rows = max(1, _CHUNK_ELEMENTS // vocab)
-        self.kept = torch.empty_like(logits) if logits.dtype == torch.float32 else logits
-        self.log_norm = torch.empty(n, device=logits.device)
-        self.negative_entropy = torch.empty(n, device=logits.device)
-        for chunk in self.chunks():
+        step = max(1, _CHUNK_ELEMENTS // vocab)
+        self._chunks = [slice(start, start + step) for start in range(0, n, step)]
+        self._kept = torch.empty_like(logits) if logits.dtype == torch.float32 else logits
+        self._log_norm, self._negative_entropy = logits.new_empty(2, n, dtype=torch.float32)
+        for chunk in self._chunks:
             z = logits[chunk].float()
-            self.log_norm[chunk] = z.logsumexp(-1)
-            p = (z - self.log_norm[chunk, None]).exp_()
-            self.negative_entropy[chunk] = torch.linalg.vecdot(p, z) - self.log_norm[chunk]
-            if self.kept is not logits:
-                self.kept[chunk] = p
+            self._log_norm[chunk] = z.logsumexp(-1)
+            p = (z - self._log_norm[chunk, None]).exp_()
+            self._negative_entropy[chunk] = torch.linalg.vecdot(p, z) - self._log_norm[chunk]
+            if self._kept is not logits:
+                self._kept[chunk] = p
 
-    def chunks(self) -> list[slice]:
-        starts = range(0, len(self.log_norm), self.rows)
-        return [slice(start, start + self.rows) for start in starts]
+    def _p(self, chunk: slice) -> Float[Tensor, "rows vocab"]:
+        if self._kept.dtype == torch.float32:
+            return self._kept[chunk]
+        return (self._kept[chunk].float() - self._log_norm[chunk, None]).exp_()
 
-    def p(self, chunk: slice) -> Float[Tensor, "rows vocab"]:
-        if self.kept.dtype == torch.float32:
-            return self.kept[chunk]
-        return (self.kept[chunk].float() - self.log_norm[chunk, None]).exp_()
-
-    def kl(self, logits: Float[Tensor, "n vocab"]) -> tuple[Tensor, Tensor]:
+    def _kl(self, logits: Float[Tensor, "n vocab"]) -> tuple[Tensor, Tensor]:
         """`sum_v p log p - sum_v p z + logsumexp(z)` per row, and `logsumexp(z)`."""
-        kl, log_norm = torch.empty_like(self.log_norm), torch.empty_like(self.log_norm)
-        for chunk in self.chunks():
+        kl, log_norm = torch.empty_like(self._log_norm), torch.empty_like(self._log_norm)
+        for chunk in self._chunks:
             z = logits[chunk].float()
             log_norm[chunk] = z.logsumexp(-1)
-            cross = log_norm[chunk] - torch.linalg.vecdot(self.p(chunk), z)
-            kl[chunk] = self.negative_entropy[chunk] + cross
+            cross = log_norm[chunk] - torch.linalg.vecdot(self._p(chunk), z)
+            kl[chunk] = self._negative_entropy[chunk] + cross
         return kl, log_norm
 
 
-class _KLFromTarget(torch.autograd.Function):
+class _MeanKL(torch.autograd.Function):
     """Mean KL over rows, with gradient `(softmax(z) - p) / n`; weights `w_i` replace `1 / n`."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: _TargetDistribution) -> Tensor:
-        kl, log_norm = target.kl(logits)
+    def forward(ctx: Any, logits: Tensor, of: Divergence) -> Tensor:
+        kl, log_norm = of._kl(logits)
         ctx.save_for_backward(logits, log_norm)
-        ctx.target = target
-        return kl.mean() if target.weight is None else kl @ target.weight
+        ctx.of = of
+        return kl.mean() if of.weight is None else kl @ of.weight
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        logits, log_norm = ctx.saved_tensors
+        (grad,), (logits, log_norm), weight = grads, ctx.saved_tensors, ctx.of.weight
         out = torch.empty_like(logits)
-        weight = ctx.target.weight
-        for chunk in ctx.target.chunks():
+        for chunk in ctx.of._chunks:
             q = (logits[chunk].float() - log_norm[chunk, None]).exp_()
             slope = grad / len(logits) if weight is None else grad * weight[chunk, None]
-            out[chunk] = q.sub_(ctx.target.p(chunk)).mul_(slope)
+            out[chunk] = q.sub_(ctx.of._p(chunk)).mul_(slope)
         return out, None

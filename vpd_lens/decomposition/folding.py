@@ -25,9 +25,7 @@ def per_subcomponent(vpd: Decomposition) -> list[PerSubcomponent]:
 
 
 class Columns:
-    """Some of the subcomponents of every site, as column numbers on a device.
-
-    Of each site, which has `sizes` in all, at least one is `chosen`; they are ascending.
+    """Some of the subcomponents of every site, as ascending column numbers on a device.
 
     Raises:
         InputError: If a site has none, or numbers that do not ascend within its size.
@@ -44,8 +42,7 @@ class Columns:
                     f"ascending, below the site's {size} subcomponents."
                 )
         self.by_site = [torch.tensor(columns, device=device) for columns in lists]
-        starts = [sum(sizes[:index]) for index in range(len(sizes))]
-        self.joined = torch.cat([c + start for c, start in zip(self.by_site, starts, strict=True)])
+        self.joined = torch.cat([c + sum(sizes[:i]) for i, c in enumerate(self.by_site)])
 
     def of(self, site: int | None) -> Int[Tensor, " kept"]:
         """Those of one site; `None`: of all sites side by side."""
@@ -77,17 +74,15 @@ def fold(vpd: Decomposition, keep: Columns) -> None:
 def unfold(vpd: Decomposition) -> None:
     """Bring what was folded back into its columns, in place, with importance 0 on every input.
 
-    The sum `V U` is again what it was before the folding, as far as the rest has not been
-    trained since, and every subcomponent has a mask of its own. To look, not to train on:
-    the parameters of the importance function that belonged to what was folded are gone.
+    `V U` is again what it was, as far as the rest has not been trained since. To look, not to train
+    on: the importance function's parameters that belonged to what was folded are gone.
     """
     parts = vpd.subcomponents
     sizes = parts.original_sizes
     places = Columns(sizes, parts.original, vpd.device)
-    for parameter, dim, site, off in per_subcomponent(vpd):
-        shape = list(parameter.shape)
-        shape[dim] = sum(sizes) if site is None else sizes[site]
-        full = torch.full(shape, off, dtype=parameter.dtype, device=parameter.device)
+    for counted in per_subcomponent(vpd):
+        parameter, dim, site, off = counted
+        full = parameter.new_full(counted.shape(sizes), off)
         parameter.data = full.index_copy_(dim, places.of(site), parameter.data)
         parameter.grad = None
     for v, u, folded in zip(parts.v, parts.u, parts.folded, strict=True):

@@ -37,25 +37,15 @@ FLAGS_HINT = (
 
 @dataclass
 class Pass:
-    """One forward of the model, as the hooks of its sites see it.
+    """One forward of the model, as the hooks of its sites see it."""
 
-    Attributes:
-        inputs: Input of every site, `[*batch, d_in]`, from when it is seen until it is used.
-        masks: Masks of every site; `None` for the target model.
-        frozen: Whether V and U are constants, which get no gradient.
-        outputs: Output of every site as written, `[*batch, d_out]`, if they are recorded.
-        edited: Which sites have been masked so far.
-        by_head: Sites whose masks were applied to the result of every head.
-        finished: Whether the forward has reached the model's end.
-    """
-
-    inputs: list[Tensor | None]
-    masks: list[Masks] | None = None
-    frozen: bool = False
-    outputs: list[Tensor | None] | None = None
-    edited: list[bool] = field(default_factory=list)
-    by_head: set[int] = field(default_factory=set)
-    finished: bool = False
+    inputs: list[Tensor | None]  # of every site, `[*batch, d_in]`, from when seen until used
+    masks: list[Masks] | None = None  # of every site; `None` for the target model
+    frozen: bool = False  # whether V and U are constants, which get no gradient
+    outputs: list[Tensor | None] | None = None  # of every site as written, if they are recorded
+    edited: set[int] = field(default_factory=set)  # sites that have been masked so far
+    by_head: set[int] = field(default_factory=set)  # those masked in the result of every head
+    finished: bool = False  # whether the forward has reached the model's end
 
 
 class _State(threading.local):
@@ -75,21 +65,13 @@ class _State(threading.local):
 
 
 class Forwards:
-    """Runs a model under masks, through the hooks that its sites have on it.
-
-    Attributes:
-        original: The model's own `forward`, which attaching wraps.
-        ends: Whether a hook tells when the model's end is reached.
-        state: What this thread does with the decomposition.
-    """
+    """Runs a model under masks, through the hooks that its sites have on it."""
 
     def __init__(self, model: nn.Module, sites: list[Site], subcomponents: Subcomponents) -> None:
-        self.model = model
-        self.sites = sites
-        self.subcomponents = subcomponents
-        self.original: Callable[..., Any] = model.forward
-        self.ends = False
-        self.state = _State(len(sites))
+        self.model, self.sites, self.subcomponents = model, sites, subcomponents
+        self.original: Callable[..., Any] = model.forward  # which attaching wraps
+        self.ends = False  # whether a hook tells when the model's end is reached
+        self.state = _State(len(sites))  # what this thread does with the decomposition
 
     @property
     def layout(self) -> Layout:
@@ -101,17 +83,13 @@ class Forwards:
     ) -> tuple[Any, Pass]:
         """One forward of the model under fixed masks (`None`: the target), and its pass.
 
-        Masks are broadcast over leading dimensions of size 1; `record` keeps every site's output.
-
-        Raises:
-            InputError: If the masks do not fit the input's batch and positions.
-            VPDError: If the forward pass went around a masked matrix.
+        `record` keeps every site's output. Errors are those of `Decomposition.run`.
         """
         n = len(self.sites)
         current = Pass([None] * n, frozen=self.state.frozen, finished=not self.ends)
         if masks is not None:
             masks = masks if isinstance(masks, Masks) else masks.computed()
-            current.masks, current.edited = masks.per_site(self.layout), [False] * n
+            current.masks = masks.per_site(self.layout)
         if record:
             current.outputs = [None] * n
         repeated = _set(self._recomputing(), "gradient_checkpointing", False)
@@ -136,9 +114,8 @@ class Forwards:
     def undisturbed(self, again: bool = False) -> Iterator[None]:
         """Forwards inside are in evaluation mode, without the temporary hooks of a user.
 
-        Permanent hooks stay, being part of the model, and so do hooks added inside. Afterwards
-        everything is as before, in the same order. With `again`, a block inside another silences
-        the hooks that were added there, too.
+        Permanent hooks stay, being part of the model, and so do hooks added inside; but `again`, in
+        a block inside another, silences those that were added there, too.
         """
         if self.state.undisturbed and not again:
             yield
@@ -173,11 +150,10 @@ class Forwards:
 
     def _require_all_edited(self, current: Pass, kwargs: Mapping[str, Any]) -> None:
         """A flag switched on after attaching may bypass a matrix; its masks would do nothing."""
-        reached = [index for index, done in enumerate(current.edited) if done] or [0]
         # A run may start or stop at a layer; between its ends no site may be missing.
-        start = 0 if kwargs.get("start_at_layer") is None else reached[0]
-        stop = len(current.edited) if current.finished else reached[-1]
-        missed = [self.layout.names[i] for i in range(start, stop) if not current.edited[i]]
+        start = 0 if kwargs.get("start_at_layer") is None else min(current.edited, default=0)
+        stop = len(self.sites) if current.finished else max(current.edited, default=0)
+        missed = [self.layout.names[i] for i in range(start, stop) if i not in current.edited]
         if missed:
             raise VPDError(
                 f"masks are active, but the forward pass went around {missed}. {FLAGS_HINT}"
@@ -206,18 +182,13 @@ class Forwards:
         return edited
 
     def edit_heads(self, index: int, _module: nn.Module, args: tuple) -> tuple[Tensor] | None:
-        """The results of a site's heads under masks, `[*batch, head, d_out]`.
-
-        HookedTransformer computes them with `use_attn_result` on, and adds them up itself.
-        """
+        """The results `[*batch, head, d_out]` of a site under masks, if `use_attn_result` is on."""
         current = self.state.current
         if current is None or current.masks is None:
             return None
         (results,) = args
-        x = current.inputs[index]
-        assert x is not None
         v, u = self._directions(current, index)
-        acts = _head_acts(x, v, results.shape[-2])
+        acts = _head_acts(current.inputs[index], v, results.shape[-2])
         (_, mask, delta), edited, _ = self._shown(index, acts.sum(-2), current.masks[index])
         if edited[0]:
             raise VPDError(
@@ -225,7 +196,8 @@ class Forwards:
                 "heads. Call model.set_use_attn_result(False), or edit hook_mask."
             )
         current.by_head.add(index)
-        return (_masked_heads(results, acts, u, mask, delta),)
+        mask, delta = mask.unsqueeze(-2), delta.unsqueeze(-2)
+        return (edited_site(results, u, acts, acts, mask, delta, None),)
 
     @torch.no_grad()
     def compute_head_results(self, cache: Any) -> None:
@@ -234,9 +206,6 @@ class Forwards:
         TransformerLens multiplies a cached `z` by the model's `W_O`; under masks the matrix of the
         site `attn.o` is another one at every position. From what the cache holds of the site, heads
         are computed that add up to the attention's output under masks, too.
-
-        Raises:
-            InputError: If it lacks a layer's `hook_z` or the masks of its site `attn.o`.
         """
         model: Any = self.model
         for layer in range(model.cfg.n_layers):
@@ -254,12 +223,13 @@ class Forwards:
                     raise InputError(
                         f"the heads of a masked run need {missing} in the cache; cache them too."
                     )
-                mask, delta = (cache.cache_dict[point] for point in points)
+                mask, delta = (cache.cache_dict[point].unsqueeze(-2) for point in points)
                 index, heads = self.layout.names.index(f"{name}.o"), z.shape[-2]
                 weight = rearrange(self.sites[index].weight, "(h d) out -> h d out", h=heads)
                 kept = einsum(z, weight, "... h d, h d out -> ... h out")
-                acts = _head_acts(z.flatten(-2), self.subcomponents.v[index], heads)
-                result = _masked_heads(kept, acts, self.subcomponents.u[index], mask, delta)
+                v, u = self.subcomponents.v[index], self.subcomponents.u[index]
+                acts = _head_acts(z.flatten(-2), v, heads)
+                result = edited_site(kept, u, acts, acts, mask, delta, None)
             cache.cache_dict[f"{name}.hook_result"] = result
 
     def note_end(self, _module: nn.Module, _args: tuple) -> None:
@@ -268,23 +238,18 @@ class Forwards:
             current.finished = True
 
     def _new_output(self, current: Pass, index: int, y: Tensor) -> Tensor | None:
-        hooks = self.sites[index].hooks
-        if current.masks is None:
-            if hooks.masks_are_watched():
-                y = self._watched(current, index, y, None)
-            elif not has_listeners(hooks.hook_out):
-                return None
-            return hooks.hook_out(y)  # type: ignore[no-any-return]
-        masks = current.masks[index]
-        current.edited[index] = True
-        if index not in current.by_head:
+        site, masks = self.sites[index], None if current.masks is None else current.masks[index]
+        hooks, by_head = site.hooks, index in current.by_head
+        if masks is not None:
+            current.edited.add(index)
             self._require_fit(index, masks, y)
-            if hooks.masks_are_watched():
-                y = self._watched(current, index, y, masks)
-            else:
-                x = self._input_of(current, index, y)
-                v, u = self._directions(current, index)
-                y = masked_site(x, y, v, u, masks, self.sites[index].bias)
+        if hooks.masks_are_watched() and not by_head:
+            y = self._watched(current, index, y, masks)
+        elif masks is not None and not by_head:
+            x, (v, u) = self._input_of(current, index, y), self._directions(current, index)
+            y = masked_site(x, y, v, u, masks, site.bias)
+        elif masks is None and not has_listeners(hooks.hook_out):
+            return None
         return hooks.hook_out(y)  # type: ignore[no-any-return]
 
     def _input_of(self, current: Pass, index: int, y: Tensor) -> Tensor:
@@ -325,10 +290,7 @@ class Forwards:
     def _shown(
         self, index: int, acts: Tensor, masks: Masks | None
     ) -> tuple[list[Tensor], list[bool], bool]:
-        """Activations, mask and delta's mask after a site's hooks have seen them.
-
-        Then: which of the three were edited, and whether a hook waits for gradients.
-        """
+        """Activations, mask, delta's mask after a site's hooks; which were edited; any backward?"""
         hooks = self.sites[index].hooks
         points = (hooks.hook_acts, hooks.hook_mask, hooks.hook_delta_mask)
         if masks is None:
@@ -356,23 +318,11 @@ class Forwards:
         return after, edited, any(backward)
 
 
-def _head_acts(x: Tensor, v: Tensor, n_heads: int) -> Float[Tensor, "*batch head C"]:
+def _head_acts(x: Any, v: Tensor, n_heads: int) -> Float[Tensor, "*batch head C"]:
     """Activations `z_h V_h` of every head of a site `attn.o`, from its input `[*batch, d_in]`."""
     z = rearrange(x, "... (head d) -> ... head d", head=n_heads)
     v = rearrange(v.to(x.dtype), "(head d) c -> head d c", head=n_heads)
     return einsum(z, v, "... head d, head d c -> ... head c")
-
-
-def _masked_heads(
-    results: Float[Tensor, "*batch head d_out"],
-    acts: Float[Tensor, "*batch head C"],
-    u: Float[Tensor, "C d_out"],
-    mask: Float[Tensor, "*batch C"],
-    delta: Float[Tensor, "*batch 1"],
-) -> Float[Tensor, "*batch head d_out"]:
-    """`m_delta z_h W_h + ((m - m_delta) * (z_h V_h)) U`, whose sum over heads is the output."""
-    mask, delta = (t.to(acts.dtype).unsqueeze(-2) for t in (mask, delta))
-    return delta * results + ((mask - delta) * acts) @ u.to(acts.dtype)
 
 
 @contextmanager

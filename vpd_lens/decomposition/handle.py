@@ -21,7 +21,7 @@ from vpd_lens.config import CausalImportanceConfig
 from vpd_lens.decomposition.adversary import ascend, shared_sources
 from vpd_lens.decomposition.call import Generation, cached_positions, real_positions, whole_call
 from vpd_lens.decomposition.divergence import CustomDivergence, Divergence, DivergenceKind
-from vpd_lens.decomposition.forward import FLAGS_HINT, Forwards
+from vpd_lens.decomposition.forward import FLAGS_HINT, Forwards, Pass
 from vpd_lens.decomposition.importance import build_importance, lower_leaky
 from vpd_lens.decomposition.masks import AnyMasks, Layout, Masks, Sources
 from vpd_lens.decomposition.modes import MODES, MaskContext, masks_from_tensors
@@ -42,7 +42,6 @@ class Decomposition(nn.Module):
         subcomponents: `V` and `U`.
         importance: The causal importance function.
         divergence: What "the same output" means: `"kl"` for logits, `"mse"`, or a callable.
-        attachment: What attaching changed about the model; made by `attach`.
         trained_steps: Training steps behind this decomposition; 0 if it is untrained.
         training_config: The `VPDConfig` it was trained with, as a dictionary.
     """
@@ -51,7 +50,7 @@ class Decomposition(nn.Module):
     model: nn.Module
     sites: list[Site]
     forwards: Forwards
-    attachment: Any
+    attachment: Any  # what attaching changed about the model; made by `attach`
 
     def __init__(
         self,
@@ -74,8 +73,7 @@ class Decomposition(nn.Module):
         self.importance = build_importance(importance, d_inputs, counts, width, depth, generator)
         forwards = Forwards(model, sites, self.subcomponents)
         self.__dict__.update(model=model, sites=sites, forwards=forwards)
-        self.importance_config = importance
-        self.divergence: DivergenceKind | CustomDivergence = divergence
+        self.importance_config, self.divergence = importance, divergence
         self.trained_steps = 0
         self.training_config: dict[str, Any] | None = None
 
@@ -104,13 +102,11 @@ class Decomposition(nn.Module):
 
     def v(self, name: str) -> Float[Tensor, "d_in C"]:
         """Read directions of a site."""
-        _ = self.device
-        return self.subcomponents.v[self._index(name)]
+        return self.subcomponents.v[self._index(name)].to(self.device)
 
     def u(self, name: str) -> Float[Tensor, "C d_out"]:
         """Write directions of a site."""
-        _ = self.device
-        return self.subcomponents.u[self._index(name)]
+        return self.subcomponents.u[self._index(name)].to(self.device)
 
     @torch.no_grad()
     def delta(self, name: str) -> Float[Tensor, "d_in d_out"]:
@@ -119,10 +115,7 @@ class Decomposition(nn.Module):
         return torch.addmm(weight, self.v(name), self.u(name), alpha=-1)
 
     def original_indices(self, name: str) -> list[int]:
-        """The column number that each subcomponent of a site had before others were folded.
-
-        0, 1, 2, ... where nothing was; `subcomponents.folded` holds the rest.
-        """
+        """The column number that each subcomponent of a site had before others were folded."""
         return list(self.subcomponents.original[self._index(name)])
 
     def save(self, path: str | Path, metrics: dict[str, Any] | None = None) -> Path:
@@ -167,10 +160,9 @@ class Decomposition(nn.Module):
                 one concatenated `[*batch, C_total]`. Masks hold in this thread only.
             threshold: For `"rounded"`: a subcomponent is on where its importance exceeds it.
             delta: The deltas' mask with explicit masks; the named modes fix it themselves.
-            n_steps: Ascent steps of `"adversarial"`.
-            step_size: Step size of `"adversarial"`.
-            seed: Seed of the modes that draw random numbers; `None` draws from
-                torch's global generator.
+            n_steps: Ascent steps of `"adversarial"`, each of `step_size`.
+            step_size: See `n_steps`.
+            seed: For modes that draw random numbers; `None`: from torch's global generator.
 
         Raises:
             InputError: If the mode is unknown or the masks do not fit.
@@ -181,9 +173,6 @@ class Decomposition(nn.Module):
             >>> with model.vpd.masked("rounded", threshold=0.1):  # doctest: +SKIP
             ...     model.generate("The princess", max_new_tokens=10)
         """
-        generator = None
-        if seed is not None:
-            generator = torch.Generator(device=self.device).manual_seed(seed)
         context = None  # the target's
         if not isinstance(mode, str):
             given = masks_from_tensors(mode, delta, self.layout, self.device)
@@ -191,6 +180,8 @@ class Decomposition(nn.Module):
         elif mode not in MODES:
             raise InputError(f"mode={mode!r} is not one of {', '.join(MODES)}.")
         elif mode != "target":
+            new = torch.Generator(device=self.device)
+            generator = None if seed is None else new.manual_seed(seed)
             context = MaskContext(mode, threshold, n_steps, step_size, generator)
         with self.forwards.during(context=context):
             yield self
@@ -216,32 +207,32 @@ class Decomposition(nn.Module):
             InputError: If the masks do not fit the input's batch and positions.
             VPDError: If the forward pass went around a masked matrix.
         """
-        _ = self.device
-        with self.undisturbed():
-            return self.forwards.run(masks, args, kwargs)[0]
+        return self._run(masks, args, kwargs)[0]
 
     @torch.no_grad()
     def run_recording(
         self, masks: AnyMasks | None, *args: Any, **kwargs: Any
     ) -> tuple[Any, list[Tensor]]:
         """Like `run`, without gradients, and with every site's output as written."""
+        output, done = self._run(masks, args, kwargs, record=True)
+        return output, [y for y in done.outputs or () if y is not None]
+
+    def _run(
+        self, masks: AnyMasks | None, args: tuple, kwargs: dict[str, Any], record: bool = False
+    ) -> tuple[Any, Pass]:
         _ = self.device
         with self.undisturbed():
-            output, done = self.forwards.run(masks, args, kwargs, record=True)
-        return output, [y for y in done.outputs or () if y is not None]
+            return self.forwards.run(masks, args, kwargs, record)
 
     @torch.no_grad()
     def target(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
-        """One forward of the target model: its output and every site's input `[*batch, d_in]`.
-
-        In evaluation mode, without any temporary hooks, and without gradients.
+        """One forward of the target, like `run`: output, and input `[*batch, d_in]` of every site.
 
         Raises:
             VPDError: If some site was not reached.
         """
-        _ = self.device
         with self.forwards.undisturbed(again=True):
-            output, done = self.forwards.run(None, args, kwargs)
+            output, done = self._run(None, args, kwargs)
         missing = [n for n, x in zip(self.layout.names, done.inputs, strict=True) if x is None]
         inputs = [x for x in done.inputs if x is not None]
         if missing:
@@ -267,8 +258,8 @@ class Decomposition(nn.Module):
     def causal_importance(self, *args: Any, **kwargs: Any) -> Float[Tensor, "*batch C_total"]:
         """Causal importances `g` in [0, 1] of all subcomponents on an input of the model.
 
-        Concatenated over sites; `layout.split` or `layout.columns` separates them. The arguments
-        are the model's; padding in an `attention_mask` is left out of account.
+        `layout.split` or `layout.columns` tells the sites apart. Padding in an `attention_mask` is
+        left out of account.
         """
         _, inputs = self.target(*args, **kwargs)
         real = real_positions(self.model, args, kwargs)
@@ -301,7 +292,7 @@ class Decomposition(nn.Module):
 
     def _masks_for(self, context: MaskContext, args: tuple, kwargs: dict[str, Any]) -> Masks:
         """The masks of this forward; importances come from a clean forward of the target."""
-        generation: Generation | None = self.generation
+        generation: Generation | None = self.forwards.state.generation
         if not context.needs_importance:
             if self._importance_watched(kwargs):
                 whole, named = whole_call(args, kwargs, generation is not None)
@@ -359,11 +350,6 @@ class Decomposition(nn.Module):
                 context.step_size,
             )
         return sources
-
-    @property
-    def generation(self) -> Generation | None:
-        """What the `generate` under way in this thread has seen so far; `None` outside one."""
-        return self.forwards.state.generation
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         with self.forwards.during(generation=Generation()):

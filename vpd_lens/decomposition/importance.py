@@ -66,25 +66,22 @@ class TransformerImportance(nn.Module):
     ) -> Float[Tensor, "*batch C_total"]:
         """Pre-sigmoid importances from every site's input, `[batch, pos, d_in]` or `[batch, d_in]`.
 
-        `real` says which positions are tokens and not padding: no other position reads from the
-        rest, so that padding changes nothing. `None`: all are. The subcomponents do not matter.
+        Nothing is read from positions that are not `real`, which are padding; `None`: all are.
         """
         dtype = self.project_in.weight.dtype
         # q, k and v read the same tensor: normalise it once.
         distinct = {id(x): x for x in inputs}
         normed = {i: F.rms_norm(x.to(dtype), x.shape[-1:]) for i, x in distinct.items()}
         z = self.project_in(torch.cat([normed[id(x)] for x in inputs], dim=-1))
-        flat = z.ndim == 2
+        flat, seen = z.ndim == 2, None
         z = z.unsqueeze(1) if flat else z
-        seen = None
         if real is not None:
             # A position always sees itself: attention to nothing would be 0 / 0.
             itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
             seen = (real[:, None, :] | itself)[:, None]
         for block in self.blocks:
             z = block(z, seen)
-        z = z.squeeze(1) if flat else z
-        return self.project_out(z)  # type: ignore[no-any-return]
+        return self.project_out(z.squeeze(1) if flat else z)  # type: ignore[no-any-return]
 
     def per_subcomponent(self) -> list[PerSubcomponent]:
         """The rows of the last projection."""
@@ -154,8 +151,7 @@ class PerSubcomponentMLP(nn.Module):
     def per_subcomponent(self) -> list[PerSubcomponent]:
         """All parameters."""
         last = self.b if self.affine else self.b_out
-        off = ((p, _OFF if p is last else 0.0) for p in self.parameters())
-        return [PerSubcomponent(parameter, 0, None, value) for parameter, value in off]
+        return [PerSubcomponent(p, 0, None, _OFF if p is last else 0.0) for p in self.parameters()]
 
 
 class SharedMLP(nn.Module):
@@ -182,9 +178,8 @@ class SharedMLP(nn.Module):
         self, inputs: Inputs, subcomponents: Subcomponents, real: Tensor | None = None
     ) -> Float[Tensor, "*batch C_total"]:
         """Pre-sigmoid importances."""
-        return torch.cat(
-            [mlp(x.to(mlp[0].weight.dtype)) for mlp, x in zip(self.mlps, inputs, strict=True)], -1
-        )
+        pairs = zip(self.mlps, inputs, strict=True)
+        return torch.cat([mlp(x.to(mlp[0].weight.dtype)) for mlp, x in pairs], dim=-1)
 
     def per_subcomponent(self) -> list[PerSubcomponent]:
         """The rows of every site's last layer."""
@@ -228,11 +223,7 @@ def build_importance(
     target_depth: int,
     generator: Generator | None = None,
 ) -> ImportanceFunction:
-    """The causal importance function that `config` describes, its gaps filled from the target.
-
-    Raises:
-        ConfigError: If the width does not fit the heads.
-    """
+    """The causal importance function that `config` describes, its gaps filled from the target."""
     if config.kind == "mlp":
         return PerSubcomponentMLP(sum(sizes), config.hidden, generator)
     if config.kind == "shared_mlp":
@@ -297,8 +288,7 @@ def lower_leaky(z: Float[Tensor, "*shape"], alpha: float = LEAK) -> Float[Tensor
     """Hard sigmoid for masks: `clamp(z, 0, 1)` with a one-sided leak in its gradient.
 
     Backward: 1 on `(0, 1]`, 0 above 1; at `z <= 0` the gradient passes times `alpha` only if it
-    is negative, that is, only if descent would raise `z`. The forward value is never negative:
-    negative masks made training unstable in SPD.
+    is negative, that is, only if descent would raise `z`. Negative masks made SPD unstable.
     """
     return _LowerLeaky.apply(z, alpha)  # type: ignore[no-any-return]
 

@@ -45,8 +45,7 @@ class Layout:
     def columns(self, name: str) -> slice:
         """The columns of one site."""
         index = self.names.index(name)
-        start = sum(self.sizes[:index])
-        return slice(start, start + self.sizes[index])
+        return slice(sum(self.sizes[:index]), sum(self.sizes[: index + 1]))
 
     def sum_per_site(self, x: Float[Tensor, "*batch C_total"]) -> Float[Tensor, "*batch n_sites"]:
         """Sum over the subcomponents of each site."""
@@ -55,13 +54,10 @@ class Layout:
 
 @dataclass
 class Masks:
-    """The masks of one forward pass; leading dimensions of size 1 are broadcast.
+    """The masks of all subcomponents and deltas in one forward; size 1 is broadcast.
 
-    Attributes:
-        components: Mask `m` of every subcomponent.
-        delta: Mask of every delta.
-        routed: Which sites are masked at each position; elsewhere they keep their original
-            weight, as if all their masks were 1. `None`: all are.
+    `routed` says which sites are masked at each position; elsewhere they keep their original
+    weight, as if all their masks were 1. `None`: all are.
     """
 
     components: Float[Tensor, "*batch C_total"]
@@ -125,15 +121,12 @@ def uniform_sources(
     drawn at these positions only and left 0 at the others (padding), so that a sequence meets the
     same numbers in a padded batch as alone.
     """
-    g = importance
+    *batch, c_total = importance.shape if real is None else importance[real].shape
+    both = [_uniform(importance.new_empty(*batch, n), generator) for n in (c_total, layout.n_sites)]
     if real is not None:
-        drawn = uniform_sources(g[real], layout, generator)
-        components = g.new_zeros(g.shape).index_put_((real,), drawn.components)
-        delta = g.new_zeros(*g.shape[:-1], layout.n_sites).index_put_((real,), drawn.delta)
-        return Sources(components, delta)
-    components = _uniform(g.new_empty(g.shape), generator)
-    delta = _uniform(g.new_empty(*g.shape[:-1], layout.n_sites), generator)
-    return Sources(components, delta)
+        whole = [importance.new_zeros(*real.shape, drawn.shape[-1]) for drawn in both]
+        both = [zeros.index_put_((real,), drawn) for zeros, drawn in zip(whole, both, strict=True)]
+    return Sources(*both)
 
 
 def _uniform(out: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -166,10 +159,7 @@ class _Interpolate(torch.autograd.Function):
 def interpolate(
     importance: Float[Tensor, "*batch C"], sources: Float[Tensor, "*#batch C"]
 ) -> Float[Tensor, "*batch C"]:
-    """Masks `m = g + (1 - g) r` in `[g, 1]` (VPD, definition of masks).
-
-    Dimensions of size 1 of the sources are shared.
-    """
+    """Masks `m = g + (1 - g) r` in `[g, 1]` (VPD, definition of masks); size 1 is shared."""
     return _Interpolate.apply(importance, sources.expand_as(importance))  # type: ignore[no-any-return]
 
 
@@ -178,9 +168,8 @@ def uniform_k_subset(
 ) -> Bool[Tensor, "*batch n_sites"]:
     """Route a random subset of sites at every position (VPD, uniform-k-subset routing).
 
-    For every position independently `k ~ U{1..n_sites}`, then a uniformly random subset of `k`
-    sites: one is routed with probability `(n_sites + 1) / (2 n_sites)`, and none nowhere.
-    `shape` is `(*batch, n_sites)`, for language models `(batch, pos, n_sites)`.
+    For every position of `shape`, `(*batch, n_sites)`, independently `k ~ U{1..n_sites}`, then a
+    uniformly random subset of `k` sites: one is routed with probability `1/2 + 1 / (2 n_sites)`.
     """
     *batch, n_sites = shape
     k = torch.randint(1, n_sites + 1, (*batch, 1), device=device, generator=generator)
@@ -192,17 +181,8 @@ class _MaskedSite(torch.autograd.Function):
     """Hand-written backward: one elementwise pass less per product, nothing kept twice."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        y: Tensor,
-        v: Tensor,
-        u: Tensor,
-        mask: Tensor,
-        delta_mask: Tensor,
-        bias: Tensor | None,
-        routed: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, y, v, u, mask, delta_mask, bias, routed = args
         acts = x @ v
         weight = mask - delta_mask
         if routed is not None:
@@ -220,18 +200,17 @@ class _MaskedSite(torch.autograd.Function):
         need_x, need_y, need_v, need_u, need_mask, need_delta, _, _ = ctx.needs_input_grad
         grad_weighted = grad @ u.T
         grad_u = (weight * acts).T @ grad if need_u else None
-        grad_mask = grad_delta = None
+        grad_mask = grad_delta = grad_x = grad_v = None
         if need_mask or need_delta:
             grad_mask = grad_weighted * acts
             if routed is not None:
                 grad_mask.mul_(routed)
-        if need_delta and grad_mask is not None:
-            kept = y if bias is None else y - bias
-            grad_delta = torch.linalg.vecdot(grad, kept).unsqueeze(-1)
-            if routed is not None:
-                grad_delta.mul_(routed)
-            grad_delta -= grad_mask.sum(-1, keepdim=True)
-        grad_x = grad_v = None
+            if need_delta:
+                kept = y if bias is None else y - bias
+                grad_delta = torch.linalg.vecdot(grad, kept).unsqueeze(-1)
+                if routed is not None:
+                    grad_delta.mul_(routed)
+                grad_delta -= grad_mask.sum(-1, keepdim=True)
         if need_x or need_v:
             grad_acts = grad_weighted.mul_(weight)
             grad_x = grad_acts @ v.T if need_x else None
@@ -250,8 +229,7 @@ def masked_site(
 ) -> Float[Tensor, "*batch d_out"]:
     """A site's output under masks, `x (V diag(m) U + m_delta Delta) + bias`, in the dtype of `y`.
 
-    Computed by the identity at the top of this file from the input `x` and the unmasked output
-    `y = x W + bias`. The bias is never masked.
+    By the identity at the top of this file, from the unmasked `y = x W + bias`.
     """
     dtype, batch = y.dtype, y.shape[:-1]
 
@@ -270,14 +248,14 @@ def edited_site(
     u: Float[Tensor, "C d_out"],
     acts: Float[Tensor, "*batch C"],
     edited_acts: Float[Tensor, "*batch C"],
-    mask: Float[Tensor, "*batch C"],
-    delta_mask: Float[Tensor, "*batch 1"],
+    mask: Float[Tensor, "*#batch C"],
+    delta_mask: Float[Tensor, "*#batch 1"],
     bias: Float[Tensor, " d_out"] | None,
 ) -> Float[Tensor, "*batch d_out"]:
     """The same output when hooks may have replaced activations `x V` or masks.
 
     The delta's share is computed from the activations before the edit, so an intervention is
-    never cancelled by the delta.
+    never cancelled by the delta. Dimensions of size 1 of the masks are shared.
     """
     delta = delta_mask.to(y.dtype)
     kept = y * delta if bias is None else torch.lerp(bias.to(y.dtype), y, delta)

@@ -25,18 +25,9 @@ from torch import Tensor
 from vpd_lens.decomposition.masks import Layout, Masks, uniform_k_subset, uniform_sources
 from vpd_lens.errors import InputError
 
-# Modes of `masked`, and whether they look at the input.
-MODES = {
-    "target": False,
-    "unmasked": False,
-    "stochastic": True,
-    "stochastic_subset": True,
-    "adversarial": True,
-    "ci": True,
-    "rounded": True,
-    "random": True,
-    "zero": False,
-}
+# Modes of `masked`: those that do not look at the input, and all.
+BLIND = ("target", "unmasked", "zero")
+MODES = (*BLIND, "stochastic", "stochastic_subset", "adversarial", "ci", "rounded", "random")
 
 
 def masks_of(
@@ -47,11 +38,10 @@ def masks_of(
     threshold: float = 0.0,
     real: Bool[Tensor, "*batch"] | None = None,
 ) -> Masks:
-    """The masks of a mode that needs no search, given the causal importances `g`.
+    """The masks of any mode but `target` and `adversarial`, given the causal importances `g`.
 
-    That is any row of the table above but `target` and `adversarial`. Of the importances only the
-    shape counts for `unmasked` and `zero`. Numbers are drawn from the generator (`None`: torch's
-    global one) for `real` positions only, those that are no padding.
+    Of these only the shape counts for `unmasked` and `zero`. Numbers are drawn from the generator
+    (`None`: torch's global one) for `real` positions only, those that are no padding.
 
     Raises:
         InputError: If the mode is another one.
@@ -92,7 +82,7 @@ class MaskContext:
     @property
     def needs_importance(self) -> bool:
         """Whether the masks depend on the model's input."""
-        return self.given is None and MODES[self.mode]
+        return self.mode not in ("given", *BLIND)
 
     def masks(
         self, importance: Tensor, layout: Layout, real: Bool[Tensor, "*batch"] | None = None
@@ -138,22 +128,15 @@ def masks_from_tensors(
                     f"the site's {sizes[name]} subcomponents."
                 )
         batch = torch.broadcast_shapes(*(m.shape[:-1] for m in tensors.values()))
-        one = torch.ones(1)
-        parts = [
-            tensors.get(name, one).to(device).float().expand(*batch, size)
-            for name, size in sizes.items()
-        ]
-        components = torch.cat(parts, dim=-1)
-    elif tensors.shape[-1] == layout.total:
-        components = tensors.to(device).float()
-    else:
+        parts = ((tensors.get(name, torch.ones(1)), size) for name, size in sizes.items())
+        tensors = torch.cat([part.to(device).float().expand(*batch, n) for part, n in parts], -1)
+    if tensors.shape[-1] != layout.total:
         raise InputError(
             f"masks has shape {tuple(tensors.shape)}; its last dimension must be C_total = "
             f"{layout.total}."
         )
+    components = tensors.to(device).float()
     values = delta if isinstance(delta, Mapping) else dict.fromkeys(names, delta)
-    columns = [
-        torch.as_tensor(values.get(name, 1.0), device=device).float().expand(components.shape[:-1])
-        for name in names
-    ]
-    return Masks(components, torch.stack(columns, dim=-1))
+    columns = (torch.as_tensor(values.get(name, 1.0), device=device).float() for name in names)
+    deltas = [column.expand(components.shape[:-1]) for column in columns]
+    return Masks(components, torch.stack(deltas, dim=-1))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vpd_lens import storage
-from vpd_lens.decomposition.attach import attach
+from vpd_lens.decomposition.attach import attach, decomposition_of
 from vpd_lens.decomposition.handle import Decomposition
 from vpd_lens.description import BaseModelRecord, DecompositionRecord, Indices, SubcomponentsRecord
 from vpd_lens.errors import ArtefactError
@@ -80,7 +80,7 @@ def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
         divergence=divergence or record.divergence,  # type: ignore[arg-type]
         check=False,
     )
-    vpd: Decomposition = model.__dict__["vpd"]
+    vpd = decomposition_of(model)
     try:
         check_base_model(vpd, record.base_model)
         subcomponents, importance = recorded_shapes(record, vpd)
@@ -89,8 +89,7 @@ def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
     except BaseException:
         vpd.attachment.detach()
         raise
-    vpd.trained_steps = record.trained_steps
-    vpd.training_config = record.training
+    vpd.trained_steps, vpd.training_config = record.trained_steps, record.training
     return model
 
 
@@ -112,20 +111,14 @@ def base_model_record(vpd: Decomposition) -> BaseModelRecord:
 
 
 def check_base_model(vpd: Decomposition, then: BaseModelRecord) -> None:
-    """Compare a decomposition's model with a record.
-
-    Raises:
-        ArtefactError: Naming the sites whose weights differ, and the likely cause.
-    """
+    """Refuse a model that is not the recorded one, naming the sites that differ and a cause."""
     now = base_model_record(vpd)
     different = [name for name, weight in now.weights.items() if then.weights.get(name) != weight]
     if not different:
         return
-    changed = [
-        f"{key}: {getattr(then, key)!r} then, {getattr(now, key)!r} now"
-        for key in ("model_name", "kind", "dtype", "normalization_type", "compatibility_mode")
-        if getattr(then, key) != getattr(now, key)
-    ]
+    keys = ("model_name", "kind", "dtype", "normalization_type", "compatibility_mode")
+    pairs = ((key, getattr(then, key), getattr(now, key)) for key in keys)
+    changed = [f"{key}: {old!r} then, {new!r} now" for key, old, new in pairs if old != new]
     hint = f" What else differs: {'; '.join(changed)}." if changed else ""
     raise ArtefactError(
         f"{len(different)} of {len(now.weights)} decomposed weights of this model differ from "
@@ -137,12 +130,12 @@ def check_base_model(vpd: Decomposition, then: BaseModelRecord) -> None:
 
 def subcomponents_record(vpd: Decomposition) -> dict[str, Any]:
     """The fields of a `SubcomponentsRecord`."""
-    parts = vpd.subcomponents
-    sites = zip(vpd.layout.names, parts.original, parts.folded, strict=True)
+    layout, parts = vpd.layout, vpd.subcomponents
+    sites = zip(layout.names, parts.original, parts.folded, strict=True)
     indices = {name: Indices(kept=kept, folded=gone.indices) for name, kept, gone in sites}
     return {
-        "sites": vpd.layout.names,
-        "n_subcomponents": vpd.layout.sizes,
+        "sites": layout.names,
+        "n_subcomponents": layout.sizes,
         "original_indices": indices if any(i.folded for i in indices.values()) else {},
         "base_model": base_model_record(vpd),
     }
@@ -160,13 +153,11 @@ def recorded_shapes(record: SubcomponentsRecord, vpd: Decomposition) -> tuple[Sh
             if numbers or not prefix:
                 subcomponents[f"{site.name}.{prefix}V"] = (d_in, len(numbers))
                 subcomponents[f"{site.name}.{prefix}U"] = (len(numbers), d_out)
-    importance = {name: tuple(t.shape) for name, t in vpd.importance.state_dict().items()}
-    names = {id(parameter): name for name, parameter in vpd.importance.named_parameters()}
-    sizes = record.n_subcomponents
-    for parameter, dim, index, _ in vpd.importance.per_subcomponent():
-        shape = list(parameter.shape)
-        shape[dim] = sum(sizes) if index is None else sizes[index]
-        importance[names[id(parameter)]] = tuple(shape)
+    counted = {id(row.parameter): row for row in vpd.importance.per_subcomponent()}
+    importance: Shapes = {
+        name: counted[id(p)].shape(record.n_subcomponents) if id(p) in counted else tuple(p.shape)
+        for name, p in vpd.importance.named_parameters()
+    }
     return subcomponents, importance
 
 

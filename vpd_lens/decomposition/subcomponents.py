@@ -98,19 +98,18 @@ def resolve_counts(sites: Sequence[NamedMatrix], spec: CountSpec) -> tuple[int, 
 
 
 class PerSubcomponent(NamedTuple):
-    """A parameter that has one row or column for each subcomponent.
-
-    Attributes:
-        parameter: The parameter.
-        dim: Its dimension that counts subcomponents.
-        site: Index of the site whose subcomponents; `None`: those of all sites, side by side.
-        off: What it holds for a subcomponent whose importance is 0 on every input.
-    """
+    """A parameter that has one row or column for each subcomponent."""
 
     parameter: nn.Parameter
-    dim: int
-    site: int | None
-    off: float = 0.0
+    dim: int  # which of its dimensions counts subcomponents
+    site: int | None  # index of the site whose they are; `None`: of all sites, side by side
+    off: float = 0.0  # what it holds for one whose importance is 0 on every input
+
+    def shape(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The parameter's shape if sites have these numbers of subcomponents."""
+        shape = list(self.parameter.shape)
+        shape[self.dim] = sum(sizes) if self.site is None else sizes[self.site]
+        return tuple(shape)
 
 
 class Folded(nn.Module):
@@ -136,8 +135,7 @@ class Subcomponents(nn.Module):
         v: Read directions, one `[d_in, C]` per site, initialised N(0, 1/d_in).
         u: Write directions, one `[C, d_out]` per site, initialised N(0, 1/C).
         layout: Names and sizes.
-        original: Of every site, the column numbers that its subcomponents had before others were
-            folded; 0, 1, 2, ... where none is.
+        original: Of every site, the column numbers of its subcomponents from before any folding.
         folded: Of every site, what was folded into the delta (see `folding.py`).
     """
 
@@ -191,10 +189,9 @@ def align(subcomponents: Subcomponents, sites: Sequence[Site]) -> None:
     """Set subcomponent `j` of every site to what the weight does at neuron or head dimension `j`.
 
     A matrix that writes to neurons or heads (q, k, v, in, gate) is the sum of its columns, each
-    written along one axis; one that reads from them (o, out) the sum of its rows. The first
-    `C_l` of these rank-1 matrices become the first subcomponents, their norm shared evenly between
-    V and U; further subcomponents keep their random directions, made small. With at least one
-    subcomponent per axis `V U` is nearly `W` before any training.
+    written along one axis; one that reads from them (o, out) the sum of its rows. These rank-1
+    matrices become the first subcomponents, their norm shared evenly between V and U; any further
+    ones keep their random directions, made small, so that `V U` is nearly `W` before any training.
     """
     for site, v, u in zip(sites, subcomponents.v, subcomponents.u, strict=True):
         weight, part = site.weight.to(v), site.name.rsplit(".", 1)[-1]

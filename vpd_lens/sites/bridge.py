@@ -21,9 +21,6 @@ def bridge_sites(model: nn.Module) -> list[Site]:
     """All attention and MLP matrices of a `TransformerBridge`, in forward order, and `unembed`.
 
     MoE experts have no hook points and are left out here; `find_sites` reports them.
-
-    Raises:
-        AttachError: If split-qkv or per-head-result flags bypass the matrices.
     """
     cfg = model.cfg
     for flag in ("use_split_qkv_input", "use_attn_result", "use_attn_in"):
@@ -72,15 +69,9 @@ def _site(
     if part in ("in", "gate", "out"):
         hook = module.hook_in if part == "out" else container.hook_in
         inputs.insert(0, InputPoint(hook, "output"))
-    return Site(
-        name=name,
-        read_weight=partial(_weight, container, module, part),
-        read_bias=partial(_bias, container, module, part),
-        inputs=inputs,
-        output=module.hook_out,
-        frame=frame,
-        has_heads=part in ("q", "k", "v", "o"),
-    )
+    weight, bias = (partial(read, container, module, part) for read in (_weight, _bias))
+    heads = part in ("q", "k", "v", "o")
+    return Site(name, weight, bias, inputs, module.hook_out, frame=frame, has_heads=heads)
 
 
 def _weight(container: nn.Module, module: nn.Module, part: str) -> Tensor:

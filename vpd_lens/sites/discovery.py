@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -19,11 +20,7 @@ SiteSelection = str | Sequence[str] | Sequence[Site]
 
 
 def model_kind(model: nn.Module) -> str:
-    """`"bridge"`, `"hooked_transformer"` or `"module"`, told apart without importing either class.
-
-    A bridge carries an architecture `adapter`; a HookedTransformer has `blocks`, `cfg` and a
-    hook dictionary of its own. Anything else is treated as a plain module.
-    """
+    """`"bridge"`, `"hooked_transformer"` or, for anything else, `"module"`, importing neither."""
     if hasattr(model, "adapter") and hasattr(model, "original_model"):
         return "bridge"
     blocks = "blocks" in model._modules and "unembed" in model._modules
@@ -38,8 +35,7 @@ def find_sites(model: nn.Module, select: SiteSelection = "all") -> list[Site]:
     searched in the site names, a list of names, or ready-made `Site` objects.
 
     Raises:
-        AttachError: If nothing matches, a listed name does not exist, or the model has parts
-            that cannot be decomposed and were asked for.
+        AttachError: If nothing matches, a name does not exist, or a part cannot be decomposed.
     """
     if not isinstance(select, str) and len(select) > 0 and isinstance(select[0], Site):
         return list(select)  # type: ignore[arg-type]
@@ -53,8 +49,7 @@ def find_sites(model: nn.Module, select: SiteSelection = "all") -> list[Site]:
         chosen = [site for site in available if re.search(select, site.name)]
     else:
         names, known = [str(name) for name in select], {site.name for site in available}
-        missing = [name for name in names if name not in known]
-        if missing:
+        if missing := [name for name in names if name not in known]:
             hints = "".join(_meant(name, known) for name in missing)
             raise AttachError(f"No site named {missing}{hints}. Available: {_listing(available)}.")
         chosen = [site for site in available if site.name in names]
@@ -72,8 +67,7 @@ _TENSORS |= {"W_in": "mlp.in", "W_gate": "mlp.gate", "W_out": "mlp.out"}
 
 
 def _meant(name: str, known: set[str]) -> str:
-    tensor = name.rsplit(".", 1)[-1]
-    meant = _TENSORS.get(tensor)
+    meant = _TENSORS.get(tensor := name.rsplit(".", 1)[-1])
     return f"; {tensor} is {meant} here" if meant else did_you_mean(name, known)
 
 
@@ -121,16 +115,12 @@ def self_check(model: nn.Module, sites: list[Site], forward: Any, tolerance: flo
             problems.append(f"{site.name}: {problem}")
 
     if not problems:
-        handles = [
-            handle
-            for site in sites
-            for handle in site.attach(partial(seen.__setitem__, site.name), partial(check, site))
-        ]
-        try:
+        with ExitStack() as hooks:
+            for site in sites:
+                read = partial(seen.__setitem__, site.name)
+                for handle in site.attach(read, partial(check, site)):
+                    hooks.enter_context(handle)
             forward()
-        finally:
-            for handle in handles:
-                handle.remove()
         problems += [
             f"{site.name}: its hooks did not fire; the matrix is bypassed (split-qkv or result "
             "flags, fused experts, or a module that is never called)"
@@ -152,9 +142,8 @@ def _mismatch(site: Site, x: Tensor | None, y: Tensor, tolerance: float) -> str 
         return (
             f"input {tuple(x.shape)} and output {tuple(y.shape)} do not fit W {tuple(weight.shape)}"
         )
-    expected = x.float() @ weight.float()
-    if site.bias is not None:
-        expected = expected + site.bias.float()
+    bias = 0 if site.bias is None else site.bias.float()
+    expected = x.float() @ weight.float() + bias
     error = relative_error(y.float(), expected)
     if not error <= tolerance:
         return f"x W + b differs from y by {error:.1e} (allowed {tolerance:.0e})"

@@ -18,11 +18,7 @@ from vpd_lens.sites.site import InputPoint, Site, no_bias
 
 
 def hooked_transformer_sites(model: nn.Module) -> list[Site]:
-    """All attention and MLP matrices of a `HookedTransformer`, in forward order, and `unembed`.
-
-    Raises:
-        AttachError: If the model has MoE experts, split-qkv inputs or quantised weights.
-    """
+    """All attention and MLP matrices of a `HookedTransformer`, in forward order, and `unembed`."""
     cfg = model.cfg
     if getattr(cfg, "num_experts", None):
         raise AttachError(

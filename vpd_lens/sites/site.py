@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Num
@@ -53,13 +53,10 @@ def has_listeners(hook_point: nn.Module) -> bool:
 
 @dataclass
 class InputPoint:
-    """Where a matrix' input can be read.
+    """Where a matrix' input can be read: at a call of `module`.
 
-    Attributes:
-        module: The module whose call carries the input.
-        kind: `"argument"`, the module's positional or keyword argument (read just before the
-            module runs), or `"output"`, the module's output after every other hook on it has run.
-        argument: Its position or keyword.
+    As its `"argument"` of that position or keyword, just before it runs, or as its `"output"`
+    after every other hook on it has run.
     """
 
     module: nn.Module
@@ -72,19 +69,16 @@ class Site:
     """One weight matrix of a model and the places where its input and output appear.
 
     Attributes:
-        name: Name of the site, the same for both TransformerLens classes
-            (`blocks.0.attn.q`, ..., `blocks.0.mlp.out`).
+        name: The same for both TransformerLens classes: `blocks.0.attn.q`, `blocks.0.mlp.out`.
         read_weight: Returns the current weight as `[d_in, d_out]`.
         read_bias: Returns the bias that is part of `y` as `[d_out]`, or `None`.
         inputs: Where the input appears. With several, the one nearest to the matrix wins.
         output: The module whose value is the site's output.
         output_kind: `"argument"`: `output` is a hook point that receives `y`, edited before
             any hook on it runs; `"output"`: `output` is a module that returns `y`.
-        mount: Module path under which the hook points are mounted, `<mount>.vpd`.
         frame: A hook point that sees `[batch, pos, ...]` just before, for a matrix whose module
             may be called on `[batch * pos, d_in]` (OPT's MLP); `None` takes inputs as they come.
-        results: A hook point that may receive what every head adds to the output,
-            `[batch, pos, heads, d_out]`; `None` where the model has none.
+        results: A hook point that may receive every head's share, `[batch, pos, heads, d_out]`.
         has_heads: Whether its input or output may come as `[batch, pos, heads, d_head]`, which
             no shape tells of a single head.
     """
@@ -95,15 +89,11 @@ class Site:
     inputs: list[InputPoint]
     output: nn.Module
     output_kind: str = "argument"
-    mount: str = ""
     frame: nn.Module | None = None
     results: nn.Module | None = None
     has_heads: bool = False
     hooks: SiteHooks = field(default_factory=SiteHooks)
     _rows: torch.Size | None = field(default=None, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self.mount = self.mount or self.name
 
     @property
     def weight(self) -> Num[Tensor, "d_in d_out"]:
@@ -158,13 +148,11 @@ class Site:
     ) -> None:
         read(self._in_rows(kw[argument] if isinstance(argument, str) else args[argument], width))
 
-    def _read_output(
-        self, read: ReadInput, width: int, _module: nn.Module, _args: tuple, x: Tensor
-    ) -> None:
+    def _read_output(self, read: ReadInput, width: int, _m: Any, _a: tuple, x: Tensor) -> None:
         read(self._in_rows(x, width))
 
     def _edit_output(
-        self, edit: EditOutput, width: int, _module: nn.Module, _args: tuple, y: Tensor
+        self, edit: EditOutput, width: int, _m: Any, _a: tuple, y: Tensor
     ) -> Tensor | None:
         new = edit(self._in_rows(y, width))
         return None if new is None else new.reshape(y.shape)

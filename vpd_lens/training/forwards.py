@@ -79,8 +79,7 @@ class RecomputedForwards:
     @contextmanager
     def _again(self, current: Pass) -> Iterator[None]:
         """What the hooks saw in the forward pass, for the time of its repetition."""
-        n = len(self.vpd.sites)
-        again = replace(current, inputs=[None] * n, edited=[False] * n)
+        again = replace(current, inputs=[None] * len(self.vpd.sites), edited=set())
         with self.vpd.forwards.during(current=again):
             yield
 

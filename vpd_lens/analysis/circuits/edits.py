@@ -130,7 +130,7 @@ class _Clock:
 
     def tick(self, residual: Tensor, hook: Any) -> None:
         n = residual.shape[1]
-        generation = self.vpd.generation
+        generation = self.vpd.forwards.state.generation
         goes_on = generation is not None and generation is self.generation
         # HookedTransformer.generate calls forward past the hooks that would see its cache.
         follows = goes_on and n == 1 and self.seen > 0
