@@ -17,8 +17,7 @@ def shared_sources(
     """Sources from U(0, 1), one per subcomponent and delta for the whole batch.
 
     An adversary that shares its sources over batch and positions must find systematic defects
-    rather than the noise of one datapoint. Their leading dimensions, as many as `importance` has,
-    are of size 1.
+    rather than the noise of one datapoint. All leading dimensions of `importance` become 1.
     """
     one = (1,) * (importance.ndim - 1)
     return uniform_sources(importance.new_empty(*one, layout.total), layout, generator)

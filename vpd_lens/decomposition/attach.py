@@ -74,8 +74,6 @@ def decomposition_of(model: nn.Module) -> Decomposition:
 def remove(model: Model) -> Model:
     """Take a decomposition off and restore the model completely, as it was before `decompose`.
 
-    Weights that were trainable before are trainable again.
-
     Raises:
         AttachError: If the model carries no decomposition.
     """

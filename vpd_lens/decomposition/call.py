@@ -45,7 +45,8 @@ def whole_call(
 
 def cached_positions(kwargs: dict[str, Any]) -> int:
     """How many positions lie in a key-value cache that a forward is given; 0 without one."""
-    for cache in map(kwargs.get, _CACHES):
+    for name in _CACHES:
+        cache: Any = kwargs.get(name)
         if hasattr(cache, "get_seq_length"):  # Hugging Face
             return int(cache.get_seq_length())
         if getattr(cache, "entries", None):  # TransformerLens
@@ -75,7 +76,7 @@ def real_positions(
         side = kwargs.get("padding_side") or getattr(model.tokenizer, "padding_side", "right")
         rows = torch.arange(longest).expand(len(x), -1)
         return rows >= longest - n if side == "left" else rows < n
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer: Any = getattr(model, "tokenizer", None)
     left = getattr(tokenizer, "padding_side", None) == "left"
     tokens = isinstance(x, Tensor) and not x.is_floating_point()
     if left and tokens and model_kind(model) == "hooked_transformer":
@@ -134,6 +135,6 @@ class Generation:
         """Keep the masks `[batch, new, C_total]` of new positions; return those of the call's."""
         if self.used is not None:
             pairs = zip(vars(self.used).values(), vars(new).values(), strict=True)
-            new = Masks(*(None if pair[0] is None else torch.cat(pair, 1) for pair in pairs))
+            new = Masks(*(None if pair[0] is None else torch.cat(pair, 1) for pair in pairs))  # type: ignore[arg-type]
         self.used, n = new, self.n_passed
-        return Masks(*(None if part is None else part[:, -n:] for part in vars(new).values()))
+        return Masks(*(None if part is None else part[:, -n:] for part in vars(new).values()))  # type: ignore[arg-type]

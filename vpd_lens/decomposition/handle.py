@@ -73,7 +73,8 @@ class Decomposition(nn.Module):
         self.importance = build_importance(importance, d_inputs, counts, width, depth, generator)
         forwards = Forwards(model, sites, self.subcomponents)
         self.__dict__.update(model=model, sites=sites, forwards=forwards)
-        self.importance_config, self.divergence = importance, divergence
+        self.importance_config = importance
+        self.divergence: DivergenceKind | CustomDivergence = divergence
         self.trained_steps = 0
         self.training_config: dict[str, Any] | None = None
 
@@ -93,11 +94,7 @@ class Decomposition(nn.Module):
         return device
 
     def site(self, name: str) -> Site:
-        """The site called `name`.
-
-        Raises:
-            InputError: If there is none.
-        """
+        """The site called `name`; an `InputError` if there is none."""
         return self.sites[self._index(name)]
 
     def v(self, name: str) -> Float[Tensor, "d_in C"]:

@@ -1,10 +1,8 @@
 """The causal importance function: from every site's input to a number per subcomponent.
 
 Three variants share one interface: `ci_fn(inputs, subcomponents, real) -> z [*batch, C_total]`,
-the pre-sigmoid importances. The transformer sees all sites at once (VPD); the two MLPs see one
-site at a time and serve toy models (SPD).
-
-Two leaky hard sigmoids turn `z` into importances in [0, 1].
+the pre-sigmoid importances, which two leaky hard sigmoids turn into ones in [0, 1]. The
+transformer sees all sites at once (VPD); the two MLPs see one at a time and serve toys (SPD).
 """
 
 from __future__ import annotations
@@ -30,9 +28,8 @@ class TransformerImportance(nn.Module):
     """VPD's causal importance function: a pre-norm bidirectional transformer over all sites.
 
     Each site's input (of width `d_inputs`) is RMS-normalised on its own and all are concatenated,
-    projected to `d_model`, passed through the blocks and projected to `C_total`. Because attention
-    looks both ways, importance at a position depends on later tokens: it is not a causal quantity.
-    The generator of the initialisation is one of the CPU.
+    projected to `d_model`, passed through the blocks and projected to `C_total`. Attention looks
+    both ways, so importance at a position depends on later tokens. The generator is of the CPU.
     """
 
     def __init__(

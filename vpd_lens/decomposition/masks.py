@@ -147,8 +147,7 @@ class _Interpolate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (grad,) = grads
-        importance, sources = ctx.saved_tensors
+        (grad,), (importance, sources) = grads, ctx.saved_tensors
         need_importance, need_sources = ctx.needs_input_grad
         # grad - grad * s == grad * (1 - s) in one kernel.
         to_importance = torch.addcmul(grad, grad, sources, value=-1) if need_importance else None

@@ -142,10 +142,7 @@ def subcomponents_record(vpd: Decomposition) -> dict[str, Any]:
 
 
 def recorded_shapes(record: SubcomponentsRecord, vpd: Decomposition) -> tuple[Shapes, Shapes]:
-    """The shapes of the recorded subcomponents, and of the importance function's parameters.
-
-    In the decomposition, one of the same sites, other subcomponents may be folded.
-    """
+    """The shapes of recorded subcomponents and importance parameters; `vpd` has the same sites."""
     subcomponents: Shapes = {}
     for site, original in zip(vpd.sites, record.indices, strict=True):
         d_in, d_out = site.shape

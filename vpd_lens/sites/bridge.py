@@ -22,9 +22,8 @@ def bridge_sites(model: nn.Module) -> list[Site]:
 
     MoE experts have no hook points and are left out here; `find_sites` reports them.
     """
-    cfg = model.cfg
     for flag in ("use_split_qkv_input", "use_attn_result", "use_attn_in"):
-        if getattr(cfg, flag, False):
+        if getattr(model.cfg, flag, False):
             raise AttachError(
                 f"cfg.{flag} is on: the bridge then multiplies per head and never calls its "
                 f"q/k/v/o modules. Call model.set_{flag}(False) before decompose()."
@@ -70,8 +69,7 @@ def _site(
         hook = module.hook_in if part == "out" else container.hook_in
         inputs.insert(0, InputPoint(hook, "output"))
     weight, bias = (partial(read, container, module, part) for read in (_weight, _bias))
-    heads = part in ("q", "k", "v", "o")
-    return Site(name, weight, bias, inputs, module.hook_out, frame=frame, has_heads=heads)
+    return Site(name, weight, bias, inputs, module.hook_out, frame=frame, has_heads=part in "qkvo")
 
 
 def _weight(container: nn.Module, module: nn.Module, part: str) -> Tensor:
