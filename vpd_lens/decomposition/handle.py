@@ -1,7 +1,6 @@
 """`Decomposition`: the handle `model.vpd` that an attached model carries.
 
-Every forward of the model passes through `_forward`, which decides the masks; `forward.py` applies
-them.
+Every forward of the model goes through `_forward`, which decides the masks of `forward.py`.
 """
 
 from __future__ import annotations
