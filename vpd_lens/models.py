@@ -53,7 +53,7 @@ def load_model(
         if value not in get_args(kind):
             known = ", ".join(get_args(kind))
             raise ConfigError(f"{argument}={value!r} is not one of {known}.")
-    device = _usable_device(device)
+    device = usable_device(device)
     path = Path(source).expanduser()
     name = str(source)  # on the hub `name` or `owner/name`; anything else can only be a directory
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or path.is_dir():
@@ -158,7 +158,8 @@ def _built(path: Path, record: dict[str, Any], device: str) -> nn.Module:
     return model
 
 
-def _usable_device(device: str) -> str:
+def usable_device(device: str) -> str:
+    """The device that is meant, of which `"auto"` is CUDA if there is."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -22,8 +22,6 @@ from vpd_lens.cli.options import (
     readable_errors,
     require_folder,
     say,
-    show,
-    write_report,
 )
 from vpd_lens.errors import ConfigError, InputError
 
@@ -69,8 +67,13 @@ def eval_command(
             seed=seed,
             progress=not quiet,
         )
-        show(report.tables(other, beside_name), quiet)
-        write_report(report, json, html, str(decomposition), other, beside_name)
+        say(report.tables(other, beside_name), quiet)
+        for path in filter(None, (json, html)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if json is not None:
+            report.to_json(json)
+        if html is not None:
+            report.to_html(html, f"VPD evaluation of {decomposition}", other, beside_name)
 
 
 def _step_counts(text: str) -> tuple[int, ...]:
@@ -88,7 +91,7 @@ def info_command(decomposition: Decomposed, debug: Debug = False) -> None:
 
         from vpd_lens.description import describe
 
-        show(describe(decomposition), quiet=False)
+        say(describe(decomposition), quiet=False)
 
 
 def graph_command(
@@ -146,8 +149,8 @@ def graph_command(
         if keep is not None:
             graph = graph.pruned(keep)
         if graph.circuit is not None:
-            show(graph.circuit.table(), quiet)
-        show(graph.summary(), quiet)
+            say(graph.circuit.table(), quiet)
+        say(graph.summary(), quiet)
         if save is not None:
             say(f"Graph: {graph.save(save)}", quiet)
         if html is not None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import rich
 import typer
 from typer import Argument, Option
 
@@ -65,26 +66,18 @@ def quoted(value: object) -> str:
     return json.dumps(str(value))
 
 
-def say(text: str, quiet: bool) -> None:
-    """Print a line, unless told to be quiet."""
-    if not quiet:
-        typer.echo(text)
-
-
-def show(table: Any, quiet: bool) -> None:
-    """Print tables of rich, unless told to be quiet."""
-    if not quiet:
-        from rich import print as rich_print
-
-        rich_print(table)
+def say(what: Any, quiet: bool) -> None:
+    """Print a line, or tables of rich, unless told to be quiet."""
+    if quiet:
+        return
+    if isinstance(what, str):
+        typer.echo(what)
+    else:
+        rich.print(what)
 
 
 def require_folder(path: Path, option: str = "") -> None:
-    """Say that a directory is missing, and that nobody named it if so, before torch is imported.
-
-    Raises:
-        ArtefactError: If there is no such directory.
-    """
+    """Say that a directory is missing, and that nobody named it if so, before torch is imported."""
     if path.is_dir() or path.with_name(f".{path.name}.old").is_dir():
         return
     if path.is_relative_to(QUICKSTART):
@@ -98,12 +91,7 @@ def require_folder(path: Path, option: str = "") -> None:
 def load_decomposed(
     decomposition: Path, model: str, model_class: str, device: str | None, processing: str
 ) -> Any:
-    """A base model with a saved decomposition; what is missing is said before torch is imported.
-
-    Raises:
-        ArtefactError: If either is missing or damaged, or they do not belong together.
-        ConfigError: If an option has no such value.
-    """
+    """A base model with a saved decomposition; what is missing is said before torch is imported."""
     require_folder(decomposition, "--decomposition")
     if Path(model).is_relative_to(QUICKSTART):
         require_folder(Path(model), "--model")
@@ -113,15 +101,3 @@ def load_decomposed(
 
     base = load_model(model, model_class, device or "auto", processing)  # type: ignore[arg-type]
     return load(decomposition, base)
-
-
-def write_report(
-    report: Any, json: Path | None, html: Path | None, title: str, *beside: Any
-) -> None:
-    """Write an evaluation's figures and page, making their directories."""
-    for path in filter(None, (json, html)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if json is not None:
-        report.to_json(json)
-    if html is not None:
-        report.to_html(html, f"VPD evaluation of {title}", *beside)

@@ -21,8 +21,6 @@ from vpd_lens.cli.options import (
     quoted,
     readable_errors,
     say,
-    show,
-    write_report,
 )
 from vpd_lens.errors import ConfigError
 
@@ -72,17 +70,15 @@ def plan_command(
     """
     with readable_errors(debug):
         from vpd_lens.config import read_run_file
-        from vpd_lens.config.run_file import run_of
 
         if (model is None) == (run is None):
             raise ConfigError("give either --model or --run.")
-        changes = list(overrides or [])
-        if run is not None:
-            found = read_run_file(run, changes)
-        else:
-            start = [f"training.preset={quoted(preset)}", f"model.source={quoted(model)}"]
-            start += [f"model.model_class={model_class}", f"model.processing={processing}"]
-            found = run_of({"data": "-", "output": "-"}, [*start, *changes], "--set")
+        start = []
+        if model is not None:
+            start = ["data=none", "output=none", f"training.preset={quoted(preset)}"]
+            start += [f"model.source={quoted(model)}", f"model.model_class={model_class}"]
+            start += [f"model.processing={processing}"]
+        found = read_run_file(run, [*start, *(overrides or [])])
         config = found.training
         rows, rest = divmod(config.batch_size, processes)
         if rest:
@@ -183,9 +179,10 @@ def train_command(
         say(f"Decomposition: {folder / 'decomposition'}", quiet)
         if run.evaluation is not None:
             report = evaluate(model, progress=not quiet, **run.evaluation_plan())
-            show(report.tables(), quiet)
-            write_report(report, folder / "report.json", folder / "report.html", run.output)
-            say(f"Report: {folder / 'report.html'}", quiet)
+            say(report.tables(), quiet)
+            report.to_json(folder / "report.json")
+            page = report.to_html(folder / "report.html", f"VPD evaluation of {run.output}")
+            say(f"Report: {page}", quiet)
         words = (folder, run.model.source, run.data, folder / "harvest")
         name, source, data, harvest = (shlex.quote(str(word)) for word in words)
         say(

@@ -27,9 +27,8 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 class InvalidConfig(ConfigError):
     """A configuration whose fields are unknown, missing or unusable.
 
-    Args:
-        what: What is not valid: the name of a class, or a file.
-        troubles: What is wrong, by dotted path of the field; `""`: with all of them together.
+    `what` is the name of a class, or a file; `troubles` say what is wrong, by dotted path of the
+    field; `""`: with all of them together.
     """
 
     def __init__(self, what: str, troubles: dict[str, str]) -> None:
@@ -80,11 +79,7 @@ class Config(BaseModel):
 
 
 def set_path(data: dict[str, Any], path: str, value: Any) -> None:
-    """Replace one value in nested mappings by its dotted path; missing mappings are made.
-
-    Raises:
-        ConfigError: If the path leads through a plain value.
-    """
+    """Replace one value in nested mappings by its dotted path; missing mappings are made."""
     *parents, last = path.split(".")
     for key in parents:
         child = data.get(key)
@@ -98,10 +93,8 @@ def set_path(data: dict[str, Any], path: str, value: Any) -> None:
 def _merged(config: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
     data = dict(config)
     for name, value in changes.items():
-        section = data.get(name)
-        if isinstance(section, Config) and isinstance(value, Mapping):
-            value = _merged(section, value)
-        data[name] = value
+        nested = isinstance(data.get(name), Config) and isinstance(value, Mapping)
+        data[name] = _merged(data[name], value) if nested else value
     return data
 
 
@@ -118,11 +111,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value that a YAML (or JSON) text holds; `where` it is from goes into messages.
-
-    Raises:
-        ConfigError: If it is not YAML; with the line and column.
-    """
+    """The value that a YAML (or JSON) text holds; `where` it is from goes into messages."""
     loader = _Loader(text)
     loader.name = where
     try:
@@ -135,18 +124,13 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML (or JSON) file holds; empty for an empty file.
-
-    Raises:
-        ConfigError: If the file does not exist, cannot be read or holds anything else.
-    """
+    """The mapping that a YAML (or JSON) file holds; empty for an empty file."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        data = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    data = parse_yaml(text, str(path))
     if not isinstance(data, dict | None):
         raise ConfigError(f"{path}: expected a mapping of fields, got {type(data).__name__}.")
     return data or {}

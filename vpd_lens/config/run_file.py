@@ -91,11 +91,7 @@ class RunFile(Config):
         return training if isinstance(training, VPDConfig) else VPDConfig.from_mapping(training)
 
     def evaluation_plan(self) -> dict[str, Any]:
-        """Arguments of `vpd_lens.evaluate`, with sequences as long as in training by default.
-
-        Raises:
-            ConfigError: If the file has no `evaluation` section.
-        """
+        """Arguments of `vpd_lens.evaluate`, with sequences as long as in training by default."""
         if self.evaluation is None:
             raise ConfigError("the run file has no evaluation section; add one with held-out data.")
         plan = self.evaluation.model_dump()
@@ -103,40 +99,26 @@ class RunFile(Config):
         return plan | {"prepend_bos": self.prepend_bos}
 
 
-def read_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
-    """Read a YAML (or JSON) run file, and replace what `PATH=VALUE`s say; see `apply_override`.
+def read_run_file(path: Path | None, overrides: Sequence[str] = ()) -> RunFile:
+    """Read a YAML (or JSON) run file, or an empty one, and replace what `PATH=VALUE`s say.
 
-    Relative paths in the file start at the working directory.
+    PATH is a dotted path in the run file; one that starts with none of the file's own keys is a
+    field of `training`. VALUE is YAML. Relative paths start at the working directory.
 
     Raises:
         ConfigError: If the file cannot be read, or a field is unknown, missing or unusable.
     """
-    return run_of(read_yaml(path), overrides, str(path))
-
-
-def run_of(data: dict[str, Any], overrides: Sequence[str], where: str) -> RunFile:
-    """Like `read_run_file`, from a mapping already read; `where` names it in messages."""
+    data = {} if path is None else read_yaml(path)
     for override in overrides:
-        apply_override(data, override)
+        _apply_override(data, override)
     data["training"] = data.get("training") or {}
     try:
         return RunFile(**data)
     except InvalidConfig as error:
-        raise InvalidConfig(where, error.troubles) from None
+        raise InvalidConfig(str(path or "--set"), error.troubles) from None
 
 
-def apply_override(data: dict[str, Any], override: str) -> None:
-    """Replace one value of a run file read into `data`, as `--set` does.
-
-    Args:
-        data: The run file as mappings; changed.
-        override: `PATH=VALUE`. PATH is a dotted path in the run file; one that starts with none
-            of the file's own keys is a field of `training`. VALUE is YAML.
-
-    Raises:
-        ConfigError: If `override` is not PATH=VALUE, there is no such field, or PATH leads
-            through a plain value.
-    """
+def _apply_override(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     path, where = path.strip(), f"--set {override!r}"
     first = path.partition(".")[0]
@@ -163,11 +145,7 @@ _HEAD = """\
 
 
 def template(preset: str = "small") -> str:
-    """A run file in which every field is explained, those of `training` at a preset's values.
-
-    Raises:
-        ConfigError: If there is no such preset.
-    """
+    """A run file in which every field is explained, those of `training` at a preset's values."""
     example = RunFile(
         model=ModelSection(source="gpt2"),
         data="path/to/text",

@@ -18,15 +18,9 @@ PER_ROW = ("position", "sequence")
 class PersistentAdversary:
     """Sources in [0, 1] for every subcomponent and delta, improved by Adam ascent.
 
-    Args:
-        config: Learning rate, betas, scope.
-        layout: The columns of each site.
-        batch_shape: Leading shape of a batch, `(batch, pos)` for language models.
-        device: Where the sources live.
-        generator: Random generator of all starts, U(0, 1).
-        processes: Those that train together, each with a batch of that shape; sources that the
-            whole batch shares are the same on all of them.
-        dtype: Of the sources, their moments and the masks made of them.
+    They are for batches with the leading shape `batch_shape`, `(batch, pos)` for language models,
+    one in each of `processes`, and start at U(0, 1), drawn from `generator`. The masks made of them
+    and their moments have their `dtype`.
 
     Attributes:
         sources: `[*scope, C_total]` for the subcomponents and `[*scope, n_sites]` for the deltas.
@@ -46,13 +40,11 @@ class PersistentAdversary:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config, self.layout, self.generator = config, layout, generator
-        own = config.scope in PER_ROW
+        own, same = config.scope in PER_ROW, config.scope in ("sequence", "single")
         self.sharing, self.per_row = (ALONE, processes) if own else (processes, ALONE)
         batch, *positions = batch_shape
-        rows = batch if own else 1
-        if config.scope in ("sequence", "single"):
-            positions = [1] * len(positions)
-        start = torch.empty(rows, *positions, layout.total, device=device, dtype=dtype)
+        scope = (batch if own else 1, *(1 if same else n for n in positions))
+        start = torch.empty(*scope, layout.total, device=device, dtype=dtype)
         self.sources = uniform_sources(start, layout, generator)
         self.sharing.first_(self.leaves())
         self.optimiser = torch.optim.Adam(
@@ -78,10 +70,10 @@ class PersistentAdversary:
         try:
             return sources.over(importance)
         except RuntimeError as error:
+            made, given = self.sources.delta.shape[:-1], importance.shape[:-1]
             raise InputError(
-                f"the adversary keeps sources for batches of shape "
-                f"{tuple(self.sources.delta.shape[:-1])}, which do not fit one of shape "
-                f"{tuple(importance.shape[:-1])}; every batch must have the same shape."
+                f"the adversary keeps sources for batches of shape {tuple(made)}, which do not fit "
+                f"one of shape {tuple(given)}; every batch must have the same shape."
             ) from error
 
     def leaves(self) -> list[Tensor]:
@@ -95,9 +87,8 @@ class PersistentAdversary:
         the divergence *summed* over positions; scaling epsilon instead of every gradient gives
         the same step, and does not let epsilon swallow gradients that shrink as `1/(B T)`.
 
-        Args:
-            scale: What the gradients are relative to those of the sum: the loss coefficient
-                divided by the number of positions, the same for every update.
+        `scale` is what the gradients are relative to those of the sum: the loss coefficient
+        divided by the number of positions, the same for every update.
         """
         for group in self.optimiser.param_groups:
             group["eps"] = self.config.eps * scale

@@ -31,20 +31,16 @@ class MemoryWarning(UserWarning):
 def budget(vpd: Decomposition, config: VPDConfig, batch: int, pos: int) -> dict[str, float]:
     """Bytes of the largest things that training holds at once, by name.
 
-    Args:
-        vpd: The decomposition.
-        config: The run.
-        batch: Sequences per step of this process.
-        pos: Tokens per sequence; 1 for models without positions.
+    A step of this process has `batch` sequences of `pos` tokens (1 for models without positions).
     """
     part = batch * pos / config.micro_batches
     c_total = vpd.layout.total
     masks = getattr(torch, config.mask_dtype).itemsize * (c_total + len(vpd.sites))
     width = 2 if config.autocast and vpd.device.type == "cuda" else 4
-    adversarial = config.adversary.coefficient > 0
+    adversarial, random = config.adversary.coefficient > 0, config.stochastic
     sets = {"position": batch * pos, "sequence": batch, "batch": pos, "single": 1}
-    passes = config.stochastic.n_samples * (config.stochastic.coefficient > 0) + adversarial
-    passes += len(vpd.sites) * (config.stochastic.layerwise_coefficient > 0)
+    passes = random.n_samples * (random.coefficient > 0) + adversarial
+    passes += len(vpd.sites) * (random.layerwise_coefficient > 0)
     moments = 1 if config.optimiser.kind == "muon" else 2
     vocabulary = int(getattr(getattr(vpd.model, "cfg", None), "d_vocab", 0) or 0)
     per_position = 2 * c_total + sum(sum(site.shape) for site in vpd.sites)
@@ -60,12 +56,13 @@ def budget(vpd: Decomposition, config: VPDConfig, batch: int, pos: int) -> dict[
     return {name: float(bytes_) for name, bytes_ in size.items() if bytes_}
 
 
-def warn_if_short(items: dict[str, float], there: float, device: torch.device) -> None:
-    """Warn if what `budget` has counted, less the bytes that are there already, is not free."""
-    free, needed = available_memory(device), sum(items.values())
+def warn_if_short(items: dict[str, float], vpd: Decomposition) -> None:
+    """Warn if what `budget` has counted, less the parameters that are there, is not free."""
+    free, needed = available_memory(vpd.device), sum(items.values())
+    there = sum(p.nbytes for p in [*vpd.model.parameters(), *vpd.parameters()])
     if free is not None and needed - there > free:
         warnings.warn(
-            f"this run may not fit: it needs at least {gigabytes(needed)} on {device} "
+            f"this run may not fit: it needs at least {gigabytes(needed)} on {vpd.device} "
             f"({gigabytes(there)} of it is there already), and {gigabytes(free)} are free.\n"
             f"{_largest(items)}\n{_REMEDIES}",
             MemoryWarning,
@@ -75,18 +72,13 @@ def warn_if_short(items: dict[str, float], there: float, device: torch.device) -
 
 @contextmanager
 def explained_out_of_memory(items: dict[str, float], device: torch.device) -> Iterator[None]:
-    """PyTorch running out of memory becomes an error that says what takes it and what helps.
-
-    Raises:
-        OutOfMemoryError: In place of PyTorch's error.
-    """
+    """PyTorch running out of memory becomes an error that says what takes it and what helps."""
     try:
         yield
     except RuntimeError as error:
-        on_cpu = "DefaultCPUAllocator" in str(error)
-        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
-            raise
         reason = str(error).partition("\n")[0]
+        if "DefaultCPUAllocator" not in reason and not isinstance(error, torch.OutOfMemoryError):
+            raise
         raise OutOfMemoryError(
             f"training ran out of memory on {device}: {reason}\n{_largest(items)}\n{_REMEDIES} "
             "The last checkpoint is kept."

@@ -37,14 +37,10 @@ _SOURCES = ("sources/components", "sources/delta")
 
 
 class CheckpointRecord(SubcomponentsRecord):
-    """Where a training run stands, apart from its tensors.
+    """Where a training run stands, apart from its tensors: after `step` steps of `config`.
 
-    Attributes:
-        step: Finished steps of the run.
-        config: The run.
-        trained_before: Training steps behind the decomposition when the run began.
-        data: The position in the data.
-        extra: Anything else to keep (the wandb run).
+    `trained_before` training steps were behind the decomposition when the run began; `data` is
+    the position in the data, `extra` anything else to keep (the wandb run).
     """
 
     kind: ClassVar[str] = "checkpoint"
@@ -57,15 +53,11 @@ class CheckpointRecord(SubcomponentsRecord):
 
 
 def save_checkpoint(path: Path, stepper: Stepper, **progress: Any) -> None:
-    """Write the state between two steps.
+    """Write the state between two steps; the previous checkpoint survives an interruption.
 
     All processes of a job call it together; the first one writes. What is in the file does not
-    depend on their number, but for a random generator each.
-
-    Args:
-        path: Folder of the checkpoint; the previous one survives an interruption.
-        stepper: Parameters, optimiser, sources and random generator.
-        **progress: `step`, `trained_before`, `data` and `extra` of the `CheckpointRecord`.
+    depend on their number, but for a random generator each. `progress` has `step`,
+    `trained_before`, `data` and `extra` of the `CheckpointRecord`.
 
     Raises:
         ArtefactError: If it cannot be written.
@@ -89,9 +81,8 @@ def save_checkpoint(path: Path, stepper: Stepper, **progress: Any) -> None:
         if processes.first:  # one tensor at a time, so that the others need no memory for all
             state[name] = tensor.detach().cpu()
     if processes.first:
-        fields = subcomponents_record(vpd)
-        record = CheckpointRecord(config=stepper.config, **fields, **progress)
-        storage.write(path, record, {"state": state})
+        progress |= subcomponents_record(vpd)
+        storage.write(path, CheckpointRecord(config=stepper.config, **progress), {"state": state})
 
 
 @dataclass(frozen=True)
@@ -146,18 +137,17 @@ class Checkpoint:
         )
         for index, optimiser in enumerate(stepper.optimisers):
             _load_optimiser(optimiser, _under(tensors, f"optimiser/{index}/"))
+        processes = stepper.processes
         if _SOURCES[0] in tensors:
             stepper.adversary = _restored_adversary(stepper, tensors)
-        rank, world = stepper.processes.rank, stepper.processes.world
-        new = stepper.processes.generator(stepper.config.seed, stepper.device, record.step)
-        state = new.get_state()
-        saved = tensors.get(_generator_name(rank), state)
+        new = processes.generator(stepper.config.seed, stepper.device, record.step).get_state()
+        saved = tensors.get(_generator_name(processes.rank), new)
         # Each kind of device has states of its own size.
-        stepper.generator.set_state(saved if saved.shape == state.shape else state)
+        stepper.generator.set_state(saved if saved.shape == new.shape else new)
         if "window" in tensors:  # one of each process; their mean if there are others now
             window = tensors["window"]
-            own = window[rank] if len(window) == world else window.mean(0)
-            stepper.window = own.to(stepper.device)
+            same = len(window) == processes.world
+            stepper.window = (window[processes.rank] if same else window.mean(0)).to(stepper.device)
         stepper.renew()
 
 
@@ -207,16 +197,13 @@ def _restored_adversary(stepper: Stepper, tensors: Mapping[str, Tensor]) -> Pers
     rows = slice(None)
     if stepper.config.adversary.scope in PER_ROW:
         rows = stepper.processes.rows(tensors[_SOURCES[0]].shape[0])
-    own = {
-        name: t[rows].contiguous() if t.ndim else t
-        for name, t in tensors.items()
-        if name.startswith(("sources/", "adversary/"))
-    }
-    adversary = stepper.new_adversary(tuple(own[_SOURCES[0]].shape[:-1]))
+    sources = [tensors[name][rows] for name in _SOURCES]
+    adversary = stepper.new_adversary(tuple(sources[0].shape[:-1]))
     with torch.no_grad():
-        for leaf, name in zip(adversary.leaves(), _SOURCES, strict=True):
-            leaf.copy_(own[name])
-    _load_optimiser(adversary.optimiser, _under(own, "adversary/"))
+        for leaf, source in zip(adversary.leaves(), sources, strict=True):
+            leaf.copy_(source)
+    moments = _under(tensors, "adversary/").items()
+    _load_optimiser(adversary.optimiser, {n: t[rows] if t.ndim else t for n, t in moments})
     return adversary
 
 

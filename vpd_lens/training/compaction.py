@@ -22,7 +22,6 @@ def survivors(
 ) -> list[list[int]]:
     """The subcomponents of every site with a mean importance above a threshold, by column number.
 
-    A function of these means alone, so that processes which agree on them agree on the result.
     A site of which nothing is alive keeps one: the most important, the first of equals.
     """
     kept = []
@@ -33,10 +32,10 @@ def survivors(
 
 
 def compact_when_due(stepper: Stepper, importance: StepImportance, done: int) -> int:
-    """Count the importances of a finished step, and fold what is dead if a window ends here.
+    """Count a step's importances, and fold what is dead if a window ends after `done` steps.
 
     Returns:
-        How many subcomponents were folded, after `done` finished steps.
+        How many subcomponents were folded.
     """
     config, layout = stepper.config.compaction, stepper.vpd.layout
     if config.window == 0:
@@ -57,10 +56,7 @@ def compact_when_due(stepper: Stepper, importance: StepImportance, done: int) ->
 
 
 def compact(stepper: Stepper, keep: Columns) -> None:
-    """Fold all but some subcomponents, in everything that training carries forward.
-
-    The stepper is changed in place; its parameters stay the same objects.
-    """
+    """Fold all but some subcomponents, in all that a stepper carries forward, in place."""
     fold(stepper.vpd, keep)
     for parameter, dim, site, _ in per_subcomponent(stepper.vpd):
         for optimiser in stepper.optimisers:
@@ -73,9 +69,8 @@ def compact(stepper: Stepper, keep: Columns) -> None:
 
 def sizes(stepper: Stepper) -> dict[str, float]:
     """The metric `n_subcomponents`, in all and by site; none where nothing is ever folded."""
+    layout = stepper.vpd.layout
     if stepper.config.compaction.window == 0:
         return {}
-    layout = stepper.vpd.layout
-    by_site = zip(layout.names, layout.sizes, strict=True)
-    own = {f"n_subcomponents/{name}": float(size) for name, size in by_site}
-    return {"n_subcomponents": float(layout.total), **own}
+    names = ["n_subcomponents", *(f"n_subcomponents/{name}" for name in layout.names)]
+    return dict(zip(names, map(float, (layout.total, *layout.sizes)), strict=True))

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from itertools import count, zip_longest
+from itertools import accumulate, count, groupby
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,14 +34,11 @@ _BUCKET = 1 << 26
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train together. Where one is alone, no method costs anything.
+    """The processes that train together, of which this is number `rank` of `world`.
 
-    Attributes:
-        rank: Number of this process.
-        world: Number of processes.
-        device: Where this process trains, as in `VPDConfig.device`.
-        control: The group for small values, which lie on the CPU.
-        owned: Whether `leave` ends the process group, because `join` began it.
+    Where one is alone, no method costs anything. `device` is where this one trains, as in
+    `VPDConfig.device`; `control` the group for small values, which lie on the CPU; `owned` whether
+    `close` ends the process group, because `join` began it.
     """
 
     rank: int = 0
@@ -56,11 +53,7 @@ class Processes:
         return self.rank == 0
 
     def rows(self, batch_size: int, parts: int = 1) -> slice:
-        """Which rows of a global batch are this process's, which cuts them into micro-batches.
-
-        Raises:
-            ConfigError: If they cannot be shared out evenly.
-        """
+        """Which rows of a global batch are this process's, to be cut into equal `parts`."""
         if self.world == 1:
             return slice(None)
         if batch_size % (self.world * parts):
@@ -79,8 +72,8 @@ class Processes:
         for a process that joins a run under way, it is another one again.
         """
         if self.rank or step:
-            words = [seed % 2**64, self.rank, step]
-            seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+            words = np.random.SeedSequence([seed % 2**64, self.rank, step])
+            seed = int(words.generate_state(1, np.uint64)[0] >> 1)
         return torch.Generator(device=device).manual_seed(seed)
 
     # ------------------------------------------------- tensors of the step
@@ -122,11 +115,7 @@ class Processes:
         return values
 
     def require_same(self, **values: str) -> None:
-        """Check that all processes mean the same run.
-
-        Raises:
-            ProcessError: On all of them, naming the values that differ.
-        """
+        """Check that all processes mean the same run; the error, on all, names what differs."""
         found = self.all(values)
         if different := [name for name in values if len({v[name] for v in found}) > 1]:
             raise ProcessError(
@@ -142,11 +131,11 @@ class Processes:
 
     def all_here(self, seconds: float = 10.0) -> bool:
         """Whether all processes call this within some seconds: whether they fail together."""
-        if self.world > 1:
-            try:
+        try:
+            if self.world > 1:
                 dist.monitored_barrier(self.control, timedelta(seconds=seconds))
-            except RuntimeError:
-                return False
+        except RuntimeError:
+            return False
         return True
 
     def close(self) -> None:
@@ -158,19 +147,14 @@ class Processes:
 
     @contextmanager
     def contact(self, what_is_left: Callable[[], str]) -> Iterator[None]:
-        """Explain the errors that a process sees when another one dies or falls silent.
-
-        Raises:
-            ProcessError: Instead of them, and ending with how to go on.
-        """
+        """Explain the errors that a process sees when another one dies or falls silent."""
         try:
             yield
         except RuntimeError as error:
-            signs = ("gloo", "nccl", "connection closed", "connection reset")
-            lost = isinstance(error, dist.DistError) or any(s in str(error).lower() for s in signs)
-            if self.world == 1 or not lost:
+            lost = re.search("gloo|nccl|connection (closed|reset)", str(error).lower())
+            if self.world == 1 or not (lost or isinstance(error, dist.DistError)):
                 raise
-            line = str(error).partition("\n")[0].partition(". This is typically")[0]
+            line = re.split(r"\n|\. This is typically", str(error))[0]
             line = re.sub(r"^\[[^]]*\] ", "", line)  # the place in PyTorch's source
             cause = (
                 f"did not answer within {timeout().seconds} s ({line}). The one that reports "
@@ -189,17 +173,13 @@ ALONE = Processes()
 
 def _in_buckets(tensors: Sequence[Tensor], send: Callable[[Tensor], Any]) -> None:
     """Replace tensors by what `send` makes of many at once, of the same dtype, end to end."""
-    bucket: list[Tensor] = []
-    for tensor, following in zip_longest(tensors, tensors[1:]):
-        bucket.append(tensor.detach())
-        full = sum(t.numel() for t in bucket) >= _BUCKET
-        if following is not None and following.dtype == tensor.dtype and not full:
-            continue
-        flat = torch.cat([t.reshape(-1) for t in bucket])
+    before = accumulate((tensor.numel() for tensor in tensors), initial=0)
+    for _, bucket in groupby(tensors, lambda tensor: (tensor.dtype, next(before) // _BUCKET)):
+        own = [tensor.detach() for tensor in bucket]
+        flat = torch.cat([t.reshape(-1) for t in own])
         send(flat)
-        for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+        for t, part in zip(own, flat.split([t.numel() for t in own]), strict=True):
             t.copy_(part.view_as(t))
-        bucket = []
 
 
 def timeout() -> timedelta:
@@ -211,16 +191,11 @@ def join(device: str, model: nn.Module) -> Processes:
     """Join the other processes of a `torchrun` or `accelerate` job; a single one stays alone.
 
     On GPUs, where `device` or (if that is `"auto"`) the model is, every process takes its own.
-
-    Raises:
-        ConfigError: If there are fewer GPUs than processes on a machine, or `device` names one.
     """
     if not (dist.is_available() and (dist.is_initialized() or launched())):
         return Processes(device=device)
-    parameter = next(model.parameters(), None)
-    gpu = device.startswith("cuda") or (
-        device == "auto" and parameter is not None and parameter.is_cuda
-    )
+    there = device == "auto" and any(parameter.is_cuda for parameter in model.parameters())
+    gpu = there or device.startswith("cuda")
     owned = not dist.is_initialized()
     if owned:
         if gpu:
@@ -238,8 +213,9 @@ def join(device: str, model: nn.Module) -> Processes:
     world = dist.get_world_size()
     if world == 1:
         return Processes(device=device)
-    same = dist.get_backend() == "gloo"
-    control = dist.group.WORLD if same else dist.new_group(backend="gloo", timeout=timeout())
+    control: Any = dist.group.WORLD
+    if dist.get_backend() != "gloo":
+        control = dist.new_group(backend="gloo", timeout=timeout())
     return Processes(dist.get_rank(), world, device, control, owned)
 
 
@@ -265,11 +241,7 @@ def is_first() -> bool:
 
 
 def claim_gpu(device: str = "auto") -> None:
-    """Make this process's own GPU the one that `"cuda"` means, if a launcher started it.
-
-    Raises:
-        ConfigError: If there are too few, or `device` names one for all processes.
-    """
+    """Make this process's own GPU the one that `"cuda"` means, if a launcher started it."""
     if not launched() or device == "cpu" or not torch.cuda.is_available():
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -291,20 +263,19 @@ def claim_gpu(device: str = "auto") -> None:
 def stop_requests() -> Iterator[list[signal.Signals]]:
     """Collects Ctrl-C and SIGTERM instead of dying; a second signal acts at once."""
     received: list[signal.Signals] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # signals can only be handled in the main thread
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[signal.Signals, Any] = {}
+
+    def restore() -> None:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
     def note(number: int, _frame: Any) -> None:
         received.append(signal.Signals(number))
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        restore()
 
-    for s in before:
-        signal.signal(s, note)
+    if threading.current_thread() is threading.main_thread():  # only there can they be handled
+        before |= {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        restore()

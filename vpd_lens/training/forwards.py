@@ -9,85 +9,74 @@ the record. That works for every model class, because nothing of the model's Pyt
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
-from vpd_lens.decomposition.forward import Pass
 from vpd_lens.decomposition.handle import Decomposition
 from vpd_lens.decomposition.masks import SourceMasks
 from vpd_lens.errors import ConfigError
 from vpd_lens.sites.site import relative_error
 
+Forward = Callable[..., Tensor]
 
-class RecomputedForwards:
-    """Runs a model under source masks and recomputes its blocks in the backward pass.
 
-    Raises:
-        ConfigError: If the model has no `blocks`.
-    """
+def recomputed(vpd: Decomposition) -> Forward:
+    """`vpd.run` under source masks, with the model's `blocks` recomputed in the backward pass."""
+    blocks = getattr(vpd.model, "blocks", None)
+    if blocks is None:
+        raise ConfigError(
+            "recompute=True needs a model with `blocks` (HookedTransformer or "
+            f"TransformerBridge), got {type(vpd.model).__name__}; leave it off, or use "
+            "micro_batches to save memory."
+        )
 
-    def __init__(self, vpd: Decomposition) -> None:
-        self.vpd = vpd
-        blocks = getattr(vpd.model, "blocks", None)
-        if blocks is None:
-            raise ConfigError(
-                "recompute=True needs a model with `blocks` (HookedTransformer or "
-                f"TransformerBridge), got {type(vpd.model).__name__}; leave it off, or use "
-                "micro_batches to save memory."
-            )
-        self.blocks: list[nn.Module] = list(blocks)
-
-    def run(self, masks: SourceMasks, batch: Tensor, **kwargs: Any) -> Tensor:
-        """The output of the model under masks."""
+    def run(masks: SourceMasks, batch: Tensor, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled():
-            return self.vpd.run(masks, batch, **kwargs)  # type: ignore[no-any-return]
-        before = [block.__dict__.get("forward") for block in self.blocks]
-        for block in self.blocks:
-            block.__dict__["forward"] = partial(self._checkpointed, block.forward)
+            return vpd.run(masks, batch, **kwargs)  # type: ignore[no-any-return]
+        before = [block.__dict__.get("forward") for block in blocks]
+        for block in blocks:
+            block.__dict__["forward"] = partial(_checkpointed, vpd, block.forward)
         try:
-            return self.vpd.run(masks, batch, **kwargs)  # type: ignore[no-any-return]
+            return vpd.run(masks, batch, **kwargs)  # type: ignore[no-any-return]
         finally:
-            for block, own in zip(self.blocks, before, strict=True):
+            for block, own in zip(blocks, before, strict=True):
                 del block.__dict__["forward"]
                 if own is not None:
                     block.__dict__["forward"] = own
 
-    def _checkpointed(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        current = self.vpd.forwards.state.current
-        assert current is not None
-        # A cache of keys and values would be extended a second time; training needs none.
-        args = tuple(None if isinstance(a, Cache) else a for a in args)
-        kwargs = {name: None if isinstance(a, Cache) else a for name, a in kwargs.items()}
-        return checkpoint(
-            forward,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=False,  # nothing random happens in evaluation mode
-            context_fn=lambda: (nullcontext(), self._again(current)),
-            **kwargs,
-        )
+    return run
 
-    @contextmanager
-    def _again(self, current: Pass) -> Iterator[None]:
-        """What the hooks saw in the forward pass, for the time of its repetition."""
-        again = replace(current, inputs=[None] * len(self.vpd.sites), edited=set())
-        with self.vpd.forwards.during(current=again):
-            yield
+
+def _checkpointed(vpd: Decomposition, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    current = vpd.forwards.state.current
+    assert current is not None
+    n = len(vpd.sites)
+    # What the hooks saw in the forward pass, for the time of its repetition.
+    again = replace(current, inputs=[None] * n, edited=set())
+    # A cache of keys and values would be extended a second time; training needs none.
+    args = tuple(None if isinstance(a, Cache) else a for a in args)
+    kwargs = {name: None if isinstance(a, Cache) else a for name, a in kwargs.items()}
+    return checkpoint(
+        forward,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing random happens in evaluation mode
+        context_fn=lambda: (nullcontext(), vpd.forwards.during(current=again)),
+        **kwargs,
+    )
 
 
 # Largest relative difference from the model itself that rounding explains.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-
-Forward = Callable[..., Tensor]
 
 
 class CompiledForwards:
@@ -102,15 +91,10 @@ class CompiledForwards:
         self.vpd = vpd
         self._graphs: dict[Hashable, Forward] = {}
 
-    def run(
-        self,
-        masks: SourceMasks,
-        batch: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> Tensor:
+    def run(self, masks: SourceMasks, batch: Tensor, **padding: Tensor) -> Tensor:
         """The output of the model under masks."""
-        arguments = (*vars(masks).values(), attention_mask, position_ids, batch)
+        given = (padding.get("attention_mask"), padding.get("position_ids"))
+        arguments = (*vars(masks).values(), *given, batch)
         key = (
             self.vpd.forwards.state.frozen,
             torch.is_autocast_enabled(batch.device.type),

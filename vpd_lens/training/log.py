@@ -6,7 +6,7 @@ import json
 import statistics
 import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,7 @@ from vpd_lens.storage import disk_errors, write_text
 
 
 class _Bar(bars.Progress):
-    """A progress bar with the losses on a line of their own, so that 80 columns hold both."""
-
-    losses = ""
+    losses = ""  # on a line of their own, so that 80 columns hold them and the bar
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
@@ -31,12 +29,9 @@ class _Bar(bars.Progress):
 class MetricsLog:
     """One metrics.jsonl, one progress bar, and optionally one wandb run.
 
-    Args:
-        folder: Directory of `metrics.jsonl`.
-        steps: Steps of the run.
-        start: Finished steps on entry; later lines of an earlier attempt are dropped.
-        progress: Show a progress bar, or lines where the output is not a terminal.
-        wandb: Arguments of `wandb.init` (`{"project": ..., "mode": "offline"}`), or `None`.
+    Of `steps` steps `start` are finished on entry; later lines of an earlier attempt are dropped.
+    `progress` shows a bar, or lines where the output is not a terminal; `wandb` has arguments of
+    `wandb.init` (`{"project": ..., "mode": "offline"}`).
     """
 
     def __init__(
@@ -51,6 +46,7 @@ class MetricsLog:
         self.steps, self.start = steps, start
         self.console = Console(quiet=not progress)
         self.run: Any = None
+        self.last: dict[str, float] = {}  # metrics of an earlier attempt
         self._bar = _Bar(
             bars.TextColumn("[bold]{task.description}"),
             bars.BarColumn(),
@@ -67,8 +63,14 @@ class MetricsLog:
             self.run = wandb_module.init(dir=str(folder), **wandb)
 
     def __enter__(self) -> MetricsLog:
+        kept = ""
         with disk_errors(self.path):
-            self._drop_later_lines()
+            for line in self.path.read_text().splitlines() if self.path.exists() else ():
+                with suppress(ValueError, KeyError):  # a line cut short by an interruption
+                    metrics = json.loads(line)
+                    if metrics.pop("step") <= self.start:
+                        kept, self.last = kept + line + "\n", metrics
+            write_text(self.path, kept)
             self._file = self.path.open("a")
         self._bar.start()
         return self
@@ -93,44 +95,27 @@ class MetricsLog:
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
             self._file.flush()
         shown = [n for n in ("stochastic", "adversarial", "l0", "faithfulness") if n in metrics]
-        text = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
-        self._bar.losses = text
+        self._bar.losses = text = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
         if not self.console.is_terminal:
             seconds = metrics["seconds_per_step"]
-            left = (self.steps - step) * seconds / 60
-            pace = f"{seconds * 1e3:.0f} ms/step  {left:.1f} min left"
-            self.say(f"step {step}/{self.steps}  {text}  {pace}")
+            left = f"{(self.steps - step) * seconds / 60:.1f} min left"
+            self.say(f"step {step}/{self.steps}  {text}  {seconds * 1e3:.0f} ms/step  {left}")
         if self.run is not None:
             self.run.log(metrics, step=step)
 
-    def _drop_later_lines(self) -> None:
-        kept = ""
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            with suppress(ValueError, KeyError):  # a line cut short by an interruption
-                kept += line + "\n" if json.loads(line)["step"] <= self.start else ""
-        write_text(self.path, kept)
 
-
-class SilentLog(nullcontext[None]):
+class SilentLog:
     """What processes other than the first log to: nothing."""
 
-    run = None
+    run, last = None, dict[str, float]()
 
     def __enter__(self) -> SilentLog:
         return self
 
-    def advance(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         """Nothing, and so do all methods of a `MetricsLog`."""
 
-    say = write = advance
-
-
-def last_metrics(folder: Path) -> dict[str, float]:
-    """The metrics of the last line of a run's `metrics.jsonl`; empty if there is none."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    metrics = json.loads(lines[-1]) if lines else {}
-    metrics.pop("step", None)
-    return metrics
+    advance = say = write = __exit__
 
 
 class TrainingWarning(UserWarning):
@@ -146,12 +131,10 @@ class Diagnostics:
         self.given: set[str] = set()
 
     def look(self, step: int, metrics: dict[str, float]) -> None:
-        """Compare the metrics of one log step with the known failures, each warned of once.
+        """Compare the metrics after `step` steps with the known failures, each warned of once.
 
-        Args:
-            step: Finished steps.
-            metrics: `l0` (mean number of subcomponents with importance above 0), `ci_max` (mean
-                over positions of the largest importance) and `grad_norm/importance`.
+        Of the `metrics` it needs `l0` (mean number of subcomponents with importance above 0),
+        `ci_max` (mean over positions of the largest importance) and `grad_norm/importance`.
         """
         # In the first steps no causal importance function has learned anything yet.
         progress = step / self.steps if step >= 30 else 0.0

@@ -32,15 +32,10 @@ def stochastic_reconstruction(
     n_samples: int = 1,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, ""]:
-    """`E_r D(f(x | masks(g, r)))`, by default on a random subset of sites per position.
+    """`E_r D(f(x | masks(g, r)))`, the mean of `n_samples` draws of masks.
 
-    Args:
-        divergence_of: The divergence of a masked forward from the target.
-        importance: Causal importances `g`.
-        layout: The columns of each site.
-        routing: `"subset"` or `"all"`.
-        n_samples: Mask draws to average.
-        generator: Source of `r` and of the subsets.
+    `divergence_of(masks)` is how far the output under them is from the target's. `routing` is
+    `"subset"`, a random one of sites at each position, or `"all"`, every site.
     """
     losses = []
     for _ in range(n_samples):
@@ -99,13 +94,9 @@ def importance_power_sum(
     eps: float = 1e-12,
     real: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, " C_total"]:
-    """`s_c = sum_{b,t} (g_upper + eps)^p` of every subcomponent.
+    """`s_c = sum_{b,t} (g_upper + eps)^p` of every subcomponent, over `real` positions (or all).
 
-    Args:
-        z: Pre-sigmoid importances, of which `g_upper` is the upper-leaky sigmoid.
-        p: The exponent.
-        eps: Added before the power.
-        real: Positions to sum over; `None`: all (nothing is padding).
+    `g_upper` is the upper-leaky sigmoid of `z`, the pre-sigmoid importances.
     """
     return _PowerSum.apply(z, p, eps, real)  # type: ignore[no-any-return]
 
@@ -115,10 +106,7 @@ def minimality(
 ) -> Float[Tensor, ""]:
     """Importance and frequency minimality: `1/(B T) sum_c (s_c + beta s_c log2(1 + s_c))`.
 
-    Args:
-        power_sum: `s_c` of the global batch.
-        n_positions: `B T` of that batch.
-        frequency: `beta`.
+    `power_sum` has `s_c` of the global batch and `n_positions` is its `B T`; `frequency` is `beta`.
     """
     s = power_sum
     return (s + frequency * s * torch.log2(1 + s)).sum() / n_positions
@@ -132,29 +120,17 @@ def faithfulness(deltas: Sequence[Float[Tensor, "_i _o"]]) -> Float[Tensor, ""]:
 
 @dataclass
 class Part:
-    """One micro-batch of this process: its rows, what the target did on them, its importances.
+    """One micro-batch of this process: its rows, what the target did on them, its importances."""
 
-    Attributes:
-        rows: Which rows of this process's batch.
-        tokens: Those, `[rows, pos]` (or whatever the model takes).
-        real: Positions that are no padding, `[rows, pos]`; `None`: all.
-        share: Its share of the global batch's positions.
-        n_real: How many of those are no padding; `None`: all.
-        arguments: What the model is given besides the tokens.
-        inputs: Input of every site, `[rows, pos, d_in]`.
-        divergence: Distance from the target's output.
-        z: Pre-sigmoid importances, `[rows, pos, C_total]`.
-    """
-
-    rows: slice
-    tokens: Tensor
-    real: Bool[Tensor, "rows pos"] | None
-    share: float | Tensor
-    n_real: Tensor | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
-    inputs: list[Tensor] = field(default_factory=list)
-    divergence: Divergence = field(init=False)
-    z: Tensor = field(init=False)
+    rows: slice  # of this process's batch
+    tokens: Tensor  # [rows, pos], or whatever the model takes
+    real: Bool[Tensor, "rows pos"] | None  # positions that are no padding; None: all
+    share: float | Tensor  # of the global batch's positions
+    n_real: Tensor | None = None  # how many of those are no padding; None: all
+    arguments: dict[str, Any] = field(default_factory=dict)  # besides the tokens, for the model
+    inputs: list[Float[Tensor, "rows pos _d_in"]] = field(default_factory=list)  # of every site
+    divergence: Divergence = field(init=False)  # distance from the target's output
+    z: Float[Tensor, "rows pos C_total"] = field(init=False)  # pre-sigmoid importances
 
 
 def cut(
@@ -163,8 +139,7 @@ def cut(
     """Some micro-batches of this process's rows; `real` are positions that are no padding."""
     size = tokens.shape[0] // count
     rows = [slice(index * size, (index + 1) * size) for index in range(count)]
-    if count == 1:
-        rows = [slice(None)]
+    rows = rows if count > 1 else [slice(None)]
     if real is None:
         return [Part(r, tokens[r], None, 1 / (count * processes.world)) for r in rows]
     n_real = real.sum().float()
@@ -172,39 +147,34 @@ def cut(
     return [Part(r, tokens[r], real[r], real[r].sum() / n_real, n_real) for r in rows]
 
 
-class WholeMinimality:
-    """The minimality losses of the global batch: `value`, and its gradient part by part."""
+def whole_minimality(
+    parts: Sequence[Part], p: float, config: MinimalityConfig, processes: Processes
+) -> tuple[Float[Tensor, ""], Callable[[Part], Float[Tensor, ""]]]:
+    """The minimality losses of the global batch, and what has their gradient, part by part.
 
-    def __init__(
-        self, parts: Sequence[Part], p: float, config: MinimalityConfig, processes: Processes
-    ) -> None:
-        self.p, self.eps = p, config.eps
-        self.alone = len(parts) == 1
-        self.sums = [self._sum(part) for part in parts]
-        total = torch.stack(self.sums).sum(0).detach()
-        processes.sum_([total])
-        n = parts[0].n_real
-        if n is None:
-            n = sum(part.z[..., 0].numel() for part in parts) * processes.world
-        loss = minimality(total.requires_grad_(), n, config.frequency)
-        (self.slope,) = torch.autograd.grad(loss, total)
-        self.value = loss.detach()
+    The gradient of what the function gives for a part is that of the losses by its importances.
+    """
 
-    def of(self, index: int, part: Part) -> Float[Tensor, ""]:
-        """A number whose gradient is that of the loss by the importances of one part."""
-        power_sum = self.sums[index] if self.alone else self._sum(part)
-        return (self.slope * power_sum).sum()
+    def power_sum(part: Part) -> Float[Tensor, " C_total"]:
+        return importance_power_sum(part.z, p, config.eps, part.real)
 
-    def _sum(self, part: Part) -> Float[Tensor, " C_total"]:
-        return importance_power_sum(part.z, self.p, self.eps, part.real)
+    sums = [power_sum(part) for part in parts]
+    total = torch.stack(sums).sum(0).detach()
+    processes.sum_([total])
+    n = parts[0].n_real
+    if n is None:
+        n = sum(part.z[..., 0].numel() for part in parts) * processes.world
+    loss = minimality(total.requires_grad_(), n, config.frequency)
+    (slope,) = torch.autograd.grad(loss, total)
+    alone = sums[0] if len(parts) == 1 else None
+    return loss.detach(), lambda part: (slope * (power_sum(part) if alone is None else alone)).sum()
 
 
 @dataclass
 class StepImportance:
     """Causal importances of a finished step; nothing is computed until it is asked for.
 
-    Attributes:
-        parts: Pre-sigmoid importances `[rows, pos, C_total]`, and which positions are real.
+    `parts` are pre-sigmoid importances `[rows, pos, C_total]`, and which positions are real.
     """
 
     parts: list[tuple[Tensor, Tensor | None]]

@@ -108,11 +108,7 @@ def keep_moments(
 def learning_rate(config: OptimiserConfig, base: float, step: int, steps: int) -> float:
     """The rate at a step: linear from 0 up to `base`, then a cosine to `final_fraction * base`.
 
-    Args:
-        config: Schedule, warm-up and final fraction.
-        base: Peak rate.
-        step: The step, from 0.
-        steps: Steps in all; at `steps - 1` the cosine is exactly at its end.
+    The first step is 0; at the last, `steps - 1`, the cosine is exactly at its end.
     """
     warmup = int(config.warmup * steps)
     if step < warmup:

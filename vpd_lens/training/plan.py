@@ -39,20 +39,12 @@ _FLOPS = {
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step takes.
-
-    Attributes:
-        flop: FLOP of matrix products by phase of the step.
-        lasting: Bytes that stay from step to step: weights, V and U, importance function,
-            moments, sources.
-        peak: Largest sum of the bytes of all tensors, at any moment of the step.
-        peak_phase: The phase of that moment.
-    """
+    """What a step takes: FLOP of matrix products by phase, and memory in bytes."""
 
     flop: dict[str, int]
-    lasting: int
-    peak: int
-    peak_phase: str
+    lasting: int  # what stays: weights, V and U, importance function, moments, sources
+    peak: int  # largest sum of the bytes of all tensors, at any moment of the step
+    peak_phase: str  # the phase of that moment
 
     @property
     def total_flop(self) -> int:
@@ -63,14 +55,10 @@ class StepCost:
 def plan_step(
     model: nn.Module, config: VPDConfig, batch: int, pos: int, autocast: bool = True
 ) -> StepCost:
-    """Count one training step of a model that need not have weights.
+    """Count one training step on `batch` sequences of `pos` tokens.
 
-    Args:
-        model: A HookedTransformer or TransformerBridge, best on the meta device; it is used up.
-        config: The run.
-        batch: Sequences per step of one process.
-        pos: Tokens per sequence.
-        autocast: Whether products run in bf16 if the configuration says so, as on a GPU.
+    The model, which is used up, need not have weights: best it is on the meta device. With
+    `autocast`, products run in bf16 if the configuration says so, as on a GPU.
     """
     config = config.replaced({"compile": False, "device": "cpu", "shard_importance": False})
     with torch.device("meta"):
@@ -115,8 +103,8 @@ def _replace_tensors(modules: list[nn.Module], device: str) -> None:
         new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
         return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
 
-    for module in (part for whole in modules for part in whole.modules()):
-        both: list[dict[str, Any]] = [module._parameters, module._buffers]
+    for part in nn.ModuleList(modules).modules():
+        both: list[dict[str, Any]] = [part._parameters, part._buffers]
         for tensors in both:
             tensors.update({n: like(old) for n, old in tensors.items() if old is not None})
 
@@ -126,8 +114,8 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now, self.phases = 0, ["other"]
         self.alive: set[int] = set()
+        self.now, self.phases = 0, ["other"]
         self.restart()
 
     def restart(self) -> None:

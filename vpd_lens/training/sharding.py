@@ -22,7 +22,7 @@ from vpd_lens.training.distributed import Processes
 
 @contextmanager
 def sharded_importance(vpd: Decomposition, processes: Processes, on: bool) -> Iterator[None]:
-    """Share out the parameters of the causal importance function, block by block, for a while.
+    """Share out the causal importance function, block by block, for a while.
 
     Afterwards `vpd` has an ordinary one again, with the trained parameters; also after an error,
     unless only some of the processes have met it. A single process keeps everything.

@@ -28,15 +28,15 @@ from vpd_lens.decomposition.masks import SourceMasks, uniform_k_subset
 from vpd_lens.errors import ConfigError, NonFiniteLossError
 from vpd_lens.training.adversary import PersistentAdversary
 from vpd_lens.training.distributed import ALONE, Processes
-from vpd_lens.training.forwards import CompiledForwards, RecomputedForwards
+from vpd_lens.training.forwards import CompiledForwards, recomputed
 from vpd_lens.training.losses import (
     Part,
     StepImportance,
-    WholeMinimality,
     cut,
     faithfulness,
     layerwise_reconstruction,
     stochastic_reconstruction,
+    whole_minimality,
 )
 from vpd_lens.training.optimiser import adversary_lr, exponent, learning_rate, optimisers
 from vpd_lens.training.sharding import is_sharded, whole
@@ -95,7 +95,7 @@ class Stepper:
         if config.compile:
             self.run = CompiledForwards(vpd).run
         elif config.recompute:
-            self.run = RecomputedForwards(vpd).run
+            self.run = recomputed(vpd)
         self.weights = vpd.subcomponents.references([site.weight for site in vpd.sites])
 
     def step(
@@ -164,32 +164,37 @@ class Stepper:
                     loss = self._divergence(part, self.adversary.masks(g, part.rows)) * part.share
                     loss = self.coefficients["adversarial"] * loss
                     loss.backward(inputs=self.adversary.leaves())
-                self._ascend(parts)
+                self.adversary.ascend(self._scale(parts))
 
     # -------------------------------------------------------------------- 4
 
     def _backward(self, parts: list[Part], step: int) -> Losses:
         """Gradients of the total, and every loss of the global batch."""
         p = exponent(self.config.minimality, step, self.config.steps)
-        minimal = WholeMinimality(parts, p, self.config.minimality, self.processes)
+        minimal, minimal_of = whole_minimality(parts, p, self.config.minimality, self.processes)
         losses: Losses = {}
         for index, part in enumerate(parts):
             with record_function("vpd::losses"), self._autocast():
                 if len(parts) > 1:
                     part.z = self.vpd.pre_importance(part.inputs, part.real)
-                own = self._losses(part, minimal, index)
+                own = self._losses(part, minimal_of, index)
                 total = torch.stack([self.coefficients[name] * own[name] for name in own]).sum()
             with record_function("vpd::backward"):
                 total.backward()
             for name, loss in own.items():
                 losses[name] = losses.get(name, 0) + loss.detach()
-        self._sum_over_processes(losses)
-        losses["minimality"] = minimal.value
+        losses["minimality"] = minimal
+        if self.processes.world > 1:
+            parameters = [p for group in self.parameters.values() for p in group]
+            gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
+            # The minimality loss is that of the global batch already, on every process.
+            shares = [loss for name, loss in losses.items() if name != "minimality"]
+            self.processes.sum_(gradients + shares)
         weighted = [self.coefficients[name] * loss for name, loss in losses.items()]
         losses["total"] = torch.stack(weighted).sum()
         return losses
 
-    def _losses(self, part: Part, minimal: WholeMinimality, index: int) -> Losses:
+    def _losses(self, part: Part, minimal_of: Callable[[Part], Tensor], index: int) -> Losses:
         """The five losses on one part, each by its share of the global batch."""
         config, layout, draws = self.config.stochastic, self.vpd.layout, self.generator
         g = lower_leaky(part.z).to(self.mask_dtype)
@@ -201,39 +206,22 @@ class Stepper:
             )
         if self.coefficients["layerwise"] > 0:
             losses["layerwise"] = part.share * layerwise_reconstruction(under, g, layout, draws)
-        if self.coefficients["adversarial"] > 0:
-            routing = self.config.adversary.routing
-            losses["adversarial"] = part.share * self._adversarial(part, g, routing)
-        losses["minimality"] = minimal.of(index, part)
+        if self.adversary is not None:
+            masks = self.adversary.masks(g, part.rows)
+            if self.config.adversary.routing == "subset":
+                masks.routed = uniform_k_subset(masks.delta.shape, self.device, draws)
+            losses["adversarial"] = part.share * under(masks)
+        losses["minimality"] = minimal_of(part)
         if index == 0:  # it is of the weights, not of the data
-            losses["faithfulness"] = self._faithfulness()
+            with self._autocast(False):
+                loss = faithfulness(self.vpd.subcomponents.deltas(self.weights))
+            world = self.processes.world
+            losses["faithfulness"] = loss if world == 1 else loss / world
         return losses
 
     def _divergence(self, part: Part, masks: SourceMasks) -> Tensor:
         """How far the output under masks is from the target's."""
         return part.divergence(self.run(masks, part.tokens, **part.arguments))
-
-    def _adversarial(self, part: Part, importance: Tensor, routing: str = "all") -> Tensor:
-        assert self.adversary is not None
-        masks = self.adversary.masks(importance, part.rows)
-        if routing == "subset":
-            masks.routed = uniform_k_subset(masks.delta.shape, self.device, self.generator)
-        return self._divergence(part, masks)
-
-    def _faithfulness(self) -> Tensor:
-        with self._autocast(False):
-            loss = faithfulness(self.vpd.subcomponents.deltas(self.weights))
-        return loss if self.processes.world == 1 else loss / self.processes.world
-
-    def _sum_over_processes(self, losses: Losses) -> None:
-        """Gradients and losses of the global batch, from those of every process's share of it."""
-        if self.processes.world == 1:
-            return
-        parameters = [p for group in self.parameters.values() for p in group]
-        gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
-        # The minimality loss is that of the global batch already, on every process.
-        shares = [loss for name, loss in losses.items() if name != "minimality"]
-        self.processes.sum_(gradients + shares)
 
     # -------------------------------------------------------------------- 5
 
@@ -243,7 +231,7 @@ class Stepper:
         if self.adversary is not None:
             # Only the adversarial loss reaches the sources, so the backward pass of the total
             # has left its gradient there, times the coefficient; no second one is needed.
-            self._ascend(parts)
+            self.adversary.ascend(self._scale(parts))
             self.adversary.restart()
         opt = self.config.optimiser
         limits = {"subcomponents": opt.clip_subcomponents, "importance": opt.clip_importance}
@@ -259,10 +247,10 @@ class Stepper:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
-    def _ascend(self, parts: list[Part]) -> None:
-        assert self.adversary is not None
+    def _scale(self, parts: list[Part]) -> float:
+        """What the sources' gradients are, relative to those of a sum over positions."""
         n_positions = sum(part.z[..., 0].numel() for part in parts) * self.processes.world
-        self.adversary.ascend(self.coefficients["adversarial"] / n_positions)
+        return self.coefficients["adversarial"] / n_positions
 
     def _autocast(self, on: bool = True) -> AbstractContextManager[Any]:
         if not self.autocast:
@@ -271,11 +259,7 @@ class Stepper:
 
 
 def require_finite(losses: Losses) -> None:
-    """Check that no loss is NaN or infinite.
-
-    Raises:
-        NonFiniteLossError: Naming those that are.
-    """
+    """Raise a `NonFiniteLossError` that names the losses which are NaN or infinite, if any."""
     bad = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))]
     if bad:
         terms = [name for name in bad if name != "total"] or bad
@@ -286,11 +270,7 @@ def require_finite(losses: Losses) -> None:
 
 
 def warm_up_faithfulness(stepper: Stepper) -> float:
-    """Fit `V U` to the weights before training: AdamW on U and V against Delta-L2 alone.
-
-    Returns:
-        The last value of the loss.
-    """
+    """Fit `V U` to the weights before training, by AdamW; returns the last Delta-L2."""
     config = stepper.config.faithfulness
     parameters = list(stepper.vpd.subcomponents.parameters())
     optimiser = torch.optim.AdamW(

@@ -22,12 +22,13 @@ from vpd_lens.decomposition.attach import attach, removed_if_untrained
 from vpd_lens.decomposition.saving import base_model_record, save
 from vpd_lens.decomposition.subcomponents import align
 from vpd_lens.errors import ArtefactError, ConfigError, TrainingInterrupted
+from vpd_lens.models import usable_device
 from vpd_lens.storage import disk_errors, existing_folder
 from vpd_lens.training.budget import budget, explained_out_of_memory, warn_if_short
 from vpd_lens.training.checkpoint import Checkpoint, save_checkpoint
 from vpd_lens.training.compaction import compact_when_due, sizes
-from vpd_lens.training.distributed import join, stop_requests
-from vpd_lens.training.log import Diagnostics, MetricsLog, SilentLog, last_metrics
+from vpd_lens.training.distributed import Processes, join, stop_requests
+from vpd_lens.training.log import Diagnostics, MetricsLog, SilentLog
 from vpd_lens.training.losses import StepImportance
 from vpd_lens.training.sharding import sharded_importance
 from vpd_lens.training.step import Losses, Stepper, require_finite, warm_up_faithfulness
@@ -39,14 +40,11 @@ CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 300.0, 0.05
 
 @dataclass
 class TrainingResult:
-    """What a finished run leaves.
+    """What a finished run leaves, in a folder and in numbers.
 
-    Attributes:
-        folder: Directory with `metrics.jsonl`, `config.yaml`, `checkpoint/` and `decomposition/`.
-        steps: Finished steps.
-        seconds: Wall-clock time of this call.
-        metrics: The last logged metrics.
-        history: All metrics logged by this call.
+    The folder has `metrics.jsonl`, `config.yaml`, `checkpoint/` and `decomposition/`. `steps` are
+    those of the run; `seconds` is the time of this call; `metrics` are the last ones logged, and
+    `history` all that this call logged.
     """
 
     folder: Path
@@ -134,10 +132,8 @@ def train(
             rows=rows,
         )
         needed = budget(vpd, config, config.batch_size // processes.world, batches.seq_len or 1)
-        there = float(sum(p.nbytes for p in [*model.parameters(), *vpd.parameters()]))
-        warn_if_short(needed, there, vpd.device)
-        found = processes.all(_found(folder))[0]
-        _require_startable(folder, found, resume)
+        warn_if_short(needed, vpd)
+        found = _left_by_another_run(folder, processes, resume)
         if processes.world > 1:
             processes.require_same(
                 model=json.dumps(base_model_record(vpd).weights),
@@ -157,10 +153,12 @@ def train(
                     log.say(f"{folder} holds a run without a checkpoint; it starts over.")
                 if not run.start:
                     run.prepare()
-                seconds = run.loop(log)
+                begun = time.perf_counter()
+                run.loop(log)
+                seconds = time.perf_counter() - begun
         vpd.trained_steps = run.trained_before + config.steps
         vpd.training_config = config.model_dump(mode="json")
-        metrics = run.history[-1] if run.history else last_metrics(folder)
+        metrics = run.history[-1] if run.history else processes.all(log.last)[0]
         if processes.first:
             save(vpd, folder / "decomposition", metrics)
         processes.wait()
@@ -212,16 +210,14 @@ class _Run:
             self.extra["wandb_id"] = log.run.id
         return log
 
-    def loop(self, log: MetricsLog | SilentLog) -> float:
-        """Train up to the last step, and return the seconds that it took."""
-        config, stepper = self.config, self.stepper
-        window = _Window()
-        diagnostics = Diagnostics(sum(stepper.vpd.subcomponents.original_sizes), config.steps)
-        begun = time.perf_counter()
+    def loop(self, log: MetricsLog | SilentLog) -> None:
+        """Train up to the last step."""
+        config, stepper, window = self.config, self.stepper, _Window()
+        diagnostics = Diagnostics(sum(self.vpd.subcomponents.original_sizes), config.steps)
         with stop_requests() as requests, self.processes.contact(self._what_is_left):
             for step in range(self.start, config.steps):
                 batch = next(self.batches)  # this process's rows
-                if step == self.start and self.processes.world > 1:
+                if step == self.start:
                     self._data_state()
                 losses, importance = stepper.step(batch.tokens, step, batch.real)
                 window.add(losses)
@@ -229,9 +225,9 @@ class _Run:
                 self.vpd.trained_steps = self.trained_before + done
                 log.advance(done)
                 if folded := compact_when_due(stepper, importance, done):
+                    left = f"{self.vpd.layout.total} left"
                     log.say(
-                        f"step {done}: {folded} dead subcomponents folded into the deltas, "
-                        f"{stepper.vpd.layout.total} left"
+                        f"step {done}: {folded} dead subcomponents folded into the deltas, {left}"
                     )
                 if done % config.log_every == 0 or done == config.steps:
                     self.history.append(window.summary(importance, stepper))
@@ -249,7 +245,6 @@ class _Run:
                         f"in {self.checkpoint}. To go on: train(..., output={str(self.folder)!r}, "
                         "resume=True), or vpd-lens train with --resume."
                     )
-        return time.perf_counter() - begun
 
     def _agree(self, requests: list[signal.Signals], done: int) -> tuple[str, bool]:
         """The signal that any process has received, and whether a checkpoint is due."""
@@ -265,14 +260,8 @@ class _Run:
 
     def _save(self, done: int) -> None:
         begun = time.monotonic()
-        save_checkpoint(
-            self.checkpoint,
-            self.stepper,
-            step=done,
-            trained_before=self.trained_before,
-            data=self._data_state(),
-            extra=self.extra,
-        )
+        own = {"trained_before": self.trained_before, "extra": self.extra}
+        save_checkpoint(self.checkpoint, self.stepper, step=done, data=self._data_state(), **own)
         self.processes.wait()
         now, self.saved = time.monotonic(), done
         self.next_save = now + max(CHECKPOINT_SECONDS, (now - begun) / CHECKPOINT_SHARE)
@@ -316,32 +305,22 @@ class _Window:
 
 
 def _move(model: nn.Module, device: str) -> None:
-    if device == "auto":
-        return
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device={device!r}, but this PyTorch sees no CUDA device. Use device='cpu', or "
-            "install a CUDA build of PyTorch."
-        )
     try:
-        model.to(device)
+        if device != "auto":
+            model.to(usable_device(device))
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device={device!r} cannot be used: {error}") from None
 
 
-def _found(folder: Path) -> str:
-    """What an earlier run has left: `"checkpoint"`, `"decomposition"`, `"started"` or nothing."""
-    for name in ("checkpoint", "decomposition"):
+def _left_by_another_run(folder: Path, processes: Processes, resume: bool) -> str:
+    """`"checkpoint"`, `"started"` or nothing; refuses to overwrite a run, or continue none."""
+    names = ("metrics.jsonl", "config.yaml")
+    found = "started" if any(os.path.exists(folder / name) for name in names) else ""
+    for name in ("decomposition", "checkpoint"):
         with suppress(ArtefactError):
             existing_folder(folder / name)
-            return name
-    names = ("metrics.jsonl", "config.yaml")
-    return "started" if any(os.path.exists(folder / name) for name in names) else ""
-
-
-def _require_startable(folder: Path, found: str, resume: bool) -> None:
-    """Refuse to overwrite a run, and to continue one that is not there."""
-    where = f"output={str(folder)!r}"
+            found = name
+    found, where = processes.all(found)[0], f"output={str(folder)!r}"
     if found == "checkpoint" and not resume:
         raise ConfigError(
             f"{where} already holds a run. Pass resume=True to continue it, or another directory."
@@ -356,3 +335,4 @@ def _require_startable(folder: Path, found: str, resume: bool) -> None:
             f"resume=True, but {where} holds no run and no checkpoint. Leave resume out, or check "
             "the path."
         )
+    return found
