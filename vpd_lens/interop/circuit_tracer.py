@@ -16,7 +16,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from vpd_lens.errors import ArtefactError
 from vpd_lens.interop.graph_json import Axis, graph_json, metadata, numbering
@@ -25,26 +25,16 @@ from vpd_lens.storage import atomic_folder, read_json, write_json, write_text
 if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.graph import AttributionGraph
     from vpd_lens.analysis.circuits.tables import AttentionPair
+    from vpd_lens.analysis.harvest import Harvest
 
 INDEX = "graph-metadata.json"
-
-
-@runtime_checkable
-class Cards(Protocol):
-    """What exports and pages need of a `vpd_lens.Harvest`."""
-
-    def check(self, fingerprint: str) -> None:
-        """Raise `ArtefactError` for another decomposition than the one harvested."""
-
-    def card(self, site: str, index: int) -> dict[str, Any] | None:
-        """Everything about a subcomponent, or `None` if it never fired."""
 
 
 def to_circuit_tracer(
     graph: AttributionGraph,
     folder: str | Path,
     slug: str,
-    harvest: Cards | None = None,
+    harvest: Harvest | None = None,
     axis: Axis = "site",
     node_threshold: float | None = 0.8,
     pairs: Sequence[AttentionPair] | None = None,
@@ -55,7 +45,7 @@ def to_circuit_tracer(
         graph: The graph; prune it first if it has many thousands of edges.
         folder: The viewer's folder of graphs, which may hold others.
         slug: Name of the graph; a graph of this name is replaced.
-        harvest: Where examples of subcomponents come from, a `vpd_lens.Harvest`.
+        harvest: Where examples of subcomponents come from.
         axis: What a layer of the viewer is: each matrix (`"site"`) or each block (`"block"`).
         node_threshold: Where the viewer's pruning slider begins; `None` for no slider.
         pairs: What subcomponents contribute to attention scores.
@@ -104,7 +94,7 @@ def _write(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, allow_nan=False) + "\n")
 
 
-def _write_features(folder: Path, graph: AttributionGraph, axis: Axis, harvest: Cards) -> None:
+def _write_features(folder: Path, graph: AttributionGraph, axis: Axis, harvest: Harvest) -> None:
     """One file per subcomponent of the graph in a folder, which is replaced."""
     numbers = numbering(graph.nodes.places, axis)
     own = graph.nodes.where(graph.nodes.of_kind("subcomponent")).lists()

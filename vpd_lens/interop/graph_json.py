@@ -224,10 +224,10 @@ def _trace_pairs(
     """
     site_of = {name: name.rpartition(":")[0] for name in nodes}
     groups: dict[tuple[str, int], list[AttentionPair]] = defaultdict(list)
+    sites = set(site_of.values())
     for pair in pairs:
         o, v = (f"blocks.{pair.layer}.attn.{letter}" for letter in "ov")
-        has_o = o in site_of.values()
-        groups[(o, pair.query_position) if has_o else (v, pair.key_position)].append(pair)
+        groups[(o, pair.query_position) if o in sites else (v, pair.key_position)].append(pair)
     absent = {
         end: _absent(end, numbers) for p in pairs for end in (p.query, p.key) if end not in nodes
     }

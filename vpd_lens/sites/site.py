@@ -132,7 +132,7 @@ class Site:
             last = point.module.register_forward_hook(partial(self._read_output, read, d_in))
             # A user's hook registered later would run later and could change what the matrix sees,
             # so ours is moved to the end of the queue each time the hook point is entered.
-            to_end = point.module.register_forward_pre_hook(partial(_move_last, last.id))
+            to_end = point.module.register_forward_pre_hook(partial(move_last, last.id))
             handles += [last, to_end]
         if self.output_kind == "output":
             replace = partial(self._edit_output, edit, d_out)
@@ -169,7 +169,8 @@ class Site:
         return x if self._rows is None else x.reshape(*self._rows, width)
 
 
-def _move_last(hook_id: int, module: nn.Module, _args: tuple) -> None:
+def move_last(hook_id: int, module: nn.Module, _args: tuple) -> None:
+    """Have a forward hook run after all the others."""
     module._forward_hooks.move_to_end(hook_id)
 
 

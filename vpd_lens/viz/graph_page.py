@@ -19,7 +19,7 @@ from vpd_lens.viz.html import asset, render_template
 
 if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.graph import AttributionGraph
-    from vpd_lens.interop.circuit_tracer import Cards
+    from vpd_lens.analysis.harvest import Harvest
 
 # More than a browser filters between two frames, and a few megabytes of page.
 MAX_EDGES = 60_000
@@ -34,7 +34,7 @@ SCRIPTS = (
 def to_html(
     graph: AttributionGraph,
     path: str | Path,
-    harvest: Cards | None = None,
+    harvest: Harvest | None = None,
     title: str | None = None,
 ) -> Path:
     """Write a page that needs no network, to explore a graph by hand.
@@ -62,19 +62,26 @@ def to_html(
     return Path(path)
 
 
-def payload(graph: AttributionGraph, harvest: Cards | None = None) -> dict[str, Any]:
+def payload(graph: AttributionGraph, harvest: Harvest | None = None) -> dict[str, Any]:
     """What the page shows, as JSON-able columns of nodes and, the strongest first, of edges."""
     influence, nodes = graph.influence(), graph.nodes
     used = nodes.place.unique()
-    edges = graph.edges
-    edges = edges.where(edges.weight.abs().argsort(descending=True, stable=True)[:MAX_EDGES])
+    strongest = graph.edges.weight.abs().argsort(descending=True, stable=True)[:MAX_EDGES]
+    edges = graph.edges.where(strongest)
     scores = {
         "completeness": graph.completeness(),
         "replacement": influence.replacement,
         "completeness_score": influence.completeness,
     }
+    figures = {
+        **{name: getattr(nodes, name) for name in ("activation", "importance")},
+        "influence": influence.nodes,
+        "cumulative": influence.cumulative,
+    }
+    # The same for the same nodes, so that groups outlive a new page of the same graph.
+    text = "\0".join([*graph.strings, *nodes.names()]).encode("utf-8", "surrogatepass")
     return {
-        "hash": _hash(graph),
+        "hash": hashlib.sha256(text).hexdigest()[:16],
         "tokens": list(graph.strings),
         "rows": [_row(nodes.places[place]) for place in used.tolist()],
         "kinds": list(KINDS),
@@ -84,10 +91,7 @@ def payload(graph: AttributionGraph, harvest: Cards | None = None) -> dict[str, 
             "row": torch.searchsorted(used, nodes.place).tolist(),
             "position": nodes.position.tolist(),
             "index": nodes.index.tolist(),
-            "activation": _rounded(nodes.activation.tolist()),
-            "importance": _rounded(nodes.importance.tolist()),
-            "influence": _rounded(influence.nodes.tolist()),
-            "cumulative": _rounded(influence.cumulative.tolist()),
+            **{name: _rounded(column.tolist()) for name, column in figures.items()},
         },
         "outputs": _outputs(graph),
         "edges": {
@@ -122,16 +126,13 @@ def _outputs(graph: AttributionGraph) -> list[dict[str, Any]]:
     ]
 
 
-def _cards(graph: AttributionGraph, harvest: Cards) -> dict[str, dict[str, Any]]:
+def _cards(graph: AttributionGraph, harvest: Harvest) -> dict[str, dict[str, Any]]:
     """Cards by subcomponent, each once although it is a node at several positions."""
     harvest.check(graph.settings.get("decomposition", ""))
     own = graph.nodes.where(graph.nodes.of_kind("subcomponent"))
-    cards = {}
-    for place, index in torch.stack([own.place, own.index], 1).unique(dim=0).tolist():
-        site = own.places[place]
-        if (card := harvest.card(site, index)) is not None:
-            cards[f"{site}:{index}"] = _card(card)
-    return cards
+    found = torch.stack([own.place, own.index], 1).unique(dim=0).tolist()
+    cards = {(own.places[p], index): harvest.card(own.places[p], index) for p, index in found}
+    return {f"{s}:{i}": _card(card) for (s, i), card in cards.items() if card is not None}
 
 
 def _card(card: dict[str, Any]) -> dict[str, Any]:
@@ -161,9 +162,3 @@ def _rounded(values: Iterable[float], digits: int = 4) -> list[float | None]:
 
 def _round(value: float, digits: int = 4) -> float | None:
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
-
-
-def _hash(graph: AttributionGraph) -> str:
-    """The same for the same nodes, so that groups outlive a new page of the same graph."""
-    text = "\0".join([*graph.strings, *graph.nodes.names()])
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -6,8 +6,7 @@ from vpd_lens.analysis.circuits.behaviour import PruneConfig
 from vpd_lens.analysis.circuits.edits import Ablate, Edit, Patch, Scale, edited
 from vpd_lens.analysis.circuits.graph import AttributionGraph
 from vpd_lens.analysis.circuits.intervene import InterventionResult, intervene
-from vpd_lens.analysis.circuits.prune import Circuit, prune
-from vpd_lens.analysis.circuits.report import CircuitReport
+from vpd_lens.analysis.circuits.prune import Circuit, CircuitReport, prune
 from vpd_lens.analysis.circuits.tables import AttentionPair, Edges, Nodes
 from vpd_lens.analysis.circuits.targets import Direction, LogitDifference, Token, TopTokens
 

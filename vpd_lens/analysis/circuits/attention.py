@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vpd_lens.analysis.circuits.cut_forward import Cut, CutForward
+from vpd_lens.analysis.circuits.cut_forward import Cut, CutForward, keep_in
 from vpd_lens.analysis.circuits.graph import AttributionGraph
 from vpd_lens.analysis.circuits.tables import AttentionPair
 from vpd_lens.analysis.circuits.targets import explained_decomposition, prompt_tokens
@@ -35,12 +33,8 @@ class AttentionScores:
         tokens = prompt_tokens(model, prompt)
         self.scores: dict[int, Tensor] = {}
         self.patterns: dict[int, Tensor] = {}
-
-        def note(store: dict[int, Tensor], layer: int, value: Tensor, hook: Any) -> None:
-            store[layer] = value
-
-        hooks: list[tuple[str, Any]] = [
-            (f"blocks.{layer}.attn.hook_{name}", partial(note, store, layer))
+        hooks = [
+            (f"blocks.{layer}.attn.hook_{name}", keep_in(store, layer))
             for layer in range(len(model.blocks))  # type: ignore[arg-type]
             for name, store in (("attn_scores", self.scores), ("pattern", self.patterns))
         ]
@@ -77,11 +71,9 @@ class AttentionScores:
         rows = by_q.detach().nonzero()[:, 0]
         form = by_q.new_zeros(len(by_q), of_k.shape[-1])
         if len(rows):
+            settings = {"retain_graph": True, "is_grads_batched": True}
             each = torch.eye(len(by_q), dtype=by_q.dtype, device=by_q.device)[rows]
-            (by_k,) = torch.autograd.grad(
-                by_q, of_k, each, retain_graph=True, is_grads_batched=True
-            )
-            form[rows] = by_k[:, 0, key]
+            form[rows] = torch.autograd.grad(by_q, of_k, each, **settings)[0][:, 0, key]
         return form.detach()
 
     @torch.no_grad()
@@ -108,10 +100,7 @@ def attention_pairs(
         model: The model that the graph is of.
         graph: A graph.
         n_scores: Number of (layer, query, key) whose score is traced.
-        n_pairs: Number of pairs per score.
-
-    Returns:
-        Contributions to scores before the softmax, for the exports' `pairs`.
+        n_pairs: Number of pairs per score, for the exports' `pairs`.
 
     Raises:
         ArtefactError: If the graph is of another decomposition.
@@ -133,9 +122,7 @@ def attention_pairs(
         nodes = importance[query, of_q][:, None] & importance[key, of_k]
         weight = torch.where(nodes, scores.pairs(layer, head, query, key), 0)
         best = weight.abs().flatten().topk(min(n_pairs, weight.numel())).indices
-        for q, k in zip(
-            *(i.tolist() for i in torch.unravel_index(best, weight.shape)), strict=True
-        ):
+        for q, k in torch.stack(torch.unravel_index(best, weight.shape), 1).tolist():
             if value := float(weight[q, k]):
                 ends = f"{names[0]}:{q}@{query}", f"{names[1]}:{k}@{key}"
                 found.append(AttentionPair(layer, head, query, key, *ends, value))

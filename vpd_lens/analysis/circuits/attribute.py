@@ -28,9 +28,8 @@ from vpd_lens.analysis.circuits.graph import AttributionGraph
 from vpd_lens.analysis.circuits.prune import Circuit
 from vpd_lens.analysis.circuits.prune import prune as find_circuit
 from vpd_lens.analysis.circuits.targets import (
-    LogitDifference,
+    BehaviourTarget,
     Target,
-    Token,
     checked_importance,
     explained_decomposition,
     plain_target,
@@ -117,12 +116,16 @@ def attribute(
         raise InputError(f"batch_size={batch_size}; expected at least 1.")
     if prune is not None and importance is not None:
         raise InputError("prune and importance both say what is important; give one of them.")
-    circuit = None
+    report = None
     if prune is not None:
-        if not isinstance(prune, Circuit):
-            prune = _found(model, tokens, _single(target), prune, progress)
-        circuit, row = prune, _row(model, prune, tokens, _single(target))
-        importance, target = circuit.of_prompt(row), circuit.behaviour.goal(row)
+        alone = isinstance(target, list | tuple) and len(target) == 1
+        goal = plain_target(target[0] if alone else target)  # type: ignore[index]
+        circuit = prune
+        if not isinstance(circuit, Circuit):
+            circuit = _found(model, tokens, goal, circuit, progress)
+        row = _row(model, circuit, tokens, goal)
+        report, importance = circuit.report, circuit.of_prompt(row)
+        target = circuit.behaviour.goal(row)
     logits, inputs = vpd.target(tokens[None])
     if importance is None:
         with torch.no_grad():
@@ -134,27 +137,18 @@ def attribute(
     forward = CutForward(vpd, frozen, through_delta=delta == "through")
     builder = GraphBuilder(forward, tokens, g, threshold, outputs, batch_size, max_edges)
     nodes, edges = builder.build(progress)
-    return AttributionGraph(
-        tokens=tuple(tokens.tolist()),
-        strings=tuple(token_text(model, token) for token in tokens.tolist()),
-        nodes=nodes,
-        edges=edges,
-        outputs=tuple(outputs),
-        settings={
-            "frozen": frozen,
-            "delta": delta,
-            "threshold": threshold,
-            "decomposition": fingerprint(vpd),
-        },
-        circuit=None if circuit is None else circuit.report,
-    )
+    settings = {"frozen": frozen, "delta": delta, "threshold": threshold}
+    settings["decomposition"] = fingerprint(vpd)
+    ids = tuple(tokens.tolist())
+    strings = tuple(token_text(model, token) for token in ids)
+    return AttributionGraph(ids, strings, nodes, edges, tuple(outputs), settings, report)
 
 
 def _found(
     model: nn.Module, tokens: Tensor, target: Any, prune: str | PruneConfig, progress: bool
 ) -> Circuit:
     """The circuit of the behaviour on this prompt."""
-    if target is not None and not isinstance(target, str | int | Token | LogitDifference):
+    if target is not None and not isinstance(target, BehaviourTarget):
         raise InputError(
             f"prune={prune!r} needs one behaviour: a token or a LogitDifference as target, not "
             f"{target!r}."
@@ -178,9 +172,3 @@ def _row(model: nn.Module, circuit: Circuit, tokens: Tensor, target: Any) -> int
         if named != (goal := behaviour.goal(row)):
             raise InputError(f"target={target!r}, but the circuit is of {goal}; leave target out.")
     return row
-
-
-def _single(target: Any) -> Any:
-    """The target in a list of one, and numbers as `int`; anything else as it is."""
-    alone = isinstance(target, list | tuple) and len(target) == 1
-    return plain_target(target[0] if alone else target)

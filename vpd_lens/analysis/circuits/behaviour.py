@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from vpd_lens.analysis.circuits.targets import (
+    BehaviourTarget,
     LogitDifference,
     Token,
-    plain_target,
     prompt_tokens,
     read_tokens,
 )
@@ -23,7 +23,6 @@ from vpd_lens.errors import InputError
 
 Method = Literal["adversarial", "stochastic", "ci"]
 Objective = Literal["ce", "kl", "logit_difference"]
-BehaviourTarget = str | int | Token | LogitDifference
 Prompts = str | Sequence[int] | Sequence[str | Sequence[int]] | Tensor
 
 
@@ -99,8 +98,8 @@ class Behaviour:
 
     def goal(self, row: int) -> Token | LogitDifference:
         """The target of one prompt."""
-        columns = (self.positions, self.target, self.other)
-        position, token, other = (int(column[row]) for column in columns)
+        columns = torch.stack([self.positions, self.target, self.other])
+        position, token, other = columns[:, row].tolist()
         return Token(token, position) if other < 0 else LogitDifference(token, other, position)
 
     @property
@@ -160,10 +159,8 @@ def behaviour_of(
     if not rows or len(given) != len(rows):
         raise InputError(f"{len(rows)} prompts, but {len(given)} targets; give one, or as many.")
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    read = [
-        (len(row), *_read(model, row, goal, objective))
-        for row, goal in zip(rows, given, strict=True)
-    ]
+    goals = zip(rows, given, strict=True)
+    read = [(len(row), *_read(model, row, goal, objective)) for row, goal in goals]
     lengths, positions, first, other = torch.tensor(read, device=tokens.device).unbind(1)
     return Behaviour(tokens, lengths, positions, first, other, objective)
 
@@ -180,12 +177,6 @@ def _read(
     model: nn.Module, row: Tensor, target: BehaviourTarget | None, objective: Objective
 ) -> tuple[int, int, int]:
     """Position, token and the token it is compared with (-1: none)."""
-    target = plain_target(target)
-    if target is not None and not isinstance(target, str | int | Token | LogitDifference):
-        raise InputError(
-            f"target={target!r}; a behaviour is of a token (text, id or Token) or a "
-            "LogitDifference."
-        )
     if isinstance(target, LogitDifference) is not (objective == "logit_difference"):
         raise InputError(
             f"objective={objective!r} with target={target!r}; a LogitDifference goes with "

@@ -53,27 +53,23 @@ class Contributor:
         return (gradient @ self.write.T)[:, at, self.index] * self.weighted
 
 
-@dataclass
-class Targets:
-    """Target nodes, distributed over the rows of backward passes."""
+def packed(
+    numbers: Int[Tensor, "pos C"], one_position: bool
+) -> tuple[Int[Tensor, "row pos"], tuple[Tensor, Tensor, Tensor]]:
+    """Target nodes of some read directions, distributed over few rows of backward passes.
 
-    row: Int[Tensor, " n"]
-    position: Int[Tensor, " n"]
-    column: Int[Tensor, " n"]  # its read direction
-    table: Int[Tensor, "row pos"]  # the node that a source there acts on, or -1
-
-    @classmethod
-    def packed(cls, numbers: Int[Tensor, "pos C"], one_position: bool) -> Targets:
-        """All targets of a matrix, in as few rows as possible."""
-        position, column = (numbers >= 0).nonzero(as_tuple=True)
-        node, order = numbers[position, column], torch.arange(len(position))
-        if one_position:
-            return cls(order, position, column, node[:, None].expand(-1, len(numbers)))
-        count = position.bincount(minlength=len(numbers))
-        row = order - (count.cumsum(0) - count)[position]
-        table = torch.full((int(count.max()), len(numbers)), -1)
-        table[row, position] = node
-        return cls(row, position, column, table)
+    Returns the node that a source in a row acts on (-1: none), and of each target its row, position
+    and column of `numbers`. With `one_position`, no two targets share a row.
+    """
+    position, column = (numbers >= 0).nonzero(as_tuple=True)
+    node, order = numbers[position, column], torch.arange(len(position))
+    if one_position:
+        return node[:, None].expand(-1, len(numbers)), (order, position, column)
+    count = position.bincount(minlength=len(numbers))
+    row = order - (count.cumsum(0) - count)[position]
+    table = torch.full((int(count.max()), len(numbers)), -1)
+    table[row, position] = node
+    return table, (row, position, column)
 
 
 class EdgeCollector:
@@ -90,7 +86,7 @@ class EdgeCollector:
         gradient: Float[Tensor, "row pos d_out"],
         table: Int[Tensor, "row pos"],
     ) -> None:
-        """The edges from some nodes to the targets of some rows; see `Targets.table`."""
+        """The edges from some nodes to the targets of some rows; see `packed`."""
         weight = nodes.weights(gradient).flatten()
         target = table[:, nodes.position].flatten()
         source = nodes.numbers.expand(len(table), -1).flatten()
@@ -152,14 +148,12 @@ class GraphBuilder:
         ]
         columns = [(o.position, o.token_id, o.probability) for o in self.outputs]
         position, index, probability = map(torch.tensor, zip(*columns, strict=True))
-        output_nodes = self._add(
-            "output", "output", position, index, torch.stack(values), probability
-        )
+        outputs = self._add("output", "output", position, index, torch.stack(values), probability)
         matrices = [name for name, count in self.counts.items() if bool(count.any())]
         with Progress("Attributing", len(matrices), show=progress) as bar:
             for name in bar.counting(matrices):
                 self._edges_into_matrix(name)
-        self._edges_into_outputs(output_nodes)
+        self._edges_into_outputs(outputs)
         self.collector.fetch()
         nodes, edges = Nodes.concatenated(self.tables), Edges.concatenated(self.collector.found)
         # What contributes nothing to anything goes, unless it is a subcomponent or an output.
@@ -265,21 +259,25 @@ class GraphBuilder:
         own = self.places[name][0]
         numbers = torch.full(self.importance[name].shape, -1)
         numbers[own.position, own.index.cpu()] = own.numbers  # type: ignore[union-attr]
-        targets = Targets.packed(numbers, self._alone(name))
-        self._edges_into(self.cut.inputs[name], targets, self.vpd.v(name).detach())
+        x, read = self.cut.inputs[name], self.vpd.v(name).detach()
+        self._edges_into(x, numbers, self._alone(name), read)
 
     def _edges_into(
-        self, x: Float[Tensor, "row pos d_in"], targets: Targets, read: Float[Tensor, "d_in C"]
+        self,
+        x: Float[Tensor, "row pos d_in"],
+        numbers: Int[Tensor, "pos C"],
+        alone: bool,
+        read: Float[Tensor, "d_in C"],
     ) -> None:
-        """Edges into target nodes that read `x`."""
+        """Edges into target nodes that read `x`; see `packed`."""
         leaves = list(self.cut.leaves.values())
-        for start in range(0, len(targets.table), self.copies):
-            table = targets.table[start : start + self.copies]
-            here = (targets.row >= start) & (targets.row < start + self.copies)
-            columns = targets.row[here] - start, targets.position[here], targets.column[here]
-            row, position, column = (c.to(x.device) for c in columns)
+        all_rows, columns = packed(numbers, alone)
+        for start in range(0, len(all_rows), self.copies):
+            table = all_rows[start : start + self.copies]
+            here = (columns[0] >= start) & (columns[0] < start + self.copies)
+            row, position, column = (c[here].to(x.device) for c in columns)
             cotangents = torch.zeros_like(x)
-            cotangents[row, position] = read.T[column].to(x.dtype)
+            cotangents[row - start, position] = read.T[column].to(x.dtype)
             gradients = torch.autograd.grad(
                 x, leaves, cotangents, retain_graph=True, allow_unused=True
             )
@@ -290,35 +288,25 @@ class GraphBuilder:
     def _edges_into_outputs(self, numbers: Int[Tensor, " n_outputs"]) -> None:
         streams: dict[int | None, list[tuple[int, int, Tensor]]] = defaultdict(list)
         for node, output in zip(numbers.tolist(), self.outputs, strict=True):
-            vector: Tensor | None = output.vector
-            if output.tokens:
-                self._edges_from_unembed(output, node)
-                vector = self._vector_past_unembed(output)
-            if vector is not None:
-                streams[output.layer].append((node, output.position, vector))
+            vector, position = output.vector, output.position
+            if tokens := list(output.tokens):
+                # From the unembedding's bias and, if it is decomposed, its subcomponents.
+                coefficients = vector.new_tensor(list(output.tokens.values()))
+                width = self.cut.leaves["unembed"].shape[-1]
+                gradient = vector.new_zeros(1, len(self.tokens), width)
+                gradient[0, position, tokens] = coefficients
+                table = torch.full((1, len(self.tokens)), -1)
+                table[0, position] = node
+                for nodes in self.places["unembed"]:
+                    self.collector.add(nodes, gradient, table)
+                if "unembed" in self.forward.decomposed:
+                    if not self.forward.through_delta:
+                        continue
+                    vector = self.vpd.delta("unembed")[:, tokens] @ coefficients
+            streams[output.layer].append((node, position, vector))
         for layer, members in streams.items():
             nodes, positions, vectors = zip(*members, strict=True)
             table = torch.full((len(self.tokens), len(members)), -1)
             table[torch.tensor(positions), torch.arange(len(nodes))] = torch.tensor(nodes)
-            targets = Targets.packed(table, self.forward.mixes_positions)
-            self._edges_into(self._stream(layer), targets, torch.stack(vectors, dim=1))
-
-    def _edges_from_unembed(self, output: Output, node: int) -> None:
-        """From the unembedding's bias and, if it is decomposed, its subcomponents."""
-        unembed = self.cut.leaves["unembed"]
-        gradient = unembed.new_zeros(1, len(self.tokens), unembed.shape[-1], dtype=torch.float32)
-        for token, coefficient in output.tokens.items():
-            gradient[0, output.position, token] = coefficient
-        table = torch.full((1, len(self.tokens)), -1)
-        table[0, output.position] = node
-        for nodes in self.places["unembed"]:
-            self.collector.add(nodes, gradient, table)
-
-    def _vector_past_unembed(self, output: Output) -> Float[Tensor, " d_model"] | None:
-        """What of a logit's vector is not cut at the unembedding; `None` for nothing."""
-        if "unembed" not in self.forward.decomposed:
-            return output.vector
-        if not self.forward.through_delta:
-            return None
-        coefficients = output.vector.new_tensor(list(output.tokens.values()))
-        return self.vpd.delta("unembed")[:, list(output.tokens)] @ coefficients
+            read = torch.stack(vectors, dim=1)
+            self._edges_into(self._stream(layer), table, self.forward.mixes_positions, read)

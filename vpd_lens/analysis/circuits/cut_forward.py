@@ -28,6 +28,7 @@ from vpd_lens.analysis.circuits.linear import LinearNorm, attended, gained, norm
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.errors import InputError, VPDError
 from vpd_lens.sites import Site, find_sites, model_kind
+from vpd_lens.sites.site import move_last
 
 EMBEDDING, POSITIONS = "embed", "embed.position"
 
@@ -45,7 +46,7 @@ class Cut:
         constants: What of a leaf's place does not depend on the input, `[pos, d]` or `[d]`: the
             bias of a matrix or a norm.
         norms: Input and output of each norm.
-        residuals: Residual stream after each block, with graph.
+        residuals: Residual stream after each block by its number, with graph.
         embeddings: Token embeddings `[row, pos, d_model]`.
         positions: What the residual stream begins with beyond those, or `None`.
     """
@@ -54,7 +55,7 @@ class Cut:
     leaves: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    residuals: list[Tensor] = field(default_factory=list)
+    residuals: dict[int, Tensor] = field(default_factory=dict)
     embeddings: Tensor = field(default_factory=lambda: torch.empty(0))
     positions: Tensor | None = None
 
@@ -128,11 +129,7 @@ class CutForward:
         """Every layer's pattern, from a forward of its own: some models show it too late."""
         patterns: dict[str, Tensor] = {}
         layers = [s.name.removesuffix(".o") for s in self.sites if s.name.endswith(".attn.o")]
-
-        def note(prefix: str, pattern: Tensor, hook: Any) -> None:
-            patterns[prefix] = pattern.detach()
-
-        hooks = [(f"{layer}.hook_pattern", partial(note, layer)) for layer in layers]
+        hooks = [(f"{layer}.hook_pattern", keep_in(patterns, layer)) for layer in layers]
         with torch.no_grad(), self.vpd.model.hooks(fwd_hooks=hooks):
             self.vpd.run(None, tokens)
         if missing := [layer for layer in layers if layer not in patterns]:
@@ -152,21 +149,19 @@ class _Pass:
 
     def lens_hooks(self) -> list[tuple[str, Any]]:
         """TransformerLens hooks on the residual stream."""
-        cfg, n_blocks = self.forward.vpd.model.cfg, self.forward.n_blocks
+        n_blocks, residuals = self.forward.n_blocks, self.cut.residuals
         hooks: list[tuple[str, Any]] = [
             ("hook_embed", self.note_embedding),
             ("blocks.0.hook_resid_pre", self.begin),
-            *((f"blocks.{i}.hook_resid_post", self.note_residual) for i in range(n_blocks)),
+            *((f"blocks.{i}.hook_resid_post", keep_in(residuals, i)) for i in range(n_blocks)),
         ]
-        if getattr(cfg, "positional_embedding_type", None) == "shortformer":
+        kind = getattr(self.forward.vpd.model.cfg, "positional_embedding_type", None)
+        if kind == "shortformer":
             hooks.append(("hook_pos_embed", self.begin_beside))
         return hooks
 
     def note_embedding(self, embedding: Tensor, hook: Any) -> None:
         self.cut.embeddings = embedding.detach()
-
-    def note_residual(self, residual: Tensor, hook: Any) -> None:
-        self.cut.residuals.append(residual)
 
     def begin(self, residual: Tensor, hook: Any) -> Tensor:
         """The residual stream begins at a leaf: the token's embedding and what is added to it."""
@@ -236,6 +231,11 @@ class _Pass:
         return leaf
 
 
+def keep_in(store: dict[Any, Tensor], key: Any) -> Callable[[Tensor, Any], None]:
+    """A hook that keeps what it sees, under a key."""
+    return lambda value, hook: store.__setitem__(key, value)
+
+
 def _require_known_parts(model: nn.Module, names: set[str]) -> None:
     for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
         mlp = f"blocks.{index}.mlp"
@@ -261,17 +261,13 @@ def narrowed_unembedding(model: nn.Module, select: Callable[[Tensor], Tensor]) -
     """
     point = find_sites(model, ["unembed"])[0].inputs[-1]
     module = point.module
-    if point.kind == "argument":
-        handles = [module.register_forward_pre_hook(lambda _, args: (select(args[0]), *args[1:]))]
-    else:
-        last = module.register_forward_hook(lambda _, args, x: select(x))
-        # A site's own hook moves itself to the end of the queue; this one goes behind it.
-        behind = module.register_forward_pre_hook(
-            lambda module, args: module._forward_hooks.move_to_end(last.id)
-        )
-        handles = [last, behind]
-    try:
+    with ExitStack() as stack:
+        if point.kind == "argument":
+            narrow = module.register_forward_pre_hook(lambda _, args: (select(args[0]), *args[1:]))
+        else:
+            narrow = module.register_forward_hook(lambda _, args, x: select(x))
+            # A site's own hook moves itself to the end of the queue; this one goes behind it.
+            behind = partial(move_last, narrow.id)
+            stack.callback(module.register_forward_pre_hook(behind).remove)
+        stack.callback(narrow.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -74,16 +74,18 @@ class Patch:
 Edit = Ablate | Scale | Patch
 
 
+# From values `[batch, pos, n]` and their positions to what they become.
+Change = Callable[[Tensor, Int[Tensor, " pos"]], Tensor | float]
+
+
 @dataclass
 class _SiteEdit:
-    """One edit at one site: masks are multiplied by `factor`, or set to 1, or `acts` are given."""
+    """One edit at one hook point of a site."""
 
-    site: str
+    point: str
     columns: Int[Tensor, " n"]
     where: slice | list[int]
-    factor: float | None
-    acts: Float[Tensor, "pos n"] | None = None
-    shift: int = 0
+    change: Change
 
     def at(self, here: Int[Tensor, " pos"]) -> Bool[Tensor, " pos"]:
         """Which positions of a forward it changes."""
@@ -101,16 +103,7 @@ class _SiteEdit:
             return value
         value = value.clone()
         index = slice(None), chosen, self.columns.to(value.device)
-        if self.acts is None:
-            value[index] = 1.0 if self.factor is None else self.factor * value[index]
-            return value
-        source = here[chosen[:, 0]] + self.shift
-        if int(source.min()) < 0 or int(source.max()) >= len(self.acts):
-            raise InputError(
-                f"Patch of {self.site}: position {int(source.max())} is not in the source prompt, "
-                f"which has {len(self.acts)} tokens. Name positions that both prompts have."
-            )
-        value[index] = self.acts[source].to(value.dtype)
+        value[index] = self.change(value[index], here[chosen[:, 0]])
         return value
 
 
@@ -172,9 +165,7 @@ def applied(vpd: Decomposition, parts: Sequence[_SiteEdit]) -> Iterator[None]:
     """Hooks for edits by site and position."""
     model, clock = vpd.model, _Clock(vpd)
     hooks: list[tuple[str, Any]] = [("blocks.0.hook_resid_pre", clock.tick)] if parts else []
-    for part in parts:
-        point = "hook_mask" if part.acts is None else "hook_acts"
-        hooks.append((f"{part.site}.vpd.{point}", partial(part.apply, clock)))
+    hooks += [(part.point, partial(part.apply, clock)) for part in parts]
     with ExitStack() as stack:
         for entry in (model, getattr(model, "original_model", None)):
             if parts and isinstance(entry, nn.Module):
@@ -197,16 +188,35 @@ def resolved(
     """
     parts = []
     for edit in [edits] if isinstance(edits, Edit) else edits:
-        factor = {Ablate: 0.0, Patch: None}.get(type(edit), getattr(edit, "factor", None))
         acts = _source_activations(vpd, edit, prepend_bos) if isinstance(edit, Patch) else {}
         for (site, position), indices in _grouped(vpd, edit).items():
-            columns = sorted(indices)
+            columns = torch.tensor(sorted(indices))
             where = _where(edit, edit.positions if position is None else position, n_positions)
-            part = _SiteEdit(site, torch.tensor(columns), where, factor)
-            parts.append(part)
+            factor = edit.factor if isinstance(edit, Scale) else 0.0
+            changes: dict[str, Change] = {"mask": partial(_scaled, factor)}
             if isinstance(edit, Patch):
-                parts.append(replace(part, acts=acts[site][:, columns], shift=edit.shift))
+                taken = partial(_taken, site, acts[site][:, columns], edit.shift)
+                changes = {"mask": lambda masks, here: 1.0, "acts": taken}
+            for name, change in changes.items():
+                parts.append(_SiteEdit(f"{site}.vpd.hook_{name}", columns, where, change))
     return parts
+
+
+def _scaled(factor: float, masks: Tensor, _here: Tensor) -> Tensor:
+    return factor * masks
+
+
+def _taken(
+    site: str, acts: Float[Tensor, "source n"], shift: int, old: Tensor, here: Int[Tensor, " pos"]
+) -> Float[Tensor, "pos n"]:
+    """Activations of another prompt."""
+    source = here + shift
+    if int(source.min()) < 0 or int(source.max()) >= len(acts):
+        raise InputError(
+            f"Patch of {site}: position {int(source.max())} is not in the source prompt, "
+            f"which has {len(acts)} tokens. Name positions that both prompts have."
+        )
+    return acts[source].to(old.dtype)
 
 
 def _grouped(vpd: Decomposition, edit: Edit) -> dict[tuple[str, int | None], set[int]]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import create_model
 from torch import Tensor
 
 from vpd_lens import storage
 from vpd_lens.analysis.circuits import influence
 from vpd_lens.analysis.circuits.influence import Influence
-from vpd_lens.analysis.circuits.report import CircuitReport
+from vpd_lens.analysis.circuits.prune import CircuitReport
 from vpd_lens.analysis.circuits.tables import Edges, Nodes, subgraph
 from vpd_lens.analysis.circuits.targets import Output
 from vpd_lens.decomposition import Decomposition
@@ -29,17 +28,6 @@ if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.tables import AttentionPair
     from vpd_lens.analysis.harvest import Harvest
 
-_TYPES = get_type_hints(Output)
-# Every field of an output but its vector, which is a tensor of the file beside the record.
-OutputRecord: Any = create_model(
-    "OutputRecord",
-    **{
-        f.name: (_TYPES[f.name], ... if f.default is MISSING else f.default)
-        for f in fields(Output)
-        if f.name != "vector"
-    },
-)
-
 
 class GraphRecord(storage.Record):
     """What a saved graph says in JSON; see `AttributionGraph`."""
@@ -48,7 +36,7 @@ class GraphRecord(storage.Record):
     tokens: tuple[int, ...]
     strings: tuple[str, ...]
     places: tuple[str, ...]
-    outputs: tuple[OutputRecord, ...]  # type: ignore[valid-type]
+    outputs: tuple[Output, ...]
     settings: dict[str, Any]
     circuit: CircuitReport | None
 
@@ -213,7 +201,7 @@ class AttributionGraph:
             tokens=self.tokens,
             strings=self.strings,
             places=self.nodes.places,
-            outputs=tuple(OutputRecord.model_validate(vars(output)) for output in self.outputs),
+            outputs=self.outputs,
             settings=self.settings,
             circuit=self.circuit,
         )
@@ -230,23 +218,18 @@ class AttributionGraph:
         """
         artefact = storage.read(path, GraphRecord)
         record, tensors = artefact.record, artefact.tensors("graph")
+        outputs = record.outputs
         # Columns of a table are of one length, and vectors of outputs of one width.
-        groups = [[f"nodes.{n}" for n in Nodes.columns()], [f"edges.{n}" for n in Edges.columns()]]
-        groups.append([f"outputs.{i}" for i in range(len(record.outputs))])
+        parts = {"nodes": Nodes.columns(), "edges": Edges.columns(), "outputs": range(len(outputs))}
+        groups = [[f"{part}.{name}" for name in names] for part, names in parts.items()]
         none = torch.empty(0)
         expected = {name: tensors.get(g[0], none).shape for g in groups for name in g}
         storage.require_shapes(artefact.folder, tensors, expected)
         nodes, edges, vectors = ([tensors[name] for name in names] for names in groups)
-        outputs = zip(record.outputs, vectors, strict=True)
-        return cls(
-            record.tokens,
-            record.strings,
-            Nodes(record.places, *nodes),
-            Edges(*edges),
-            tuple(Output(vector=vector, **dict(output)) for output, vector in outputs),
-            record.settings,
-            record.circuit,
-        )
+        outputs = tuple(replace(o, vector=v) for o, v in zip(outputs, vectors, strict=True))
+        tables = Nodes(record.places, *nodes), Edges(*edges)
+        about = record.settings, record.circuit
+        return cls(record.tokens, record.strings, *tables, outputs, *about)
 
     def to_networkx(self) -> networkx.DiGraph:
         """As a `networkx.DiGraph`, whose nodes are named as here and have their columns."""

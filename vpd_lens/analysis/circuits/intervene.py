@@ -22,9 +22,9 @@ from vpd_lens.analysis.circuits.targets import (
     token_id,
     token_text,
 )
-from vpd_lens.decomposition import Masks
 from vpd_lens.decomposition.adversary import ascend
 from vpd_lens.decomposition.masks import AnyMasks, uniform_sources
+from vpd_lens.decomposition.modes import masks_of
 from vpd_lens.errors import InputError
 
 Regime = Literal["ablated", "ci", "stochastic", "adversarial"]
@@ -62,11 +62,9 @@ class InterventionResult:
     def top(self, k: int = 5) -> list[tuple[str, float, float]]:
         """The likeliest tokens after the edits: text, probability, and that of the base."""
         p = self._distributions()
-        best = p["edited"].topk(k).indices.tolist()
-        return [
-            (token_text(self.model, token), float(p["edited"][token]), float(p["base"][token]))
-            for token in best
-        ]
+        values, best = p["edited"].topk(k)
+        texts = (token_text(self.model, token) for token in best.tolist())
+        return list(zip(texts, values.tolist(), p["base"][best].tolist(), strict=True))
 
     @property
     def kl(self) -> Float[Tensor, " pos"]:
@@ -147,24 +145,22 @@ def intervene(
     vpd = explained_decomposition(model)
     if regime not in get_args(Regime):
         raise InputError(f"regime={regime!r}; expected one of {', '.join(get_args(Regime))}.")
-    end = None
+    end = -1
     if isinstance(prompt, AttributionGraph):
         if importance is None:
             importance = prompt.importance(vpd)
             end = max(output.position for output in prompt.outputs)
         prompt = list(prompt.tokens)
     tokens = prompt_tokens(model, prompt, prepend_bos)[None]
-    if position is None:
-        position = -1 if end is None else end
-    position = in_prompt(position, tokens.shape[1])
-    if end is not None and position > end:
+    n_positions, n_vocab = tokens.shape[1], int(model.cfg.d_vocab)  # type: ignore[arg-type]
+    position = in_prompt(end if position is None else position, n_positions)
+    if 0 <= end < position:
         raise InputError(
             f"position={position}, but the graph ends at its last output, position {end}; what "
             "comes after has no importances. Give importance=..., or a position in the graph."
         )
-    parts = resolved(vpd, edits, prepend_bos, tokens.shape[1])
+    parts = resolved(vpd, edits, prepend_bos, n_positions)
     asked = [target] if isinstance(target, str | int) else target
-    n_vocab = int(model.cfg.d_vocab)  # type: ignore[arg-type]
     ids = tuple(token_id(model, token, n_vocab) for token in asked)
     with torch.no_grad(), vpd.undisturbed():
         clean = vpd.run(None, tokens)
@@ -172,7 +168,7 @@ def intervene(
         if regime != "ablated":
             g = own = vpd.causal_importance(tokens)
             if importance is not None:
-                g = checked_importance(vpd, importance, tokens.shape[1])[None].to(own)
+                g = checked_importance(vpd, importance, n_positions)[None].to(own)
             generator = torch.Generator(device=g.device).manual_seed(seed)
             sources = uniform_sources(g, vpd.layout, generator)
             if regime == "adversarial":
@@ -182,8 +178,7 @@ def intervene(
 
                 with torch.enable_grad(), vpd.frozen_subcomponents():
                     sources, _ = ascend(divergence, g, sources, steps, step_size, moves=own > 0)
-            no_delta = g.new_zeros(*g.shape[:-1], vpd.layout.n_sites)
-            masks = Masks(g, no_delta) if regime == "ci" else sources.over(g)
+            masks = masks_of("ci", g, vpd.layout) if regime == "ci" else sources.over(g)
         base = vpd.run(masks, tokens)
         with applied(vpd, parts):
             changed = vpd.run(masks, tokens)

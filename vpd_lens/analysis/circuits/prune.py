@@ -14,9 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 from vpd_lens.analysis.circuits.behaviour import (
@@ -27,18 +31,84 @@ from vpd_lens.analysis.circuits.behaviour import (
     behaviour_of,
 )
 from vpd_lens.analysis.circuits.cut_forward import narrowed_unembedding
-from vpd_lens.analysis.circuits.report import CircuitReport
 from vpd_lens.analysis.circuits.targets import explained_decomposition, token_text
 from vpd_lens.config import OptimiserConfig
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.adversary import ascend
 from vpd_lens.decomposition.importance import lower_leaky, upper_leaky
 from vpd_lens.decomposition.masks import AnyMasks, Masks, uniform_sources
+from vpd_lens.decomposition.modes import masks_of
 from vpd_lens.errors import InputError
 from vpd_lens.progress import Progress
 from vpd_lens.training.optimiser import learning_rate
 
 EPS = 1e-6  # keeps the slope of g^p finite at 0
+
+
+class CircuitReport(BaseModel):
+    """Probability of the target token under masks made from a circuit's importances.
+
+    Attributes:
+        targets: The target token of each prompt.
+        method: How the circuit was found.
+        nodes: Subcomponents with an importance above 0, over all positions; mean over prompts.
+        nodes_before: The same count for the importance function itself.
+        nodes_by_site: `nodes`, by site.
+        probability: By kind of mask, of each prompt. `target`: the model itself. `ci`: the
+            importances as masks. `stochastic`: mean over random masks; `stochastic, worst`: the
+            lowest. `adversarial-N`: the worst that up to N sign steps from several starts do,
+            on the sources of what the importance function calls important here, the others
+            random; `adversarial-N, all`: on all sources, deltas included. `ablated`: the target
+            model without the circuit.
+        probability_before: The same with the importance function's importances.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    targets: tuple[str, ...]
+    method: str
+    nodes: float
+    nodes_before: float
+    nodes_by_site: dict[str, float]
+    probability: dict[str, tuple[float, ...]]
+    probability_before: dict[str, tuple[float, ...]]
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Probabilities by kind of mask, mean over prompts."""
+        return {name: fmean(p) for name, p in self.probability.items()}
+
+    @property
+    def mean_before(self) -> dict[str, float]:
+        """Probabilities before pruning by kind of mask, mean over prompts."""
+        return {name: fmean(p) for name, p in self.probability_before.items()}
+
+    def table(self) -> Table:
+        """As a rich table."""
+        table = Table("masks", "circuit", "before pruning", title=f"probability of {self._target}")
+        table.add_row("nodes", f"{self.nodes:.0f}", f"{self.nodes_before:.0f}", end_section=True)
+        before = self.mean_before
+        for name, value in self.mean.items():
+            table.add_row(name, f"{value:.3f}", f"{before[name]:.3f}")
+        table.add_section()
+        for site, n in self.nodes_by_site.items():
+            if n:
+                table.add_row(f"nodes at {site}", f"{n:.0f}")
+        return table
+
+    @property
+    def _target(self) -> str:
+        return ", ".join(map(repr, dict.fromkeys(self.targets)))
+
+    def __str__(self) -> str:
+        console = Console(width=80)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+    def __repr__(self) -> str:
+        held = ", ".join(f"{name} {self.mean[name]:.2f}" for name in ("target", "ci"))
+        return f"CircuitReport({self._target}, {self.method}: {self.nodes:.0f} nodes, {held})"
 
 
 @dataclass
@@ -192,7 +262,7 @@ class _Search:
     def _reconstruction(self) -> Float[Tensor, ""]:
         g, config, layout = self._importance(), self.config, self.vpd.layout
         if config.method == "ci":
-            return self._loss(Masks(g, g.new_zeros(*g.shape[:-1], layout.n_sites)))
+            return self._loss(masks_of("ci", g, layout))
         stochastic = self._loss(uniform_sources(g, layout, self.generator).over(g))
         if config.method == "stochastic":
             return stochastic
@@ -200,7 +270,7 @@ class _Search:
         # adversary may know the prompt.
         start = uniform_sources(g, layout, self.generator)
         steps = config.adversary_steps, config.adversary_step_size
-        sources, _ = ascend(self._distance, g, start, *steps, moves=self.alive)
+        sources, _ = ascend(self._distance, g, start, *steps, self.alive)
         return 0.5 * stochastic + 0.5 * self._loss(sources.over(g))
 
     def _loss(self, masks: AnyMasks) -> Float[Tensor, ""]:
@@ -231,13 +301,12 @@ class _Search:
         """Probability of each prompt's token under every kind of mask; see `CircuitReport`."""
         config, layout, p = self.config, self.vpd.layout, self._probability
         generator = torch.Generator(device=g.device).manual_seed(config.seed + 1)
-        none = g.new_zeros(*g.shape[:-1], layout.n_sites)
-        draws = torch.stack(
-            [p(uniform_sources(g, layout, generator).over(g)) for _ in range(config.draws)]
-        )
+        ci = masks_of("ci", g, layout)
+        random = (uniform_sources(g, layout, generator).over(g) for _ in range(config.draws))
+        draws = torch.stack([p(masks) for masks in random])
         found = {
             "target": self.behaviour.probability(self.clean),
-            "ci": p(Masks(g, none)),
+            "ci": p(ci),
             "stochastic": draws.mean(0),
             "stochastic, worst": draws.min(0).values,
         }
@@ -252,7 +321,7 @@ class _Search:
                         sources, _ = ascend(self._surprise, g, start, steps, size, attacked)
                     worst = torch.minimum(worst, p(sources.over(g)))
                 found[f"adversarial-{steps}{name}"] = worst
-        found["ablated"] = p(Masks(1 - g, none + 1))
+        found["ablated"] = p(Masks(1 - ci.components, 1 - ci.delta))
         return {name: tuple(values.tolist()) for name, values in found.items()}
 
     def _probability(self, masks: AnyMasks) -> Float[Tensor, " prompt"]:

@@ -10,10 +10,11 @@ import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, SupportsIndex
+from typing import Annotated, Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from vpd_lens.decomposition import Decomposition
@@ -60,7 +61,7 @@ class Direction:
     """The residual stream's product with a vector `[d_model]` at a position of the prompt.
 
     The stream is that after block `layer`; with `None`, that after the final norm, where the
-    vectors of tokens are the columns of the unembedding.
+    vectors of tokens are columns of the unembedding.
     """
 
     vector: Any
@@ -69,7 +70,8 @@ class Direction:
     layer: int | None = None
 
 
-Target = str | SupportsIndex | Token | LogitDifference | Direction | TopTokens
+BehaviourTarget = str | int | Token | LogitDifference
+Target = BehaviourTarget | SupportsIndex | Direction | TopTokens
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,12 @@ class Output:
             the likeliest tokens were asked for, otherwise 1.
     """
 
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)
+
     name: str
     position: int
-    vector: Float[Tensor, " d_model"]
+    # Of a saved graph it is among the tensors beside the record.
+    vector: Annotated[Float[Tensor, " d_model"], Field(exclude=True, default=None)]
     bias: float
     tokens: dict[int, float]
     layer: int | None
@@ -111,11 +116,10 @@ def resolve_targets(
         InputError: If a target is not one token, a position is not in the prompt, or a vector
             has the wrong size.
     """
-    if targets is None:
-        targets = TopTokens()
-    several = list(targets) if isinstance(targets, list | tuple) else [targets]
+    targets = TopTokens() if targets is None else targets
+    several = targets if isinstance(targets, list | tuple) else [targets]
     resolver = _Resolver(model, logits.float().softmax(-1), *unembed)
-    outputs = [output for target in several for output in resolver.outputs(plain_target(target))]
+    outputs = [output for target in several for output in resolver.outputs(target)]
     if not outputs:
         raise InputError("target is empty; name at least one token, or leave it out.")
     # The same logit twice is one node; directions are told apart by their order.
@@ -148,29 +152,21 @@ class _Resolver:
             return self._top(target)
         if isinstance(target, Direction):
             return [self._direction(target)]
-        if isinstance(target, bool) or not isinstance(target, str | int | Token | LogitDifference):
-            raise InputError(
-                f"target={target!r} is not a token (text or id), Token, LogitDifference, "
-                "Direction or TopTokens."
-            )
         position, token, other = read_tokens(self.model, target, *self.probabilities.shape)
         return [self._logit(position, {token: 1.0} if other < 0 else {token: 1.0, other: -1.0})]
 
     def _logit(self, position: int, tokens: dict[int, float]) -> Output:
-        name = " - ".join(token_text(self.model, token) for token in tokens)
-        weight = self.weight.float()[:, list(tokens)]
+        name, ids = " - ".join(token_text(self.model, token) for token in tokens), list(tokens)
+        weight = self.weight.float()[:, ids]
         coefficients = weight.new_tensor(list(tokens.values()))
-        bias = 0.0
-        if self.bias is not None:
-            bias = float(self.bias.float()[list(tokens)] @ coefficients)
+        bias = 0.0 if self.bias is None else float(self.bias.float()[ids] @ coefficients)
         probability = float(self.probabilities[position, next(iter(tokens))])
         return Output(name, position, weight @ coefficients, bias, tokens, None, probability)
 
     def _top(self, target: TopTokens) -> list[Output]:
-        where, outputs = range(len(self.probabilities)), []
-        if target.position is not None:
-            where = [in_prompt(target.position, len(where))]
-        for position in where:
+        n_positions, outputs = len(self.probabilities), []
+        one = None if target.position is None else in_prompt(target.position, n_positions)
+        for position in range(n_positions) if one is None else [one]:
             p, ids = self.probabilities[position].sort(descending=True)
             wanted = (p.cumsum(0) - p < target.mass) & (p >= target.at_least)
             wanted[0] = True
@@ -194,13 +190,19 @@ class _Resolver:
 
 
 def read_tokens(
-    model: nn.Module, target: str | int | Token | LogitDifference, n_positions: int, n_vocab: int
+    model: nn.Module, target: Any, n_positions: int, n_vocab: int
 ) -> tuple[int, int, int]:
     """Position, token, and the token whose logit is taken off (-1: none).
 
     Raises:
         InputError: If something is not one token, or the position is not in the prompt.
     """
+    target = plain_target(target)
+    if isinstance(target, bool) or not isinstance(target, BehaviourTarget):
+        raise InputError(
+            f"target={target!r}; expected a token (text or id), Token or LogitDifference, or, "
+            "where no behaviour is pruned to, Direction or TopTokens."
+        )
     if isinstance(target, str | int):
         target = Token(target)
     token, other = token_id(model, target.token, n_vocab), -1
