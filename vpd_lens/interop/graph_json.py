@@ -123,14 +123,10 @@ def graph_json(
     nodes = _nodes(graph, numbers)
     ids = [node["node_id"] for node in nodes]
     links = (getattr(graph.edges, name).tolist() for name in graph.edges.columns())
+    first = next(node["node_id"] for node in nodes if node["is_target_logit"])
+    view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": first, "sg_pos": ""}
     data = {
-        "qParams": {
-            "pinnedIds": [],
-            "supernodes": [],
-            "linkType": "both",
-            "clickedId": next(n["node_id"] for n in nodes if n["is_target_logit"]),
-            "sg_pos": "",
-        },
+        "qParams": view,
         "nodes": nodes,
         "links": [
             {"source": ids[source], "target": ids[target], "weight": weight}

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,19 +67,9 @@ def payload(graph: AttributionGraph, harvest: Harvest | None = None) -> dict[str
     used = nodes.place.unique()
     strongest = graph.edges.weight.abs().argsort(descending=True, stable=True)[:MAX_EDGES]
     edges = graph.edges.where(strongest)
-    scores = {
-        "completeness": graph.completeness(),
-        "replacement": influence.replacement,
-        "completeness_score": influence.completeness,
-    }
-    figures = {
-        **{name: getattr(nodes, name) for name in ("activation", "importance")},
-        "influence": influence.nodes,
-        "cumulative": influence.cumulative,
-    }
     # The same for the same nodes, so that groups outlive a new page of the same graph.
     text = "\0".join([*graph.strings, *nodes.names()]).encode("utf-8", "surrogatepass")
-    return {
+    data = {
         "hash": hashlib.sha256(text).hexdigest()[:16],
         "tokens": list(graph.strings),
         "rows": [_row(nodes.places[place]) for place in used.tolist()],
@@ -91,19 +80,23 @@ def payload(graph: AttributionGraph, harvest: Harvest | None = None) -> dict[str
             "row": torch.searchsorted(used, nodes.place).tolist(),
             "position": nodes.position.tolist(),
             "index": nodes.index.tolist(),
-            **{name: _rounded(column.tolist()) for name, column in figures.items()},
+            "activation": nodes.activation.tolist(),
+            "importance": nodes.importance.tolist(),
+            "influence": influence.nodes.tolist(),
+            "cumulative": influence.cumulative.tolist(),
         },
         "outputs": _outputs(graph),
-        "edges": {
-            "source": edges.source.tolist(),
-            "target": edges.target.tolist(),
-            "weight": _rounded(edges.weight.tolist()),
-        },
+        "edges": {name: getattr(edges, name).tolist() for name in edges.columns()},
         "n_edges": graph.n_edges,
-        "scores": {name: _round(score) for name, score in scores.items()},
-        "settings": {k: graph.settings.get(k) for k in ("frozen", "delta", "threshold")},
+        "scores": {
+            "completeness": graph.completeness(),
+            "replacement": influence.replacement,
+            "completeness_score": influence.completeness,
+        },
         "cards": {} if harvest is None else _cards(graph, harvest),
     }
+    settings = {name: graph.settings.get(name) for name in ("frozen", "delta", "threshold")}
+    return _rounded(data) | {"settings": settings}
 
 
 def _row(place: str) -> dict[str, str]:
@@ -120,7 +113,7 @@ def _outputs(graph: AttributionGraph) -> list[dict[str, Any]]:
             "node": number,
             "text": output.name,
             # Of a difference or a direction there is none.
-            "probability": _round(output.probability) if output.token_id >= 0 else None,
+            "probability": output.probability if output.token_id >= 0 else None,
         }
         for number, output in zip(numbers, graph.outputs, strict=True)
     ]
@@ -132,33 +125,19 @@ def _cards(graph: AttributionGraph, harvest: Harvest) -> dict[str, dict[str, Any
     own = graph.nodes.where(graph.nodes.of_kind("subcomponent"))
     found = torch.stack([own.place, own.index], 1).unique(dim=0).tolist()
     cards = {(own.places[p], index): harvest.card(own.places[p], index) for p, index in found}
-    return {f"{s}:{i}": _card(card) for (s, i), card in cards.items() if card is not None}
-
-
-def _card(card: dict[str, Any]) -> dict[str, Any]:
-    examples = [
-        {
-            "tokens": list(example["tokens"]),
-            "importance": _rounded(example["importance"], 3),
-            "activation": _rounded(example["activation"], 3),
-            "focus": int(example["focus"]),
-        }
-        for example in card["examples"]
-    ]
-    tables = {
-        key: [
-            {"token": row["token"], "recall": _round(row["recall"]), "pmi": _round(row["pmi"])}
-            for row in card[key]
-        ]
-        for key in ("input_tokens", "output_tokens")
+    return {
+        f"{site}:{index}": card | {"examples": _rounded(card["examples"], 3)}
+        for (site, index), card in cards.items()
+        if card is not None
     }
-    figures = {key: _round(card[key]) for key in ("density", "mean_importance")}
-    return {**figures, "examples": examples, **tables}
 
 
-def _rounded(values: Iterable[float], digits: int = 4) -> list[float | None]:
-    return [_round(value, digits) for value in values]
-
-
-def _round(value: float, digits: int = 4) -> float | None:
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+def _rounded(value: Any, digits: int = 4) -> Any:
+    """With few digits in all floats, which are `None` where they are not finite."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _rounded(part, digits) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(part, digits) for part in value]
+    return value

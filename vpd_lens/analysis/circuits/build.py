@@ -222,15 +222,12 @@ class GraphBuilder:
 
     def _constants(self, place: str) -> dict[str, Float[Tensor, "pos d"]]:
         """What goes into a place's output whatever the subcomponents do, by kind of node."""
-        if place == EMBEDDING:
-            rest = self.cut.positions
-            found = {"embedding": self.cut.embeddings[0].float()}
-            return found if rest is None else found | {"position": rest[0].float()}
+        found = {"embedding": self.cut.embeddings[0].float()} if place == EMBEDDING else {}
         constant = self.cut.constants.get(place)
-        if constant is None or not bool(constant.any()):
-            return {}
-        kind = "position" if place == POSITIONS else "bias"
-        return {kind: constant.float().expand(len(self.tokens), -1)}
+        if constant is not None and bool(constant.any()):
+            kind = "position" if place in (EMBEDDING, POSITIONS) else "bias"
+            found[kind] = constant.float().expand(len(self.tokens), -1)
+        return found
 
     def _add(
         self,

@@ -44,11 +44,10 @@ class Cut:
             bias, and to the residual stream's beginning (`embed`); gradients end there. That of
             `unembed` has one position, since no matrix comes after it.
         constants: What of a leaf's place does not depend on the input, `[pos, d]` or `[d]`: the
-            bias of a matrix or a norm.
+            bias of a matrix or a norm; what is added to the token embeddings.
         norms: Input and output of each norm.
         residuals: Residual stream after each block by its number, with graph.
         embeddings: Token embeddings `[row, pos, d_model]`.
-        positions: What the residual stream begins with beyond those, or `None`.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -57,7 +56,6 @@ class Cut:
     norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     residuals: dict[int, Tensor] = field(default_factory=dict)
     embeddings: Tensor = field(default_factory=lambda: torch.empty(0))
-    positions: Tensor | None = None
 
 
 class CutForward:
@@ -168,9 +166,7 @@ class _Pass:
         start = residual.detach()
         if self.cut.embeddings.shape != start.shape:
             self.cut.embeddings = start
-        rest = start - self.cut.embeddings
-        self.cut.positions = rest if bool(rest.any()) else None
-        return start + self._leaf(EMBEDDING, start)
+        return start + self._leaf(EMBEDDING, start, (start - self.cut.embeddings)[0])
 
     def begin_beside(self, positions: Tensor, hook: Any) -> Tensor:
         """Position embeddings that only q and k see, and the residual stream never holds."""

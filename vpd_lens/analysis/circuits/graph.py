@@ -184,8 +184,9 @@ class AttributionGraph:
                 "prompt again with vpd_lens.attribute."
             )
         g = torch.zeros(len(self.tokens), vpd.layout.total)
-        starts = {name: vpd.layout.columns(name).start for name in vpd.layout.names}
-        start = torch.tensor([starts.get(place, 0) for place in self.nodes.places])
+        names = vpd.layout.names
+        starts = [vpd.layout.columns(p).start if p in names else 0 for p in self.nodes.places]
+        start = torch.tensor(starts)
         chosen = self.nodes.where(self.nodes.of_kind("subcomponent"))
         g[chosen.position, start[chosen.place] + chosen.index] = chosen.importance
         return g.to(vpd.device)
@@ -197,14 +198,8 @@ class AttributionGraph:
             ArtefactError: If something else is there, or the disk does not take it.
             InputError: If `settings` has values that JSON has not.
         """
-        record = GraphRecord(
-            tokens=self.tokens,
-            strings=self.strings,
-            places=self.nodes.places,
-            outputs=self.outputs,
-            settings=self.settings,
-            circuit=self.circuit,
-        )
+        own = {name: value for name, value in vars(self).items() if name not in ("nodes", "edges")}
+        record = GraphRecord(places=self.nodes.places, **own)
         vectors = {f"outputs.{i}": output.vector for i, output in enumerate(self.outputs)}
         tensors = self.nodes.named("nodes") | self.edges.named("edges") | vectors
         return storage.write(path, record, {"graph": tensors})
@@ -226,10 +221,9 @@ class AttributionGraph:
         expected = {name: tensors.get(g[0], none).shape for g in groups for name in g}
         storage.require_shapes(artefact.folder, tensors, expected)
         nodes, edges, vectors = ([tensors[name] for name in names] for names in groups)
-        outputs = tuple(replace(o, vector=v) for o, v in zip(outputs, vectors, strict=True))
-        tables = Nodes(record.places, *nodes), Edges(*edges)
-        about = record.settings, record.circuit
-        return cls(record.tokens, record.strings, *tables, outputs, *about)
+        own = dict(record)
+        own["outputs"] = tuple(map(lambda o, v: replace(o, vector=v), outputs, vectors))
+        return cls(nodes=Nodes(own.pop("places"), *nodes), edges=Edges(*edges), **own)
 
     def to_networkx(self) -> networkx.DiGraph:
         """As a `networkx.DiGraph`, whose nodes are named as here and have their columns."""

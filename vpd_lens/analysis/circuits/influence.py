@@ -54,8 +54,8 @@ def influence(nodes: Nodes, edges: Edges, weights: Weights) -> Influence:
     shares /= edges.target.bincount(shares, minlength=len(nodes)).clamp(min=1e-30)[edges.target]
     total = weight + _along_paths(weight, shares, edges, nodes)
     others = total.masked_fill(nodes.of_kind("output"), 0)
-    order = others.argsort(descending=True, stable=True)
-    sums, cumulative = others[order].cumsum(0), torch.empty_like(others)
+    ordered, order = others.sort(descending=True, stable=True)
+    sums, cumulative = ordered.cumsum(0), torch.empty_like(others)
     cumulative[order] = sums / sums[-1:].clamp(min=1e-30)
     cumulative[nodes.of_kind("output")] = 0
     error, begin = nodes.of_kind("error", "delta"), nodes.of_kind("embedding", "position", "bias")
@@ -77,10 +77,7 @@ def kept_by_influence(
     """The nodes that hold a share of all influence, and then the edges that do.
 
     Embeddings and outputs are always kept; a node without an edge towards an output is not, nor
-    a subcomponent that nothing reaches.
-
-    Raises:
-        InputError: If a threshold is not in (0, 1].
+    a subcomponent that nothing reaches. An `InputError` if a threshold is not in (0, 1].
     """
     for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
         if not 0 < value <= 1:
@@ -138,8 +135,8 @@ def _holding(
 ) -> Bool[Tensor, " n"]:
     """The largest of some values that together hold a share of their sum."""
     held = torch.where(among, values.double(), 0)
-    order = held.argsort(descending=True, stable=True)
-    before = held[order].cumsum(0) - held[order]
+    ordered, order = held.sort(descending=True, stable=True)
+    before = ordered.cumsum(0) - ordered
     keep = torch.zeros_like(among)
     keep[order] = before < share * held.sum()
     return keep & among & (held > 0)
