@@ -69,11 +69,8 @@ def to_circuit_tracer(
     else:
         _write_features(folder / "features" / slug, graph, axis, harvest)
     columns = graph.nodes.lists()
-    rows = zip(*columns.values(), strict=True)
-    nodes = {
-        node["node_id"]: dict(zip(columns, row, strict=True))
-        for node, row in zip(data["nodes"], rows, strict=True)
-    }
+    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    nodes = {node["node_id"]: row for node, row in zip(data["nodes"], rows, strict=True)}
     _write(folder / f"{slug}.vpd.json", {"settings": graph.settings, "nodes": nodes})
     _write(folder / f"{slug}.json", {"metadata": about, **data})
     _write(folder / INDEX, index)
@@ -112,8 +109,7 @@ def _feature(number: int, name: str, card: dict[str, Any]) -> dict[str, Any]:
         {
             # The viewers colour from 0 up; what is unimportant at a token does nothing.
             "tokens_acts_list": [
-                importance * abs(activation)
-                for importance, activation in zip(e["importance"], e["activation"], strict=True)
+                g * abs(a) for g, a in zip(e["importance"], e["activation"], strict=True)
             ],
             "train_token_ind": e["focus"],
             "is_repeated_datapoint": False,

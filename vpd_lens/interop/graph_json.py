@@ -125,14 +125,11 @@ def graph_json(
     links = (getattr(graph.edges, name).tolist() for name in graph.edges.columns())
     first = next(node["node_id"] for node in nodes if node["is_target_logit"])
     view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": first, "sg_pos": ""}
-    data = {
-        "qParams": view,
-        "nodes": nodes,
-        "links": [
-            {"source": ids[source], "target": ids[target], "weight": weight}
-            for source, target, weight in zip(*links, strict=True)
-        ],
-    }
+    data: dict[str, Any] = {"qParams": view, "nodes": nodes}
+    data["links"] = [
+        {"source": ids[source], "target": ids[target], "weight": weight}
+        for source, target, weight in zip(*links, strict=True)
+    ]
     if pairs is not None:
         known = dict(zip(graph.nodes.names(), nodes, strict=True))
         data["qk_only_nodes"] = _trace_pairs(known, pairs, numbers)
@@ -140,12 +137,10 @@ def graph_json(
 
 
 def _require_finite(graph: AttributionGraph, pairs: Sequence[AttentionPair]) -> None:
-    columns = {
-        "activations": graph.nodes.activation,
-        "edges": graph.edges.weight,
-        "attention pairs": torch.tensor([pair.weight for pair in pairs]),
-    }
-    for name, column in columns.items():
+    weights = torch.tensor([pair.weight for pair in pairs])
+    names = "activations", "edges", "attention pairs"
+    columns = graph.nodes.activation, graph.edges.weight, weights
+    for name, column in zip(names, columns, strict=True):
         if count := int((~column.isfinite()).sum()):
             raise InputError(
                 f"{count} {name} of this graph are not finite, and JSON has no such numbers. Look "

@@ -21,22 +21,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vpd_lens.analysis.circuits import targets
 from vpd_lens.analysis.circuits.behaviour import Method, PruneConfig, behaviour_of
 from vpd_lens.analysis.circuits.build import GraphBuilder
 from vpd_lens.analysis.circuits.cut_forward import CutForward
 from vpd_lens.analysis.circuits.graph import AttributionGraph
 from vpd_lens.analysis.circuits.prune import Circuit
 from vpd_lens.analysis.circuits.prune import prune as find_circuit
-from vpd_lens.analysis.circuits.targets import (
-    BehaviourTarget,
-    Target,
-    checked_importance,
-    explained_decomposition,
-    plain_target,
-    prompt_tokens,
-    resolve_targets,
-    token_text,
-)
 from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import InputError
@@ -50,7 +41,7 @@ DeltaPath = Literal["node", "through"]
 def attribute(
     model: nn.Module,
     prompt: str | Sequence[int] | Tensor,
-    target: Target | Sequence[Target] | None = None,
+    target: targets.Target | Sequence[targets.Target] | None = None,
     *,
     prune: str | PruneConfig | Circuit | None = None,
     importance: Float[Tensor, "pos C_total"] | None = None,
@@ -108,8 +99,8 @@ def attribute(
     Examples:
         >>> graph = vpd_lens.attribute(model, "for i in", target=" range")  # doctest: +SKIP
     """
-    vpd = explained_decomposition(model)
-    tokens = prompt_tokens(model, prompt, prepend_bos)
+    vpd = targets.explained_decomposition(model)
+    tokens = targets.prompt_tokens(model, prompt, prepend_bos)
     if delta not in get_args(DeltaPath):
         raise InputError(f"delta={delta!r}; expected 'node' or 'through'.")
     if batch_size < 1:
@@ -118,12 +109,12 @@ def attribute(
         raise InputError("prune and importance both say what is important; give one of them.")
     report = None
     if prune is not None:
-        alone = isinstance(target, list | tuple) and len(target) == 1
-        goal = plain_target(target[0] if alone else target)  # type: ignore[index]
+        if isinstance(target, list | tuple) and len(target) == 1:
+            target = target[0]
         circuit = prune
         if not isinstance(circuit, Circuit):
-            circuit = _found(model, tokens, goal, circuit, progress)
-        row = _row(model, circuit, tokens, goal)
+            circuit = _found(model, tokens, target, circuit, progress)
+        row = _row(model, circuit, tokens, target)
         report, importance = circuit.report, circuit.of_prompt(row)
         target = circuit.behaviour.goal(row)
     logits, inputs = vpd.target(tokens[None])
@@ -131,16 +122,16 @@ def attribute(
         with torch.no_grad():
             g = lower_leaky(vpd.pre_importance(inputs))[0]
     else:
-        g = checked_importance(vpd, importance, len(tokens))
+        g = targets.checked_importance(vpd, importance, len(tokens))
     unembed = find_sites(model, ["unembed"])[0]
-    outputs = resolve_targets(model, target, logits[0], (unembed.weight, unembed.bias))
+    outputs = targets.resolve_targets(model, target, logits[0], (unembed.weight, unembed.bias))
     forward = CutForward(vpd, frozen, through_delta=delta == "through")
     builder = GraphBuilder(forward, tokens, g, threshold, outputs, batch_size, max_edges)
     nodes, edges = builder.build(progress)
     settings = {"frozen": frozen, "delta": delta, "threshold": threshold}
     settings["decomposition"] = fingerprint(vpd)
     ids = tuple(tokens.tolist())
-    strings = tuple(token_text(model, token) for token in ids)
+    strings = tuple(targets.token_text(model, token) for token in ids)
     return AttributionGraph(ids, strings, nodes, edges, tuple(outputs), settings, report)
 
 
@@ -148,7 +139,7 @@ def _found(
     model: nn.Module, tokens: Tensor, target: Any, prune: str | PruneConfig, progress: bool
 ) -> Circuit:
     """The circuit of the behaviour on this prompt."""
-    if target is not None and not isinstance(target, BehaviourTarget):
+    if isinstance(target, list | tuple | targets.Direction | targets.TopTokens):
         raise InputError(
             f"prune={prune!r} needs one behaviour: a token or a LogitDifference as target, not "
             f"{target!r}."

@@ -149,12 +149,12 @@ def behaviour_of(
     objective: Objective,
     prepend_bos: bool | None = None,
 ) -> Behaviour:
-    """Read prompts and the target of each; `None` is the model's likeliest token.
-
-    Raises:
-        InputError: If prompts and targets do not fit each other, the model or the objective.
-    """
-    rows = [prompt_tokens(model, prompt, prepend_bos) for prompt in _as_list(prompts)]
+    """Read prompts and the target of each; `None` is the model's likeliest token."""
+    if isinstance(prompts, Tensor):
+        one = prompts.ndim != 2
+    else:
+        one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+    rows = [prompt_tokens(model, p, prepend_bos) for p in ([prompts] if one else prompts)]
     given = list(target) if isinstance(target, list | tuple) else [target] * len(rows)
     if not rows or len(given) != len(rows):
         raise InputError(f"{len(rows)} prompts, but {len(given)} targets; give one, or as many.")
@@ -163,14 +163,6 @@ def behaviour_of(
     read = [(len(row), *_read(model, row, goal, objective)) for row, goal in goals]
     lengths, positions, first, other = torch.tensor(read, device=tokens.device).unbind(1)
     return Behaviour(tokens, lengths, positions, first, other, objective)
-
-
-def _as_list(prompts: Prompts) -> list[Any]:
-    if isinstance(prompts, Tensor):
-        return list(prompts) if prompts.ndim == 2 else [prompts]
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]
-    return list(prompts)
 
 
 def _read(

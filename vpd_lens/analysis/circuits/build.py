@@ -104,11 +104,7 @@ class EdgeCollector:
 
 
 class GraphBuilder:
-    """Builds the graph of one prompt, up to its last output; see `attribute` for the settings.
-
-    Raises:
-        InputError: If the graph may become too large.
-    """
+    """Builds the graph of one prompt, up to its last output; see `attribute` for the settings."""
 
     def __init__(
         self,

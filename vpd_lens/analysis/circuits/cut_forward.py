@@ -38,11 +38,11 @@ class Cut:
     """One forward of a prompt or a batch, cut at the decomposed matrices.
 
     Attributes:
-        inputs: Input of each matrix by its name, with graph, `[row, pos, d_in]`; the rows are
-            copies of the prompt, or the batch. `unembed` is always there.
-        leaves: Zeros added to the output of each matrix (decomposed or not), to each norm with a
-            bias, and to the residual stream's beginning (`embed`); gradients end there. That of
-            `unembed` has one position, since no matrix comes after it.
+        inputs: Input of each matrix, and of `unembed`, with graph, `[row, pos, d_in]`; the rows are
+            copies of the prompt, or the batch.
+        leaves: Zeros added to the output of each matrix, to each norm with a bias, and to the
+            residual stream's beginning (`embed`); gradients end there. That of `unembed` has one
+            position, since no matrix comes after it.
         constants: What of a leaf's place does not depend on the input, `[pos, d]` or `[d]`: the
             bias of a matrix or a norm; what is added to the token embeddings.
         norms: Input and output of each norm.
@@ -64,9 +64,6 @@ class CutForward:
     `frozen` holds the norms' scales, the attention patterns and every neuron's gain at their values
     on the prompt, so that what is between two cuts is linear. With `through_delta` gradients pass
     through the deltas.
-
-    Raises:
-        InputError: If the model is not a transformer of TransformerLens.
     """
 
     def __init__(self, vpd: Decomposition, frozen: bool, through_delta: bool) -> None:
@@ -81,8 +78,14 @@ class CutForward:
         self.sites = [own.get(s.name, s) for s in find_sites(vpd.model, r".")]
         self.decomposed = set(own)
         self.n_blocks = len(vpd.model.blocks)  # type: ignore[arg-type]
-        if frozen:
-            _require_known_parts(vpd.model, {site.name for site in self.sites})
+        names = {site.name for site in self.sites}
+        for i, block in enumerate(vpd.model.blocks):  # type: ignore[arg-type]
+            mlp = f"blocks.{i}.mlp"
+            if frozen and block._modules.get("mlp") is not None and f"{mlp}.out" not in names:
+                raise InputError(
+                    f"frozen=True: {mlp} is no MLP of two or three matrices (a mixture of "
+                    "experts?), so it has no linear form. Use frozen=False."
+                )
         attention = {f"blocks.{i}.attn.o" for i in range(self.n_blocks)}
         self.mixes_positions = through_delta or not attention <= self.decomposed
         with vpd.undisturbed():
@@ -92,10 +95,7 @@ class CutForward:
             ]
 
     def __call__(
-        self,
-        tokens: Int[Tensor, "*row pos"],
-        rows: int = 1,
-        hooks: Sequence[tuple[str, Any]] = (),
+        self, tokens: Int[Tensor, "*row pos"], rows: int = 1, hooks: Sequence[tuple[str, Any]] = ()
     ) -> Cut:
         """Run the target model on a batch, or on `rows` copies of a prompt.
 
@@ -147,16 +147,13 @@ class _Pass:
 
     def lens_hooks(self) -> list[tuple[str, Any]]:
         """TransformerLens hooks on the residual stream."""
-        n_blocks, residuals = self.forward.n_blocks, self.cut.residuals
         hooks: list[tuple[str, Any]] = [
-            ("hook_embed", self.note_embedding),
-            ("blocks.0.hook_resid_pre", self.begin),
-            *((f"blocks.{i}.hook_resid_post", keep_in(residuals, i)) for i in range(n_blocks)),
+            (f"blocks.{i}.hook_resid_post", keep_in(self.cut.residuals, i))
+            for i in range(self.forward.n_blocks)
         ]
+        hooks += [("hook_embed", self.note_embedding), ("blocks.0.hook_resid_pre", self.begin)]
         kind = getattr(self.forward.vpd.model.cfg, "positional_embedding_type", None)
-        if kind == "shortformer":
-            hooks.append(("hook_pos_embed", self.begin_beside))
-        return hooks
+        return hooks + [("hook_pos_embed", self.begin_beside)] * (kind == "shortformer")
 
     def note_embedding(self, embedding: Tensor, hook: Any) -> None:
         self.cut.embeddings = embedding.detach()
@@ -230,16 +227,6 @@ class _Pass:
 def keep_in(store: dict[Any, Tensor], key: Any) -> Callable[[Tensor, Any], None]:
     """A hook that keeps what it sees, under a key."""
     return lambda value, hook: store.__setitem__(key, value)
-
-
-def _require_known_parts(model: nn.Module, names: set[str]) -> None:
-    for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
-        mlp = f"blocks.{index}.mlp"
-        if block._modules.get("mlp") is not None and f"{mlp}.out" not in names:
-            raise InputError(
-                f"frozen=True: {mlp} is no MLP of two or three matrices (a mixture of experts?), "
-                "so it has no linear form. Use frozen=False."
-            )
 
 
 def _same_value(value: Tensor, linear: Tensor | None) -> Tensor:

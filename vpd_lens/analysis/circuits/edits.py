@@ -7,6 +7,7 @@ other hooks and generation like any hook does.
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vpd_lens.analysis.circuits.targets import explained_decomposition, prompt_tokens
@@ -84,26 +85,17 @@ class _SiteEdit:
 
     point: str
     columns: Int[Tensor, " n"]
-    where: slice | list[int]
+    where: range | list[int]
     change: Change
-
-    def at(self, here: Int[Tensor, " pos"]) -> Bool[Tensor, " pos"]:
-        """Which positions of a forward it changes."""
-        if not isinstance(self.where, slice):
-            return torch.isin(here, torch.tensor(self.where, device=here.device))
-        start, step = self.where.start or 0, self.where.step or 1
-        stop = torch.inf if self.where.stop is None else self.where.stop
-        return (here >= start) & (here < stop) & ((here - start) % step == 0)
 
     def apply(self, clock: _Clock, value: Tensor, hook: Any) -> Tensor:
         """Change some columns of `[batch, pos, C]` at the positions that this forward holds."""
-        here = clock.offset + torch.arange(value.shape[1], device=value.device)
-        chosen = self.at(here).nonzero()
-        if len(chosen) == 0:
+        chosen = [i for i in range(value.shape[1]) if clock.offset + i in self.where]
+        if not chosen:
             return value
-        value = value.clone()
-        index = slice(None), chosen, self.columns.to(value.device)
-        value[index] = self.change(value[index], here[chosen[:, 0]])
+        value, here = value.clone(), torch.tensor(chosen)
+        index = slice(None), here[:, None], self.columns
+        value[index] = self.change(value[index], clock.offset + here)
         return value
 
 
@@ -181,11 +173,7 @@ def resolved(
     prepend_bos: bool | None,
     n_positions: int | None = None,
 ) -> list[_SiteEdit]:
-    """Edits by site and position; of a prompt of `n_positions`, only at positions that it has.
-
-    Raises:
-        InputError: If a subcomponent or position does not exist.
-    """
+    """Edits by hook point; of a prompt of `n_positions`, only at positions that it has."""
     parts = []
     for edit in [edits] if isinstance(edits, Edit) else edits:
         acts = _source_activations(vpd, edit, prepend_bos) if isinstance(edit, Patch) else {}
@@ -221,10 +209,22 @@ def _taken(
 
 def _grouped(vpd: Decomposition, edit: Edit) -> dict[tuple[str, int | None], set[int]]:
     """Subcomponents by site and by the position in their names, if there is one."""
-    names = edit.subcomponents
-    groups: dict[tuple[str, int | None], set[int]] = defaultdict(set)
+    names, groups = edit.subcomponents, defaultdict(set)
+    sizes = dict(zip(vpd.layout.names, vpd.layout.sizes, strict=True))
     for name in [names] if isinstance(names, str) else names:
-        site, index, position = _parsed(vpd, name)
+        match = re.fullmatch(r"(.+):(\d+)(?:@(\d+))?", name)
+        if match is None:
+            raise InputError(
+                f"{name!r} is no subcomponent; names are like 'blocks.0.mlp.in:31' (site:index) or "
+                "'blocks.0.mlp.in:31@5' (at a position)."
+            )
+        site, index, position = match[1], int(match[2]), None if match[3] is None else int(match[3])
+        if site not in sizes:
+            raise InputError(f"{name!r}: no site {site!r}; sites: {list(sizes)}.")
+        if index >= sizes[site]:
+            raise InputError(
+                f"{name!r}: {site} has {sizes[site]} subcomponents, 0 to {sizes[site] - 1}."
+            )
         if position is not None and edit.positions is not None:
             raise InputError(f"{name!r} names a position, and positions={edit.positions!r} too.")
         groups[site, position].add(index)
@@ -242,35 +242,16 @@ def _source_activations(
     return {name: x[0].float() @ v.float() for name, x, v in pairs}
 
 
-def _parsed(vpd: Decomposition, name: str) -> tuple[str, int, int | None]:
-    """Site, index and position of `"blocks.0.mlp.in:31@5"`; the position may be left out."""
-    match = re.fullmatch(r"(.+):(\d+)(?:@(\d+))?", name)
-    if match is None:
-        raise InputError(
-            f"{name!r} is no subcomponent; names are like 'blocks.0.mlp.in:31' (site:index) or "
-            "'blocks.0.mlp.in:31@5' (at a position)."
-        )
-    site, index = match[1], int(match[2])
-    sizes = dict(zip(vpd.layout.names, vpd.layout.sizes, strict=True))
-    if site not in sizes:
-        raise InputError(f"{name!r}: no site {site!r}; sites: {list(sizes)}.")
-    if index >= sizes[site]:
-        raise InputError(
-            f"{name!r}: {site} has {sizes[site]} subcomponents, 0 to {sizes[site] - 1}."
-        )
-    return site, index, None if match[3] is None else int(match[3])
-
-
-def _where(edit: Edit, positions: Positions, n_positions: int | None) -> slice | list[int]:
-    """Positions as a slice or list, if they are counted from 0 up and in the prompt."""
-    where = slice(None) if positions is None else positions
-    if isinstance(where, slice):
-        begins = [where.start or 0]
-        ends = [] if where.stop is None else [where.stop]
-        backwards = where.step is not None and where.step < 1
+def _where(edit: Edit, positions: Positions, n_positions: int | None) -> range | list[int]:
+    """Positions as a range or list, if they are counted from 0 up and in the prompt."""
+    given = slice(None) if positions is None else positions
+    if isinstance(given, slice):
+        step = 1 if given.step is None else given.step
+        begins, ends = [given.start or 0], [sys.maxsize if given.stop is None else given.stop]
+        where, backwards = range(begins[0], ends[0], max(step, 1)), step < 1
     else:
-        where = [where] if isinstance(where, int) else list(where)
-        begins, ends, backwards = where, [], isinstance(positions, bool)
+        where = begins = [given] if isinstance(given, int) else list(given)
+        ends, backwards = [], isinstance(positions, bool)
     if backwards:
         raise InputError(f"positions={positions!r}; expected numbers, or a slice going forwards.")
     if any(position < 0 for position in begins + ends):

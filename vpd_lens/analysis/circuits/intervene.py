@@ -11,17 +11,10 @@ from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor, nn
 
+from vpd_lens.analysis.circuits import targets
 from vpd_lens.analysis.circuits.behaviour import kl_divergence
 from vpd_lens.analysis.circuits.edits import Edit, applied, resolved
 from vpd_lens.analysis.circuits.graph import AttributionGraph
-from vpd_lens.analysis.circuits.targets import (
-    checked_importance,
-    explained_decomposition,
-    in_prompt,
-    prompt_tokens,
-    token_id,
-    token_text,
-)
 from vpd_lens.decomposition.adversary import ascend
 from vpd_lens.decomposition.masks import AnyMasks, uniform_sources
 from vpd_lens.decomposition.modes import masks_of
@@ -56,14 +49,14 @@ class InterventionResult:
         Raises:
             InputError: If the text is not one token.
         """
-        number = token_id(self.model, token, self.target.shape[-1])
+        number = targets.token_id(self.model, token, self.target.shape[-1])
         return {name: float(p[number]) for name, p in self._distributions().items()}
 
     def top(self, k: int = 5) -> list[tuple[str, float, float]]:
         """The likeliest tokens after the edits: text, probability, and that of the base."""
         p = self._distributions()
         values, best = p["edited"].topk(k)
-        texts = (token_text(self.model, token) for token in best.tolist())
+        texts = (targets.token_text(self.model, token) for token in best.tolist())
         return list(zip(texts, values.tolist(), p["base"][best].tolist(), strict=True))
 
     @property
@@ -73,13 +66,13 @@ class InterventionResult:
 
     def table(self) -> Table:
         """As a rich table: tokens asked for, and the likeliest after the edits."""
-        title = f"after position {self.position}; KL from the target {self.kl[self.position]:.3f}"
-        table = Table("token", "target", "base", "edited", title=title)
-        p = self._distributions()
+        p, kl = self._distributions(), float(self.kl[self.position])
+        title = f"after position {self.position}; KL from the target {kl:.3f}"
+        table = Table("token", *p, title=title)
         best = p["edited"].topk(5).indices.tolist()
         for token in dict.fromkeys([*self.tokens, *best]):
             figures = (f"{q[token]:.3f}" for q in p.values())
-            table.add_row(repr(token_text(self.model, token)), *figures)
+            table.add_row(repr(targets.token_text(self.model, token)), *figures)
         return table
 
     def __repr__(self) -> str:
@@ -142,7 +135,7 @@ def intervene(
         >>> result = intervene(model, graph, Ablate("blocks.1.attn.o:12@7"))  # doctest: +SKIP
         >>> result.table()  # doctest: +SKIP
     """
-    vpd = explained_decomposition(model)
+    vpd = targets.explained_decomposition(model)
     if regime not in get_args(Regime):
         raise InputError(f"regime={regime!r}; expected one of {', '.join(get_args(Regime))}.")
     end = -1
@@ -151,9 +144,9 @@ def intervene(
             importance = prompt.importance(vpd)
             end = max(output.position for output in prompt.outputs)
         prompt = list(prompt.tokens)
-    tokens = prompt_tokens(model, prompt, prepend_bos)[None]
+    tokens = targets.prompt_tokens(model, prompt, prepend_bos)[None]
     n_positions, n_vocab = tokens.shape[1], int(model.cfg.d_vocab)  # type: ignore[arg-type]
-    position = in_prompt(end if position is None else position, n_positions)
+    position = targets.in_prompt(end if position is None else position, n_positions)
     if 0 <= end < position:
         raise InputError(
             f"position={position}, but the graph ends at its last output, position {end}; what "
@@ -161,14 +154,14 @@ def intervene(
         )
     parts = resolved(vpd, edits, prepend_bos, n_positions)
     asked = [target] if isinstance(target, str | int) else target
-    ids = tuple(token_id(model, token, n_vocab) for token in asked)
+    ids = tuple(targets.token_id(model, token, n_vocab) for token in asked)
     with torch.no_grad(), vpd.undisturbed():
         clean = vpd.run(None, tokens)
         masks = None
         if regime != "ablated":
             g = own = vpd.causal_importance(tokens)
             if importance is not None:
-                g = checked_importance(vpd, importance, n_positions)[None].to(own)
+                g = targets.checked_importance(vpd, importance, n_positions)[None].to(own)
             generator = torch.Generator(device=g.device).manual_seed(seed)
             sources = uniform_sources(g, vpd.layout, generator)
             if regime == "adversarial":

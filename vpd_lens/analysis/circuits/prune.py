@@ -22,16 +22,11 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from vpd_lens.analysis.circuits.behaviour import (
-    Behaviour,
-    BehaviourTarget,
-    Prompts,
-    PruneConfig,
-    behaviour_of,
-)
+from vpd_lens.analysis.circuits.behaviour import Behaviour, Prompts, PruneConfig, behaviour_of
 from vpd_lens.analysis.circuits.cut_forward import narrowed_unembedding
-from vpd_lens.analysis.circuits.targets import explained_decomposition, token_text
+from vpd_lens.analysis.circuits.targets import BehaviourTarget, explained_decomposition, token_text
 from vpd_lens.config import OptimiserConfig
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.adversary import ascend
@@ -175,7 +170,9 @@ def prune(
     with ExitStack() as stack:
         stack.enter_context(vpd.undisturbed())
         stack.enter_context(vpd.frozen_subcomponents())
-        z = _before_sigmoid(vpd, behaviour)
+        with torch.no_grad():  # each prompt alone, as the importance function sees padding
+            alone = [vpd.target(behaviour.prompt(i)[None])[1] for i in range(len(behaviour.tokens))]
+            z = pad_sequence([vpd.pre_importance(x)[0].float() for x in alone], batch_first=True)
         if "unembed" not in vpd.layout.names:
             stack.enter_context(narrowed_unembedding(model, behaviour.at_position))
         bar = stack.enter_context(Progress("Pruning", _n_passes(config), show=progress))
@@ -183,18 +180,6 @@ def prune(
         importance = search.run()
         report = search.report(importance)
     return Circuit(importance, behaviour, report, config)
-
-
-@torch.no_grad()
-def _before_sigmoid(
-    vpd: Decomposition, behaviour: Behaviour
-) -> Float[Tensor, "prompt pos C_total"]:
-    """Values before the sigmoid, of each prompt alone: the importance function sees padding."""
-    z = torch.zeros(*behaviour.tokens.shape, vpd.layout.total, device=behaviour.tokens.device)
-    for row, length in enumerate(behaviour.lengths.tolist()):
-        _, inputs = vpd.target(behaviour.prompt(row)[None])
-        z[row, :length] = vpd.pre_importance(inputs)[0]
-    return z
 
 
 def _n_passes(config: PruneConfig) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, SupportsIndex
 
@@ -100,7 +101,7 @@ class Output:
 
     @property
     def token_id(self) -> int:
-        """The token of a plain logit; -1 for anything else."""
+        """The id of a token given as text or id; an `InputError` if it is not exactly one token."""
         return next(iter(self.tokens)) if list(self.tokens.values()) == [1.0] else -1
 
 
@@ -110,12 +111,7 @@ def resolve_targets(
     logits: Float[Tensor, "pos vocab"],
     unembed: tuple[Float[Tensor, "d_model vocab"], Float[Tensor, " vocab"] | None],
 ) -> list[Output]:
-    """The output nodes that a user's `target` means.
-
-    Raises:
-        InputError: If a target is not one token, a position is not in the prompt, or a vector
-            has the wrong size.
-    """
+    """The output nodes that a user's `target` means; an `InputError` if it is none."""
     targets = TopTokens() if targets is None else targets
     several = targets if isinstance(targets, list | tuple) else [targets]
     resolver = _Resolver(model, logits.float().softmax(-1), *unembed)
@@ -128,14 +124,6 @@ def resolve_targets(
         for number, o in enumerate(outputs)
     }
     return list(unique.values())
-
-
-def plain_target(target: Any) -> Any:
-    """An id from numpy or torch as an `int`; anything else as it is."""
-    try:
-        return target if isinstance(target, bool) else operator.index(target)
-    except TypeError:
-        return target
 
 
 @dataclass
@@ -192,12 +180,9 @@ class _Resolver:
 def read_tokens(
     model: nn.Module, target: Any, n_positions: int, n_vocab: int
 ) -> tuple[int, int, int]:
-    """Position, token, and the token whose logit is taken off (-1: none).
-
-    Raises:
-        InputError: If something is not one token, or the position is not in the prompt.
-    """
-    target = plain_target(target)
+    """Position, token, and the token whose logit is taken off (-1: none)."""
+    with suppress(TypeError):  # an id from numpy or torch
+        target = target if isinstance(target, bool) else operator.index(target)
     if isinstance(target, bool) or not isinstance(target, BehaviourTarget):
         raise InputError(
             f"target={target!r}; expected a token (text or id), Token or LogitDifference, or, "
@@ -214,11 +199,7 @@ def read_tokens(
 
 
 def in_prompt(position: int, n_positions: int) -> int:
-    """A position counted from the prompt's beginning.
-
-    Raises:
-        InputError: If the prompt does not have it.
-    """
+    """A position counted from the prompt's beginning; an `InputError` if it has none such."""
     if not -n_positions <= position < n_positions:
         raise InputError(
             f"position={position} is not in the prompt, which has {n_positions} tokens."
@@ -227,11 +208,7 @@ def in_prompt(position: int, n_positions: int) -> int:
 
 
 def explained_decomposition(model: nn.Module) -> Decomposition:
-    """The decomposition that a model carries, with a warning if it is untrained.
-
-    Raises:
-        AttachError: If it carries none.
-    """
+    """The decomposition that a model carries, with a warning if it is untrained."""
     vpd = decomposition_of(model)
     if not vpd.trained_steps:
         warnings.warn(
@@ -244,11 +221,7 @@ def explained_decomposition(model: nn.Module) -> Decomposition:
 def checked_importance(
     vpd: Decomposition, given: Float[Tensor, "pos C_total"], n_positions: int
 ) -> Float[Tensor, "pos C_total"]:
-    """Importances that a user gave for a prompt.
-
-    Raises:
-        InputError: If they have another shape, or values outside [0, 1].
-    """
+    """Importances that a user gave for a prompt, or an `InputError`."""
     given = given[0] if given.ndim == 3 and len(given) == 1 else given
     expected = (n_positions, vpd.layout.total)
     if given.shape != expected:
@@ -292,11 +265,7 @@ def token_text(model: nn.Module, token: int) -> str:
 def prompt_tokens(
     model: nn.Module, prompt: str | Sequence[int] | Tensor, prepend_bos: bool | None = None
 ) -> Int[Tensor, " pos"]:
-    """A prompt as token ids.
-
-    Raises:
-        InputError: If it is empty, of several rows, out of the vocabulary or too long.
-    """
+    """A prompt as token ids, or an `InputError` if it is none that the model takes."""
     cfg: Any = model.cfg
     if isinstance(prompt, str):
         if getattr(model, "tokenizer", None) is None:
