@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from markupsafe import Markup
+from jinja2.utils import htmlsafe_json_dumps
 
 from vpd_lens.analysis.circuits.tables import KINDS
 from vpd_lens.storage import write_text
@@ -47,13 +46,11 @@ def to_html(
     Raises:
         ArtefactError: If the harvest is of another decomposition.
     """
-    # Inside <script>, text ends at "</script>" and may change its meaning at "<!--".
-    data = json.dumps(payload(graph, harvest), separators=(",", ":"), allow_nan=False)
     page = render_template(
         "vpd_lens.viz",
         "assets/graph.html.j2",
         title=title or "Attribution graph",
-        data=Markup(data.replace("<", "\\u003c")),
+        data=htmlsafe_json_dumps(payload(graph, harvest), separators=(",", ":"), allow_nan=False),
         styles=[asset(f"assets/{name}") for name in STYLES],
         scripts=[asset(f"assets/{name}.js") for name in SCRIPTS],
     )

@@ -14,7 +14,6 @@ from urllib.parse import quote
 
 import numpy as np
 from jinja2.utils import htmlsafe_json_dumps
-from markupsafe import Markup
 
 from vpd_lens.analysis.harvest import Harvest
 from vpd_lens.storage import write_text
@@ -38,7 +37,7 @@ def write(harvest: Harvest, folder: str | Path, title: str = "Harvest") -> Path:
             site=site,
             before=_link(names[number - 1]) if number else None,
             after=_link(names[number + 1]) if number + 1 < len(names) else None,
-            data=Markup(htmlsafe_json_dumps(_payload(harvest, site), separators=(",", ":"))),
+            data=htmlsafe_json_dumps(_payload(harvest, site), separators=(",", ":")),
             script=asset("harvest.js"),
         )
         write_text(folder / page_name(site), page)
@@ -77,15 +76,8 @@ def _index(harvest: Harvest, title: str) -> str:
             "bars": _histogram(densities, lowest),
         }
         rows.append(_link(site) | row)
-    return _render(
-        "harvest_index.html.j2",
-        title=title,
-        harvest=harvest,
-        alive=len(fired),
-        l0=sum(fired),
-        decades=-lowest,
-        sites=rows,
-    )
+    totals = {"alive": len(fired), "l0": sum(fired), "decades": -lowest}
+    return _render("harvest_index.html.j2", title=title, harvest=harvest, sites=rows, **totals)
 
 
 def _lowest_decade(harvest: Harvest) -> int:

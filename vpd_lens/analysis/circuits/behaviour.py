@@ -80,10 +80,7 @@ Logits = Float[Tensor, "prompt vocab"]
 
 @dataclass
 class Behaviour:
-    """Prompts of one behaviour, padded on the right to one length.
-
-    What follows a position has no effect on it in a causal model, so the padding changes nothing.
-    """
+    """Prompts of one behaviour, padded on the right, which a causal model does not see."""
 
     tokens: Int[Tensor, "prompt pos"]
     lengths: Int[Tensor, " prompt"]

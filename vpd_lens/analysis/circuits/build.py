@@ -138,10 +138,8 @@ class GraphBuilder:
         self.cut = self.forward(self.tokens, self.copies)
         self.names = (*self.cut.leaves, "output")
         self.places = {name: self._nodes_at(name) for name in self.cut.leaves}
-        values = [
-            self._stream(o.layer)[0, o.position].detach().float() @ o.vector + o.bias
-            for o in self.outputs
-        ]
+        streams = [self._stream(o.layer)[0, o.position].detach().float() for o in self.outputs]
+        values = [x @ o.vector + o.bias for x, o in zip(streams, self.outputs, strict=True)]
         columns = [(o.position, o.token_id, o.probability) for o in self.outputs]
         position, index, probability = map(torch.tensor, zip(*columns, strict=True))
         outputs = self._add("output", "output", position, index, torch.stack(values), probability)

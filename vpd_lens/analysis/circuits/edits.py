@@ -130,9 +130,8 @@ def edited(
 ) -> Iterator[nn.Module]:
     """Run the model with edited subcomponents inside a `with` block.
 
-    Without a `masked(...)` block around it, everything else is as in the target model; an empty
-    list of edits leaves it bit-identical. Works in `generate`: edits hold at the positions they
-    name, with and without a key-value cache.
+    Without a `masked(...)` block around it, everything else is as in the target model, bit for bit
+    with no edits. Works in `generate`, with and without a key-value cache.
 
     Args:
         model: A decomposed HookedTransformer or TransformerBridge.
@@ -154,7 +153,7 @@ def edited(
 
 @contextmanager
 def applied(vpd: Decomposition, parts: Sequence[_SiteEdit]) -> Iterator[None]:
-    """Hooks for edits by site and position."""
+    """The hooks of edits."""
     model, clock = vpd.model, _Clock(vpd)
     hooks: list[tuple[str, Any]] = [("blocks.0.hook_resid_pre", clock.tick)] if parts else []
     hooks += [(part.point, partial(part.apply, clock)) for part in parts]

@@ -198,7 +198,7 @@ class AttributionGraph:
             ArtefactError: If something else is there, or the disk does not take it.
             InputError: If `settings` has values that JSON has not.
         """
-        own = {name: value for name, value in vars(self).items() if name not in ("nodes", "edges")}
+        own = {name: getattr(self, name) for name in GraphRecord.model_fields if name != "places"}
         record = GraphRecord(places=self.nodes.places, **own)
         vectors = {f"outputs.{i}": output.vector for i, output in enumerate(self.outputs)}
         tensors = self.nodes.named("nodes") | self.edges.named("edges") | vectors
@@ -222,7 +222,8 @@ class AttributionGraph:
         storage.require_shapes(artefact.folder, tensors, expected)
         nodes, edges, vectors = ([tensors[name] for name in names] for names in groups)
         own = dict(record)
-        own["outputs"] = tuple(map(lambda o, v: replace(o, vector=v), outputs, vectors))
+        both = zip(outputs, vectors, strict=True)
+        own["outputs"] = tuple(replace(output, vector=vector) for output, vector in both)
         return cls(nodes=Nodes(own.pop("places"), *nodes), edges=Edges(*edges), **own)
 
     def to_networkx(self) -> networkx.DiGraph:

@@ -51,9 +51,8 @@ def _silent(module: nn.Module) -> Iterator[None]:
 class LinearNorm:
     """A LayerNorm or RMSNorm, of whatever class, as a linear map with a fixed scale.
 
-    Its `weight [d_model]` and `bias` (or `None`) are found by what it does to some inputs of the
-    device and dtype of `like`, because libraries keep them in different ways (`w`, `weight`,
-    `1 + weight`, folded into the next matrix).
+    Its `weight [d_model]` and `bias` (or `None`) are found by what it does to some inputs like
+    `like`, because libraries keep them differently (`w`, `weight`, `1 + weight`, folded).
     """
 
     @torch.no_grad()

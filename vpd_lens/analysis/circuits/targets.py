@@ -101,7 +101,7 @@ class Output:
 
     @property
     def token_id(self) -> int:
-        """The id of a token given as text or id; an `InputError` if it is not exactly one token."""
+        """The token of a plain logit; -1 for anything else."""
         return next(iter(self.tokens)) if list(self.tokens.values()) == [1.0] else -1
 
 
@@ -234,11 +234,7 @@ def checked_importance(
 
 
 def token_id(model: nn.Module, token: str | int, n_vocab: int) -> int:
-    """The id of a token given as text or id.
-
-    Raises:
-        InputError: If the text is not exactly one token, or the id not in the vocabulary.
-    """
+    """The id of a token given as text or id; an `InputError` if it is not exactly one token."""
     if isinstance(token, int):
         if not 0 <= token < n_vocab:
             raise InputError(f"token {token} is not in the vocabulary of {n_vocab}.")
