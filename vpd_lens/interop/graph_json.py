@@ -89,8 +89,7 @@ def metadata(
     """What both viewers want to know of a graph beside its nodes and links."""
     if node_threshold is not None and not 0 < node_threshold <= 1:
         raise InputError(
-            f"node_threshold={node_threshold}; expected a share, above 0 and at most 1, or None "
-            "for a viewer without slider."
+            f"node_threshold={node_threshold}; expected a share, above 0 and at most 1, or None."
         )
     return {
         "slug": checked_slug(slug),
@@ -106,8 +105,7 @@ def checked_slug(slug: str, name: str = "slug") -> str:
     """A name that both viewers accept in addresses and files; others are refused."""
     if not re.fullmatch(r"[a-zA-Z0-9_-][a-zA-Z0-9_.-]*", slug):
         raise InputError(
-            f"{name}={slug!r}; expected letters, digits, '_', '-' and '.' only, the first of them "
-            "no '.', as the viewers have it in addresses and file names."
+            f"{name}={slug!r}; expected letters, digits, '_', '-' and '.', the first no '.'."
         )
     if slug == "graph-metadata" or slug.endswith(".vpd"):
         raise InputError(f"{name}={slug!r} is the name of another file; choose another.")
@@ -137,10 +135,9 @@ def graph_json(
 
 
 def _require_finite(graph: AttributionGraph, pairs: Sequence[AttentionPair]) -> None:
-    weights = torch.tensor([pair.weight for pair in pairs])
-    names = "activations", "edges", "attention pairs"
-    columns = graph.nodes.activation, graph.edges.weight, weights
-    for name, column in zip(names, columns, strict=True):
+    columns = {"activations": graph.nodes.activation, "edges": graph.edges.weight}
+    columns["attention pairs"] = torch.tensor([pair.weight for pair in pairs])
+    for name, column in columns.items():
         if count := int((~column.isfinite()).sum()):
             raise InputError(
                 f"{count} {name} of this graph are not finite, and JSON has no such numbers. Look "
@@ -151,14 +148,13 @@ def _require_finite(graph: AttributionGraph, pairs: Sequence[AttentionPair]) -> 
 
 
 def _nodes(graph: AttributionGraph, numbers: Numbering) -> list[dict[str, Any]]:
-    lists, orders, result = graph.nodes.lists(), itertools.count(), []
+    lists, outputs, result = graph.nodes.lists(), enumerate(graph.outputs), []
     last = str(max(numbers.layer.values(), default=-1) + 2)
     columns = [lists[name] for name in ("kind", "site", "index", "position", "activation")]
     rows = zip(*columns, graph.influence().cumulative.tolist(), strict=True)
     for kind, place, index, position, activation, influence in rows:
         if kind == "output":
-            order = next(orders)
-            output = graph.outputs[order]
+            order, output = next(outputs)
             # Differences and directions have no token; two of them still need two numbers.
             number = output.token_id if output.token_id >= 0 else -1 - order
             # The viewers read the probability out of the label.
@@ -219,9 +215,8 @@ def _trace_pairs(
     for pair in pairs:
         o, v = (f"blocks.{pair.layer}.attn.{letter}" for letter in "ov")
         groups[(o, pair.query_position) if o in sites else (v, pair.key_position)].append(pair)
-    absent = {
-        end: _absent(end, numbers) for p in pairs for end in (p.query, p.key) if end not in nodes
-    }
+    unknown = (end for p in pairs for end in (p.query, p.key) if end not in nodes)
+    absent = {end: _absent(end, numbers) for end in unknown}
     ids = {name: node["node_id"] for name, node in (nodes | absent).items()}
     results = {key: _contributors(group, ids) for key, group in groups.items()}
     for name, node in nodes.items():

@@ -7,10 +7,10 @@ has. It replaces the labels of embeddings and errors by its own.
 from __future__ import annotations
 
 import gzip
-import importlib.metadata
 import json
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,8 +52,7 @@ def to_neuronpedia(
             all its nodes are in the first block.
     """
     about = metadata(graph, slug, checked_slug(model_id, "model_id"), node_threshold)
-    version = importlib.metadata.version("vpd-lens")
-    about["info"] = {"generator": {"name": "vpd-lens", "version": version}}
+    about["info"] = {"generator": {"name": "vpd-lens", "version": version("vpd-lens")}}
     about["generation_settings"] = graph.settings
     if node_threshold is None:
         del about["node_threshold"]

@@ -63,7 +63,7 @@ def payload(graph: AttributionGraph, harvest: Harvest | None = None) -> dict[str
     influence, nodes = graph.influence(), graph.nodes
     used = nodes.place.unique()
     strongest = graph.edges.weight.abs().argsort(descending=True, stable=True)[:MAX_EDGES]
-    edges = graph.edges.where(strongest)
+    edges, plain = graph.edges.where(strongest), ("position", "index", "activation", "importance")
     # The same for the same nodes, so that groups outlive a new page of the same graph.
     text = "\0".join([*graph.strings, *nodes.names()]).encode("utf-8", "surrogatepass")
     data = {
@@ -75,10 +75,7 @@ def payload(graph: AttributionGraph, harvest: Harvest | None = None) -> dict[str
             "name": nodes.names(),
             "kind": nodes.kind.tolist(),
             "row": torch.searchsorted(used, nodes.place).tolist(),
-            "position": nodes.position.tolist(),
-            "index": nodes.index.tolist(),
-            "activation": nodes.activation.tolist(),
-            "importance": nodes.importance.tolist(),
+            **{name: getattr(nodes, name).tolist() for name in plain},
             "influence": influence.nodes.tolist(),
             "cumulative": influence.cumulative.tolist(),
         },
@@ -105,15 +102,10 @@ def _row(place: str) -> dict[str, str]:
 
 def _outputs(graph: AttributionGraph) -> list[dict[str, Any]]:
     numbers = graph.nodes.of_kind("output").nonzero()[:, 0].tolist()
-    return [
-        {
-            "node": number,
-            "text": output.name,
-            # Of a difference or a direction there is none.
-            "probability": output.probability if output.token_id >= 0 else None,
-        }
-        for number, output in zip(numbers, graph.outputs, strict=True)
-    ]
+    # A difference or a direction has no probability.
+    odds = [output.probability if output.token_id >= 0 else None for output in graph.outputs]
+    rows = zip(numbers, graph.outputs, odds, strict=True)
+    return [{"node": node, "text": output.name, "probability": p} for node, output, p in rows]
 
 
 def _cards(graph: AttributionGraph, harvest: Harvest) -> dict[str, dict[str, Any]]:

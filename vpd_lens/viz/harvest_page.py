@@ -60,9 +60,6 @@ def _render(template: str, **values: Any) -> str:
     return render_template("vpd_lens.viz", template, harvest_style=asset("harvest.css"), **values)
 
 
-# --------------------------------------------------------------------------- the index
-
-
 def _index(harvest: Harvest, title: str) -> str:
     lowest, fired, rows = _lowest_decade(harvest), [], []
     for site, size in zip(harvest.layout.names, harvest.layout.sizes, strict=True):
@@ -90,9 +87,6 @@ def _histogram(densities: list[float], lowest: int) -> list[tuple[float, float]]
     shares = np.clip(1 - np.log10(densities) / lowest, 0, 1)
     counts = np.histogram(shares, _BINS, (0, 1))[0].tolist()
     return [(n / _BINS, math.sqrt(count / max(counts))) for n, count in enumerate(counts) if count]
-
-
-# ------------------------------------------------------------------- the data of a page
 
 
 def _payload(harvest: Harvest, site: str) -> dict[str, Any]:

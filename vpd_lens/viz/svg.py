@@ -69,16 +69,7 @@ def draw(name: str, label: str, size: tuple[float, float], plot: Callable[[Figur
 
 def legend_above(axes: Axes, handles: Sequence[Artist] | None = None) -> None:
     """A legend in one line above the axes, of every labelled artist or of `handles`."""
-    if handles is None:
-        handles = axes.get_legend_handles_labels()[0]
-    axes.legend(
-        handles=handles,
-        loc="lower left",
-        bbox_to_anchor=(0, 1.0),
-        ncols=12,
-        borderaxespad=0.3,
-        columnspacing=1.4,
-        handlelength=1.2,
-        handletextpad=0.5,
-        borderpad=0.2,
-    )
+    handles = axes.get_legend_handles_labels()[0] if handles is None else handles
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": 12}
+    spaces = {"columnspacing": 1.4, "handlelength": 1.2, "handletextpad": 0.5}
+    axes.legend(handles=handles, borderpad=0.2, borderaxespad=0.3, **place, **spaces)

@@ -64,28 +64,26 @@ class AttentionScores:
                 f"head {head}, query {query}, key {key}: block {layer} has {n_heads} heads on "
                 f"{n_positions} positions, and a key is not after its query."
             )
-        of_q, of_k = (self.cut.leaves[place] for place in places)
-        (by_q,) = torch.autograd.grad(scores[0, head, query, key], of_q, create_graph=True)
-        by_q = by_q[0, query]
+        q, k = (self.cut.leaves[place] for place in places)
+        by_q = torch.autograd.grad(scores[0, head, query, key], q, create_graph=True)[0][0, query]
         # Only the head's own part of q counts; all its rows of the form in one backward pass.
         rows = by_q.detach().nonzero()[:, 0]
-        form = by_q.new_zeros(len(by_q), of_k.shape[-1])
+        form = by_q.new_zeros(len(by_q), k.shape[-1])
         if len(rows):
             settings = {"retain_graph": True, "is_grads_batched": True}
             each = torch.eye(len(by_q), dtype=by_q.dtype, device=by_q.device)[rows]
-            form[rows] = torch.autograd.grad(by_q, of_k, each, **settings)[0][:, 0, key]
+            form[rows] = torch.autograd.grad(by_q, k, each, **settings)[0][:, 0, key]
         return form.detach()
 
     @torch.no_grad()
     def pairs(self, layer: int, head: int, query: int, key: int) -> Float[Tensor, "C_q C_k"]:
         """Every pair's contribution to one score, as `form` names it."""
         form = self.form(layer, head, query, key).float()
-        written = []
-        for part, position in (("q", query), ("k", key)):
-            name = f"blocks.{layer}.attn.{part}"
-            x = self.cut.inputs[name][0, position].float()
-            written.append((x @ self.vpd.v(name))[:, None] * self.vpd.u(name))
-        return written[0] @ form @ written[1].T
+        ends = {f"blocks.{layer}.attn.q": query, f"blocks.{layer}.attn.k": key}
+        xs = [self.cut.inputs[name][0, position].float() for name, position in ends.items()]
+        both = zip(xs, ends, strict=True)
+        q, k = ((x @ self.vpd.v(name))[:, None] * self.vpd.u(name) for x, name in both)
+        return q @ form @ k.T
 
 
 def attention_pairs(
@@ -93,14 +91,9 @@ def attention_pairs(
 ) -> list[AttentionPair]:
     """The q and k subcomponents behind a graph's most influential attention.
 
-    Takes the pairs of positions whose v-to-o edges have the most influence, in each of them the
-    head that attends most, and of that head's score the pairs of nodes that contribute most.
-
-    Args:
-        model: The model that the graph is of.
-        graph: A graph.
-        n_scores: Number of (layer, query, key) whose score is traced.
-        n_pairs: Number of pairs per score, for the exports' `pairs`.
+    Takes the `n_scores` pairs of positions of a layer whose v-to-o edges have the most influence,
+    in each of them the head that attends most, and of that head's score the `n_pairs` pairs of
+    nodes that contribute most.
 
     Raises:
         ArtefactError: If the graph is of another decomposition.

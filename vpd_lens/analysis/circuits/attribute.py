@@ -1,13 +1,10 @@
 """`attribute`: from a prompt to a graph of subcomponents.
 
-1. Read the prompt; with `prune=`, find or take the circuit of its behaviour (`prune`).
-2. Causal importances: those of the circuit, those given, or the importance function's.
-3. Read the targets: which logits, differences or directions are explained (`targets`).
-4. One forward of the target model on copies of the prompt, cut at its matrices (`cut_forward`).
-5. Nodes: what every matrix writes at every position, taken apart (`build`, `tables`).
-6. Edges: one backward pass from each matrix' input, and from the outputs, serves many targets at
-   once; each stops at the cuts before it (`build`).
-7. The `AttributionGraph` of these (`graph`).
+1. Causal importances: those of a circuit (`prune`), those given, or the importance function's.
+2. The targets: which logits, differences or directions are explained (`targets`).
+3. One forward of the target model on copies of the prompt, cut at its matrices (`cut_forward`).
+4. Nodes: what every matrix writes at every position, taken apart (`build`, `tables`).
+5. Edges: backward passes, each for many targets, that stop at the cuts before them (`build`).
 
 Source: VPD, attribution graphs.
 """
@@ -141,8 +138,7 @@ def _found(
     """The circuit of the behaviour on this prompt."""
     if isinstance(target, list | tuple | targets.Direction | targets.TopTokens):
         raise InputError(
-            f"prune={prune!r} needs one behaviour: a token or a LogitDifference as target, not "
-            f"{target!r}."
+            f"prune={prune!r} needs one behaviour, a token or a LogitDifference, not {target!r}."
         )
     if not isinstance(prune, PruneConfig):
         if prune not in get_args(Method):

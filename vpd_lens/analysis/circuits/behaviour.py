@@ -12,13 +12,8 @@ from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from vpd_lens.analysis.circuits.targets import (
-    BehaviourTarget,
-    LogitDifference,
-    Token,
-    prompt_tokens,
-    read_tokens,
-)
+from vpd_lens.analysis.circuits import targets
+from vpd_lens.analysis.circuits.targets import BehaviourTarget, LogitDifference, Token
 from vpd_lens.errors import InputError
 
 Method = Literal["adversarial", "stochastic", "ci"]
@@ -75,7 +70,7 @@ class PruneConfig(BaseModel):
         return cls(objective="logit_difference" if differs else "ce", **settings)
 
 
-Logits = Float[Tensor, "prompt vocab"]
+Logits = Float[Tensor, "row vocab"]
 
 
 @dataclass
@@ -109,11 +104,11 @@ class Behaviour:
         """Logits, or what they are made from, at the behaviour's positions alone."""
         return x[torch.arange(len(x), device=x.device), self.positions][:, None]
 
-    def probability(self, logits: Logits) -> Float[Tensor, " prompt"]:
+    def probability(self, logits: Logits) -> Float[Tensor, " row"]:
         """Probability of the target token."""
         return logits.softmax(-1).gather(1, self.target[:, None])[:, 0]
 
-    def distance(self, logits: Logits, clean: Logits) -> Float[Tensor, " prompt"]:
+    def distance(self, logits: Logits, clean: Logits) -> Float[Tensor, " row"]:
         """How far masked outputs are from the behaviour, in nats or, of a difference, in logits.
 
         Below 0 where a difference of logits is larger than the target model's.
@@ -126,14 +121,12 @@ class Behaviour:
         first, second = (clean - logits).gather(1, pair).unbind(1)
         return first - second
 
-    def loss(self, logits: Logits, clean: Logits) -> Float[Tensor, " prompt"]:
+    def loss(self, logits: Logits, clean: Logits) -> Float[Tensor, " row"]:
         """The distance, where a logit difference need not be larger than the target model's."""
         return self.distance(logits, clean).relu()
 
 
-def kl_divergence(
-    logits: Float[Tensor, "row vocab"], clean: Float[Tensor, "row vocab"]
-) -> Float[Tensor, " row"]:
+def kl_divergence(logits: Logits, clean: Logits) -> Float[Tensor, " row"]:
     """`KL(clean || logits)` of each row, in nats."""
     q, p = logits.float().log_softmax(-1), clean.float().log_softmax(-1)
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
@@ -151,7 +144,7 @@ def behaviour_of(
         one = prompts.ndim != 2
     else:
         one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
-    rows = [prompt_tokens(model, p, prepend_bos) for p in ([prompts] if one else prompts)]
+    rows = [targets.prompt_tokens(model, p, prepend_bos) for p in ([prompts] if one else prompts)]
     given = list(target) if isinstance(target, list | tuple) else [target] * len(rows)
     if not rows or len(given) != len(rows):
         raise InputError(f"{len(rows)} prompts, but {len(given)} targets; give one, or as many.")
@@ -174,4 +167,4 @@ def _read(
     if target is None:
         likeliest = model.vpd.target(row[None])[0][0, -1].argmax()  # type: ignore[operator]
         return len(row) - 1, int(likeliest), -1
-    return read_tokens(model, target, len(row), int(model.cfg.d_vocab))  # type: ignore[arg-type]
+    return targets.read_tokens(model, target, len(row), int(model.cfg.d_vocab))  # type: ignore

@@ -5,8 +5,7 @@ target nodes as cotangents at its input, and the gradients at the cuts before it
 targets' activations change by, per unit of those matrices' outputs. Where nothing between two cuts
 mixes positions (everything but attention itself), one row serves a target at every position.
 
-Which edges a backward pass can find is known beforehand, so their weights stay on the device until
-many are there: the number of transfers does not grow with the number of passes.
+Which edges a pass can find is known beforehand: weights stay on the device until many are there.
 """
 
 from __future__ import annotations
@@ -130,7 +129,6 @@ class GraphBuilder:
         rows = [int(n.sum() if self._alone(s) else n.max()) for s, n in self.counts.items()]
         self.copies = min(batch_size, max(1, len(outputs), *rows))
         self.tables: list[Nodes] = []
-        self.n_nodes = 0
         self.collector = EdgeCollector()
 
     def build(self, progress: bool) -> tuple[Nodes, Edges]:
@@ -146,7 +144,10 @@ class GraphBuilder:
         matrices = [name for name, count in self.counts.items() if bool(count.any())]
         with Progress("Attributing", len(matrices), show=progress) as bar:
             for name in bar.counting(matrices):
-                self._edges_into_matrix(name)
+                own, numbers = self.places[name][0], torch.full(self.importance[name].shape, -1)
+                numbers[own.position, own.index.cpu()] = own.numbers  # type: ignore[union-attr]
+                x, read = self.cut.inputs[name], self.vpd.v(name).detach()
+                self._edges_into(x, numbers, self._alone(name), read)
         self._edges_into_outputs(outputs)
         self.collector.fetch()
         nodes, edges = Nodes.concatenated(self.tables), Edges.concatenated(self.collector.found)
@@ -187,12 +188,15 @@ class GraphBuilder:
                 "use a shorter prompt, or raise max_edges."
             )
 
-    # ------------------------------------------------------------------- nodes
-
     def _nodes_at(self, name: str) -> list[Contributor]:
         """The nodes at one matrix, norm or `embed`; of a decomposed matrix, subcomponents first."""
         found: list[Contributor] = []
-        vectors = self._constants(name)
+        # What goes into the place's output whatever the subcomponents do, by kind of node.
+        vectors = {"embedding": self.cut.embeddings[0].float()} if name == EMBEDDING else {}
+        constant = self.cut.constants.get(name)
+        if constant is not None and bool(constant.any()):
+            kind = "position" if name in (EMBEDDING, POSITIONS) else "bias"
+            vectors[kind] = constant.float().expand(len(self.tokens), -1)
         if name in self.importance:
             g = self.importance[name]
             x = self.cut.inputs[name][0].detach().float()
@@ -214,15 +218,6 @@ class GraphBuilder:
             found.append(Contributor(numbers, position, vector))
         return found
 
-    def _constants(self, place: str) -> dict[str, Float[Tensor, "pos d"]]:
-        """What goes into a place's output whatever the subcomponents do, by kind of node."""
-        found = {"embedding": self.cut.embeddings[0].float()} if place == EMBEDDING else {}
-        constant = self.cut.constants.get(place)
-        if constant is not None and bool(constant.any()):
-            kind = "position" if place in (EMBEDDING, POSITIONS) else "bias"
-            found[kind] = constant.float().expand(len(self.tokens), -1)
-        return found
-
     def _add(
         self,
         kind: str,
@@ -233,25 +228,15 @@ class GraphBuilder:
         importance: Float[Tensor, " n"],
     ) -> Int[Tensor, " n"]:
         """Add nodes of one kind at one place, and return their numbers."""
-        position, index = position.cpu(), index.cpu()
+        position, index, first = position.cpu(), index.cpu(), sum(map(len, self.tables))
         numbers = KINDS.index(kind), self.names.index(place)
         same = (torch.full_like(position, number) for number in numbers)
         floats = activation.float().cpu(), importance.float().cpu()
         self.tables.append(Nodes(self.names, *same, position, index, *floats))
-        first, self.n_nodes = self.n_nodes, self.n_nodes + len(position)
-        return torch.arange(first, self.n_nodes)
-
-    # ------------------------------------------------------------------- edges
+        return torch.arange(len(position)) + first
 
     def _stream(self, layer: int | None) -> Float[Tensor, "row pos d_model"]:
         return self.cut.inputs["unembed"] if layer is None else self.cut.residuals[layer]
-
-    def _edges_into_matrix(self, name: str) -> None:
-        own = self.places[name][0]
-        numbers = torch.full(self.importance[name].shape, -1)
-        numbers[own.position, own.index.cpu()] = own.numbers  # type: ignore[union-attr]
-        x, read = self.cut.inputs[name], self.vpd.v(name).detach()
-        self._edges_into(x, numbers, self._alone(name), read)
 
     def _edges_into(
         self,
@@ -269,10 +254,8 @@ class GraphBuilder:
             row, position, column = (c[here].to(x.device) for c in columns)
             cotangents = torch.zeros_like(x)
             cotangents[row - start, position] = read.T[column].to(x.dtype)
-            gradients = torch.autograd.grad(
-                x, leaves, cotangents, retain_graph=True, allow_unused=True
-            )
-            for found, gradient in zip(self.places.values(), gradients, strict=True):
+            grads = torch.autograd.grad(x, leaves, cotangents, retain_graph=True, allow_unused=True)
+            for found, gradient in zip(self.places.values(), grads, strict=True):
                 for nodes in found if gradient is not None else ():
                     self.collector.add(nodes, gradient[: len(table)].float(), table)
 

@@ -35,36 +35,24 @@ EMBEDDING, POSITIONS = "embed", "embed.position"
 
 @dataclass
 class Cut:
-    """One forward of a prompt or a batch, cut at the decomposed matrices.
+    """One forward of a batch, or of copies of a prompt, cut at the decomposed matrices.
 
-    Attributes:
-        inputs: Input of each matrix, and of `unembed`, with graph, `[row, pos, d_in]`; the rows are
-            copies of the prompt, or the batch.
-        leaves: Zeros added to the output of each matrix, to each norm with a bias, and to the
-            residual stream's beginning (`embed`); gradients end there. That of `unembed` has one
-            position, since no matrix comes after it.
-        constants: What of a leaf's place does not depend on the input, `[pos, d]` or `[d]`: the
-            bias of a matrix or a norm; what is added to the token embeddings.
-        norms: Input and output of each norm.
-        residuals: Residual stream after each block by its number, with graph.
-        embeddings: Token embeddings `[row, pos, d_model]`.
+    Gradients end at the leaves, zeros added to the output of each matrix, to each norm with a bias,
+    and to the residual stream's beginning. That of `unembed`, with no matrix behind it, has one
+    position. `constants` are what of these places does not depend on the input: biases, `[d]`, and
+    what is added to the token embeddings, `[pos, d]`.
     """
 
-    inputs: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # [row, pos, d_in], with graph
     leaves: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
-    norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    residuals: dict[int, Tensor] = field(default_factory=dict)
-    embeddings: Tensor = field(default_factory=lambda: torch.empty(0))
+    norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # input and output
+    residuals: dict[int, Tensor] = field(default_factory=dict)  # after each block, with graph
+    embeddings: Tensor = field(default_factory=lambda: torch.empty(0))  # [row, pos, d_model]
 
 
 class CutForward:
-    """Runs a decomposed transformer cut at its matrices.
-
-    `frozen` holds the norms' scales, the attention patterns and every neuron's gain at their values
-    on the prompt, so that what is between two cuts is linear. With `through_delta` gradients pass
-    through the deltas.
-    """
+    """Runs a decomposed transformer cut at its matrices; if `frozen`, linear between two cuts."""
 
     def __init__(self, vpd: Decomposition, frozen: bool, through_delta: bool) -> None:
         if model_kind(vpd.model) == "module":
@@ -89,10 +77,8 @@ class CutForward:
         attention = {f"blocks.{i}.attn.o" for i in range(self.n_blocks)}
         self.mixes_positions = through_delta or not attention <= self.decomposed
         with vpd.undisturbed():
-            self.norms = [
-                (name, module, LinearNorm(module, vpd.model.cfg.d_model, vpd.sites[0].weight))
-                for name, module in norm_modules(vpd.model)
-            ]
+            width, like, norms = vpd.model.cfg.d_model, vpd.sites[0].weight, norm_modules(vpd.model)
+            self.norms = [(name, norm, LinearNorm(norm, width, like)) for name, norm in norms]
 
     def __call__(
         self, tokens: Int[Tensor, "*row pos"], rows: int = 1, hooks: Sequence[tuple[str, Any]] = ()
@@ -118,8 +104,8 @@ class CutForward:
             self.vpd.run(None, once.expand(max(rows, len(once)), -1))
         if EMBEDDING not in pass_.cut.leaves or "unembed" not in pass_.cut.inputs:
             raise VPDError(
-                f"the forward pass of this {type(model).__name__} went around its "
-                "residual stream's beginning or its unembedding, so no graph can be traced."
+                f"the forward pass of this {type(model).__name__} went around its residual "
+                "stream's beginning or its unembedding, so no graph can be traced."
             )
         return pass_.cut
 
@@ -147,10 +133,8 @@ class _Pass:
 
     def lens_hooks(self) -> list[tuple[str, Any]]:
         """TransformerLens hooks on the residual stream."""
-        hooks: list[tuple[str, Any]] = [
-            (f"blocks.{i}.hook_resid_post", keep_in(self.cut.residuals, i))
-            for i in range(self.forward.n_blocks)
-        ]
+        points = ((i, f"blocks.{i}.hook_resid_post") for i in range(self.forward.n_blocks))
+        hooks: list[Any] = [(point, keep_in(self.cut.residuals, i)) for i, point in points]
         hooks += [("hook_embed", self.note_embedding), ("blocks.0.hook_resid_pre", self.begin)]
         kind = getattr(self.forward.vpd.model.cfg, "positional_embedding_type", None)
         return hooks + [("hook_pos_embed", self.begin_beside)] * (kind == "shortformer")
@@ -169,9 +153,7 @@ class _Pass:
         """Position embeddings that only q and k see, and the residual stream never holds."""
         return positions + self._leaf(POSITIONS, positions, positions[0].detach())
 
-    def norm(
-        self, name: str, norm: LinearNorm, _module: nn.Module, args: tuple, y: Tensor
-    ) -> Tensor:
+    def norm(self, name: str, norm: LinearNorm, _: nn.Module, args: tuple, y: Tensor) -> Tensor:
         self.cut.norms[name] = args[0].detach(), y.detach()
         if self.forward.frozen:
             y = _same_value(y, norm.linear(args[0], y))
@@ -250,7 +232,6 @@ def narrowed_unembedding(model: nn.Module, select: Callable[[Tensor], Tensor]) -
         else:
             narrow = module.register_forward_hook(lambda _, args, x: select(x))
             # A site's own hook moves itself to the end of the queue; this one goes behind it.
-            behind = partial(move_last, narrow.id)
-            stack.callback(module.register_forward_pre_hook(behind).remove)
+            stack.callback(module.register_forward_pre_hook(partial(move_last, narrow.id)).remove)
         stack.callback(narrow.remove)
         yield

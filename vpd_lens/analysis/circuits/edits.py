@@ -31,11 +31,9 @@ Positions = int | slice | Sequence[int] | None
 class Ablate:
     """Switch subcomponents off: their masks become 0.
 
-    Attributes:
-        subcomponents: Names, `"blocks.0.mlp.in:31"`, or with a position,
-            `"blocks.0.mlp.in:31@5"`.
-        positions: Where, for names without a position: one, several, or a slice, whose open end
-            goes on into generated tokens. `None`: everywhere.
+    Names of subcomponents are `"blocks.0.mlp.in:31"`, or with a position `"blocks.0.mlp.in:31@5"`.
+    Those without one are meant at `positions`: one, several, or a slice, whose open end goes on
+    into generated tokens; `None`: everywhere.
     """
 
     subcomponents: str | Sequence[str]
@@ -44,11 +42,9 @@ class Ablate:
 
 @dataclass(frozen=True)
 class Scale:
-    """Multiply the masks of subcomponents.
+    """Multiply the masks of subcomponents, which are named and placed as in `Ablate`.
 
-    Attributes:
-        subcomponents: As in `Ablate`, like `positions`.
-        factor: 0 ablates, 1 does nothing, 2 doubles, -1 reverses.
+    A factor of 0 ablates, 1 does nothing, 2 doubles, -1 reverses.
     """
 
     subcomponents: str | Sequence[str]
@@ -60,10 +56,8 @@ class Scale:
 class Patch:
     """Give subcomponents the activations that they have on another prompt, and switch them on.
 
-    Attributes:
-        subcomponents: As in `Ablate`, like `positions`, which the other prompt must have too.
-        source: The other prompt, text or token ids.
-        shift: Position in the other prompt minus position here.
+    Subcomponents and positions are as in `Ablate`. `source` is the other prompt, text or token ids,
+    and must have the positions here plus `shift`.
     """
 
     subcomponents: str | Sequence[str]
@@ -73,7 +67,6 @@ class Patch:
 
 
 Edit = Ablate | Scale | Patch
-
 
 # From values `[batch, pos, n]` and their positions to what they become.
 Change = Callable[[Tensor, Int[Tensor, " pos"]], Tensor | float]
@@ -180,17 +173,13 @@ def resolved(
             columns = torch.tensor(sorted(indices))
             where = _where(edit, edit.positions if position is None else position, n_positions)
             factor = edit.factor if isinstance(edit, Scale) else 0.0
-            changes: dict[str, Change] = {"mask": partial(_scaled, factor)}
+            changes: dict[str, Change] = {"mask": lambda masks, _, factor=factor: factor * masks}
             if isinstance(edit, Patch):
                 taken = partial(_taken, site, acts[site][:, columns], edit.shift)
                 changes = {"mask": lambda masks, here: 1.0, "acts": taken}
             for name, change in changes.items():
                 parts.append(_SiteEdit(f"{site}.vpd.hook_{name}", columns, where, change))
     return parts
-
-
-def _scaled(factor: float, masks: Tensor, _here: Tensor) -> Tensor:
-    return factor * masks
 
 
 def _taken(
@@ -221,9 +210,7 @@ def _grouped(vpd: Decomposition, edit: Edit) -> dict[tuple[str, int | None], set
         if site not in sizes:
             raise InputError(f"{name!r}: no site {site!r}; sites: {list(sizes)}.")
         if index >= sizes[site]:
-            raise InputError(
-                f"{name!r}: {site} has {sizes[site]} subcomponents, 0 to {sizes[site] - 1}."
-            )
+            raise InputError(f"{name!r}: {site} has {sizes[site]} subcomponents, counted from 0.")
         if position is not None and edit.positions is not None:
             raise InputError(f"{name!r} names a position, and positions={edit.positions!r} too.")
         groups[site, position].add(index)
@@ -255,8 +242,7 @@ def _where(edit: Edit, positions: Positions, n_positions: int | None) -> range |
         raise InputError(f"positions={positions!r}; expected numbers, or a slice going forwards.")
     if any(position < 0 for position in begins + ends):
         raise InputError(
-            f"positions={positions!r}: count from the beginning, because a sequence that is being "
-            "generated has no fixed end."
+            f"positions={positions!r}: count from the beginning; generated text has no fixed end."
         )
     if n_positions is not None and max(begins, default=0) >= n_positions:
         raise InputError(

@@ -53,10 +53,6 @@ class AttributionGraph:
         outputs: What is explained, in the order of the output nodes.
         settings: How the graph was made.
         circuit: What `prune=` found out about the circuit, or `None`.
-
-    Examples:
-        >>> graph = vpd_lens.attribute(model, "def read(self", target="):")  # doctest: +SKIP
-        >>> graph.incoming("output:27@5", top=3)  # doctest: +SKIP
     """
 
     tokens: tuple[int, ...]
@@ -123,10 +119,8 @@ class AttributionGraph:
         """To first order, how much of an output each subcomponent accounts for on all paths.
 
         That is the output's drop if the subcomponent were ablated there; NaN for other nodes. Paths
-        through what is not in the graph do not count, so a pruned graph has other effects.
-
-        Args:
-            output: Name or number of the output node; may be left out if there is one only.
+        through what is not in the graph do not count, so a pruned graph has other effects. The
+        output, a node's name or number, may be left out if there is one only.
 
         Raises:
             InputError: If there is no such node, or several outputs and none is named.
@@ -183,10 +177,9 @@ class AttributionGraph:
                 "this graph is of another decomposition (its V and U have another hash). Trace the "
                 "prompt again with vpd_lens.attribute."
             )
-        g = torch.zeros(len(self.tokens), vpd.layout.total)
-        names = vpd.layout.names
-        starts = [vpd.layout.columns(p).start if p in names else 0 for p in self.nodes.places]
-        start = torch.tensor(starts)
+        layout, places = vpd.layout, self.nodes.places
+        g = torch.zeros(len(self.tokens), layout.total)
+        start = torch.tensor([layout.columns(p).start if p in layout.names else 0 for p in places])
         chosen = self.nodes.where(self.nodes.of_kind("subcomponent"))
         g[chosen.position, start[chosen.place] + chosen.index] = chosen.importance
         return g.to(vpd.device)
@@ -212,8 +205,7 @@ class AttributionGraph:
             ArtefactError: If it is missing, something else, damaged, or too new.
         """
         artefact = storage.read(path, GraphRecord)
-        record, tensors = artefact.record, artefact.tensors("graph")
-        outputs = record.outputs
+        tensors, outputs = artefact.tensors("graph"), artefact.record.outputs
         # Columns of a table are of one length, and vectors of outputs of one width.
         parts = {"nodes": Nodes.columns(), "edges": Edges.columns(), "outputs": range(len(outputs))}
         groups = [[f"{part}.{name}" for name in names] for part, names in parts.items()]
@@ -221,7 +213,7 @@ class AttributionGraph:
         expected = {name: tensors.get(g[0], none).shape for g in groups for name in g}
         storage.require_shapes(artefact.folder, tensors, expected)
         nodes, edges, vectors = ([tensors[name] for name in names] for names in groups)
-        own = dict(record)
+        own = dict(artefact.record)
         both = zip(outputs, vectors, strict=True)
         own["outputs"] = tuple(replace(output, vector=vector) for output, vector in both)
         return cls(nodes=Nodes(own.pop("places"), *nodes), edges=Edges(*edges), **own)

@@ -101,12 +101,10 @@ def kept_by_influence(
 
 
 def total_effects(nodes: Nodes, edges: Edges, output: int) -> Float[Tensor, " n_nodes"]:
-    """The part of an output that each subcomponent accounts for, along all paths, to first order.
+    """Of each subcomponent `a_s d(output)/d(a_s)`, along all paths; NaN for other nodes.
 
-    It is `a_s d(output)/d(a_s)`, and NaN for other nodes. An edge's `w / (a_s g_s)` is the
-    derivative of its target's activation by its source's, and the derivative of an output is the
-    sum over all paths of products of these. Effects of nodes on one path overlap: they do not add
-    up to the output.
+    An edge's `w / (a_s g_s)` is the derivative of its target's activation by its source's, and that
+    of an output is the sum over all paths of products of these. Effects on one path overlap.
     """
     inner, activation = nodes.of_kind("subcomponent"), nodes.activation.double()
     local = edges.where(inner[edges.source])

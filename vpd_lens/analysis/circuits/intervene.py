@@ -108,7 +108,8 @@ def intervene(
         model: A decomposed HookedTransformer or TransformerBridge.
         prompt: A prompt, or a graph: then its prompt, and its nodes' importances with 0 for
             everything else.
-        edits: `Ablate`, `Scale`, `Patch`, or several.
+        edits: `Ablate`, `Scale`, `Patch`, or several; with none, `"ablated"` is the target model,
+            bit for bit.
         regime: What the rest is: `"ablated"`, the target model minus what the edits take away;
             `"ci"`, only what is important; `"stochastic"`, random masks above the importances;
             `"adversarial"`, the same with the sources of what the importance function calls
@@ -122,10 +123,6 @@ def intervene(
         step_size: Their size.
         seed: Seed of random masks.
         prepend_bos: Whether text gets a BOS token; `None`: the model's own default.
-
-    Returns:
-        Logits before and after, probabilities, KL. Without edits `"ablated"` is the target model,
-        bit for bit.
 
     Raises:
         AttachError: If the model carries no decomposition.

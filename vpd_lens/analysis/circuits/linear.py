@@ -95,8 +95,7 @@ def attended(
     name: str,
 ) -> Float[Tensor, "row query d"]:
     """The attention's result `z` as a linear function of its values, with a constant pattern."""
-    n_heads = pattern.shape[1]
-    d_head = z.shape[-1] // n_heads
+    n_heads, d_head = pattern.shape[1], z.shape[-1] // pattern.shape[1]
     value = rearrange(value, "row key (head d_head) -> row head key d_head", d_head=d_head)
     value = repeat(value, "row g key d -> row (g r) key d", r=n_heads // value.shape[1])
     out = rearrange(pattern.to(value.dtype) @ value, "row head query d -> row query (head d)")

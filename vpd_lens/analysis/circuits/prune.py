@@ -1,10 +1,9 @@
 """`prune`: the fewest subcomponents that carry a behaviour, found by optimising importances.
 
-1. The values `phi` before the sigmoid, of every subcomponent that the importance function calls
-   important on a prompt, are where the search starts; everything else is constant.
-2. Each step lowers the behaviour's loss under random masks, and under the masks of an adversary
-   who starts anew at every step, plus the price of the nodes.
-3. What is left above 0 is the circuit; it is measured under attacks that it was not trained on.
+Optimised are the values `phi` before the sigmoid of what the importance function calls important.
+Each step lowers the behaviour's loss under random masks, and under those of an adversary who starts
+anew, plus the price of the nodes. What is left above 0 is the circuit; it is measured under attacks
+that it was not trained on.
 
 Source: VPD, pruning to one behaviour.
 """
@@ -153,15 +152,13 @@ def prune(
         prepend_bos: Whether text gets a BOS token; `None`: the model's own default.
         progress: Say how far the search is, and how long it will take.
 
-    Returns:
-        The circuit; `print(circuit.report)`.
-
     Raises:
         AttachError: If the model carries no decomposition.
         InputError: If prompts or targets cannot be used.
 
     Examples:
         >>> circuit = prune(model, "def f(self", target=",")  # doctest: +SKIP
+        >>> print(circuit.report)  # doctest: +SKIP
         >>> vpd_lens.attribute(model, "def f(self", ",", prune=circuit)  # doctest: +SKIP
     """
     config = config or PruneConfig.of_target(target)
@@ -275,14 +272,12 @@ class _Search:
             nodes=float(counts.sum(-1).mean()),
             nodes_before=float(self.alive.float().sum((1, 2)).mean()),
             nodes_by_site=dict(zip(layout.names, by_site, strict=True)),
-            probability=self._probabilities(circuit),
-            probability_before=self._probabilities(self.before),
+            probability=self._tested(circuit),
+            probability_before=self._tested(self.before),
         )
 
     @torch.no_grad()
-    def _probabilities(
-        self, g: Float[Tensor, "prompt pos C_total"]
-    ) -> dict[str, tuple[float, ...]]:
+    def _tested(self, g: Float[Tensor, "prompt pos C_total"]) -> dict[str, tuple[float, ...]]:
         """Probability of each prompt's token under every kind of mask; see `CircuitReport`."""
         config, layout, p = self.config, self.vpd.layout, self._probability
         generator = torch.Generator(device=g.device).manual_seed(config.seed + 1)

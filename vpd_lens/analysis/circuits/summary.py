@@ -6,7 +6,7 @@ import io
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from rich import box
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
@@ -86,9 +86,7 @@ def _l0(graph: AttributionGraph) -> Table:
 
 def _table(title: str, *headings: str) -> Table:
     """A table; columns whose heading begins with > are numbers."""
-    table = Table(
-        title=title, title_justify="left", show_header=bool(headings), box=box.SIMPLE_HEAD
-    )
+    table = Table(title=title, title_justify="left", show_header=bool(headings), box=SIMPLE_HEAD)
     for heading in headings:
         number = heading.startswith(">")
         side = "right" if number else "left"

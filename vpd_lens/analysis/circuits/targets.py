@@ -1,8 +1,4 @@
-"""Prompts and targets as users give them.
-
-A target is what a graph explains: output tokens, logit differences, directions in the residual
-stream.
-"""
+"""Prompts, and targets, what a graph explains: tokens, logit differences, directions."""
 
 from __future__ import annotations
 
@@ -25,13 +21,10 @@ from vpd_lens.errors import InputError
 
 @dataclass(frozen=True)
 class TopTokens:
-    """The likeliest next tokens.
+    """The likeliest next tokens after a position, or, with `None`, after every position.
 
-    Attributes:
-        mass: Take tokens, likeliest first, until they hold this much probability,
-        at_most: but at most so many per position,
-        at_least: and none of a probability below this (the paper: 0.01 and 15).
-        position: After which token, or `None` for all positions.
+    They are taken, likeliest first, until they hold `mass` of the probability, but at most
+    `at_most` per position, and none of a probability below `at_least` (the paper: 15 and 0.01).
     """
 
     mass: float = 0.95
@@ -79,12 +72,8 @@ Target = BehaviourTarget | SupportsIndex | Direction | TopTokens
 class Output:
     """One output node of a graph: `vector . stream[position] + bias`.
 
-    Attributes:
-        tokens: Coefficients of logits, by token id; empty for a direction.
-        layer: Block whose residual stream is meant; `None`: the unembedding's input.
-        probability: The target model's, of a token.
-        weight: Share of this output when influences on several are added: its probability where
-            the likeliest tokens were asked for, otherwise 1.
+    `weight` is its share when influences on several outputs are added: its probability where the
+    likeliest tokens were asked for, otherwise 1.
     """
 
     __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)
@@ -94,9 +83,9 @@ class Output:
     # Of a saved graph it is among the tensors beside the record.
     vector: Annotated[Float[Tensor, " d_model"], Field(exclude=True, default=None)]
     bias: float
-    tokens: dict[int, float]
-    layer: int | None
-    probability: float
+    tokens: dict[int, float]  # coefficients of logits, by token id; empty for a direction
+    layer: int | None  # block whose residual stream is meant; None: the unembedding's input
+    probability: float  # the target model's, of a token
     weight: float = 1.0
 
     @property
@@ -119,10 +108,7 @@ def resolve_targets(
     if not outputs:
         raise InputError("target is empty; name at least one token, or leave it out.")
     # The same logit twice is one node; directions are told apart by their order.
-    unique = {
-        (o.position, *o.tokens.items()) if o.tokens else number: o
-        for number, o in enumerate(outputs)
-    }
+    unique = {(o.position, *o.tokens.items()) if o.tokens else i: o for i, o in enumerate(outputs)}
     return list(unique.values())
 
 
@@ -177,9 +163,7 @@ class _Resolver:
         return Output(target.name, position, vector, 0.0, {}, target.layer, 1.0)
 
 
-def read_tokens(
-    model: nn.Module, target: Any, n_positions: int, n_vocab: int
-) -> tuple[int, int, int]:
+def read_tokens(model: nn.Module, target: Any, n_tokens: int, n_vocab: int) -> tuple[int, int, int]:
     """Position, token, and the token whose logit is taken off (-1: none)."""
     with suppress(TypeError):  # an id from numpy or torch
         target = target if isinstance(target, bool) else operator.index(target)
@@ -195,16 +179,14 @@ def read_tokens(
         other = token_id(model, target.other, n_vocab)
         if token == other:
             raise InputError(f"the logit difference is of token {token} with itself.")
-    return in_prompt(target.position, n_positions), token, other
+    return in_prompt(target.position, n_tokens), token, other
 
 
-def in_prompt(position: int, n_positions: int) -> int:
+def in_prompt(position: int, n_tokens: int) -> int:
     """A position counted from the prompt's beginning; an `InputError` if it has none such."""
-    if not -n_positions <= position < n_positions:
-        raise InputError(
-            f"position={position} is not in the prompt, which has {n_positions} tokens."
-        )
-    return position % n_positions
+    if not -n_tokens <= position < n_tokens:
+        raise InputError(f"position={position} is not in the prompt, which has {n_tokens} tokens.")
+    return position % n_tokens
 
 
 def explained_decomposition(model: nn.Module) -> Decomposition:
@@ -272,17 +254,14 @@ def prompt_tokens(
         try:
             tokens = torch.as_tensor(prompt)
         except (TypeError, ValueError, RuntimeError):
-            raise InputError(
-                f"prompt={prompt!r} is neither text nor the token ids of one prompt."
-            ) from None
+            raise InputError(f"prompt={prompt!r} is neither text nor ids of one prompt.") from None
     if tokens.numel() == 0:
         raise InputError("prompt is empty; there is nothing to explain.")
     if tokens.ndim == 2 and len(tokens) == 1:
         tokens = tokens[0]
     if tokens.ndim != 1 or tokens.is_floating_point():
         raise InputError(
-            f"prompt has shape {tuple(tokens.shape)} and type {tokens.dtype}; expected the "
-            "token ids of one prompt."
+            f"prompt is {tokens.dtype} of shape {tuple(tokens.shape)}; expected ids of one prompt."
         )
     if int(tokens.min()) < 0 or int(tokens.max()) >= cfg.d_vocab:
         raise InputError(f"prompt has token ids outside the vocabulary of {cfg.d_vocab}.")
