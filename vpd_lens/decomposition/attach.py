@@ -53,8 +53,7 @@ def attach(
         half = weight.dtype in (torch.float16, torch.bfloat16)
         self_check(model, chosen, _tiny_forward(model, example), 5e-2 if half else 1e-4)
     counts = resolve_counts(chosen, n_subcomponents)
-    if divergence is None:
-        divergence = "mse" if model_kind(model) == "module" else "kl"
+    divergence = divergence or ("mse" if model_kind(model) == "module" else "kl")
     with torch.inference_mode(False):
         importance = importance or CausalImportanceConfig()
         vpd = Decomposition(model, chosen, counts, importance, divergence, seed)
@@ -135,20 +134,18 @@ class Attachment:
         self.handles: list[RemovableHandle] = []
         self.mounted: list[tuple[nn.Module, str]] = []
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        own = [name for name in _ENTRIES if hasattr(type(model), name)]
         # The model's own entry points, in whose place are the decomposition's.
-        self.original = {name: getattr(model, name) for name in own}
+        self.original = {n: getattr(model, n) for n in _ENTRIES if hasattr(type(model), n)}
         self.previous = {name: model.__dict__[name] for name in _ENTRIES if name in model.__dict__}
         forwards = vpd.forwards
         forwards.original = self.original["forward"]
         model.requires_grad_(False)
         pre_hooks: list[tuple[nn.Module, Callable]] = []
-        for index, site in enumerate(vpd.sites):
+        for i, site in enumerate(vpd.sites):
             self._mount(site.name, site.hooks)
-            read, edit = partial(forwards.read, index), partial(forwards.edit, index)
-            self.handles += site.attach(read, edit)
+            self.handles += site.attach(partial(forwards.read, i), partial(forwards.edit, i))
             if site.results is not None:
-                pre_hooks.append((site.results, partial(forwards.edit_heads, index)))
+                pre_hooks.append((site.results, partial(forwards.edit_heads, i)))
         if model_kind(model) != "module":
             if (unembed := model._modules.get("unembed")) is not None:
                 forwards.ends = True
@@ -197,14 +194,8 @@ def _embedding_points(model: nn.Module) -> list[nn.Module]:
     return [point for point in points if point is not None]
 
 
-def _require_grad_if_watched(
-    model: nn.Module, forwards: Forwards, _module: nn.Module, args: tuple
-) -> None:
-    """Let gradients begin at the embeddings, if a hook waits for one.
-
-    The weights are frozen while a decomposition is attached, so nothing before the first masked
-    site would have a gradient otherwise.
-    """
+def _require_grad_if_watched(model: nn.Module, forwards: Forwards, _m: Any, args: tuple) -> None:
+    """Let gradients begin at the embeddings, as all weights are frozen, if a hook waits for one."""
     x = args[0]
     if forwards.state.undisturbed or not torch.is_grad_enabled() or x.requires_grad:
         return

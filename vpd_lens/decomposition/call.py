@@ -28,9 +28,7 @@ _OF_THE_CALL |= {"loss_per_token", "labels"}
 _OF_THE_LAST = {"position_ids", "cache_position"}
 
 
-def whole_call(
-    args: tuple, kwargs: dict[str, Any], generating: bool = False
-) -> tuple[tuple, dict[str, Any]]:
+def whole_call(args: tuple, kwargs: dict, generating: bool = False) -> tuple[tuple, dict]:
     """The arguments of a whole, uncached forward of the target that returns logits.
 
     When `generating`, those given belong to the last positions of a longer sequence.
@@ -54,9 +52,7 @@ def cached_positions(kwargs: dict[str, Any]) -> int:
     return 0
 
 
-def real_positions(
-    model: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> Bool[Tensor, "batch pos"] | None:
+def real_positions(model: nn.Module, args: tuple, kwargs: dict) -> Bool[Tensor, "batch pos"] | None:
     """Which positions of a forward's input are tokens and not padding; `None`: all of them.
 
     Read off `attention_mask`, off texts of unequal length, or, for token tensors of a

@@ -1,7 +1,4 @@
-"""How far a masked output is from the target's: KL for logits, MSE for anything else.
-
-The target's share is computed once per step; many masked outputs are compared with it.
-"""
+"""How far a masked output is from the target's: KL for logits, MSE for anything else."""
 
 from __future__ import annotations
 
@@ -74,14 +71,12 @@ class Divergence:
         return (masked.float() - self.target.float()).square().mean(-1)
 
     def _prepare(self, logits: Float[Tensor, "n vocab"]) -> None:
-        """Compute what every comparison with the target needs of it.
-
-        fp32 logits are kept as probabilities. Narrower ones stay as they are, so that nothing of
-        fp32 and the size of the logits exists; probabilities are made again chunk by chunk.
-        """
+        """Compute what every comparison with the target needs of it."""
         n, vocab = logits.shape
         step = max(1, _CHUNK_ELEMENTS // vocab)
         self._chunks = [slice(start, start + step) for start in range(0, n, step)]
+        # fp32 logits are kept as probabilities; narrower ones, whose probabilities would take more
+        # memory, as they are.
         self._kept = torch.empty_like(logits) if logits.dtype == torch.float32 else logits
         self._log_norm, self._negative_entropy = logits.new_empty(2, n, dtype=torch.float32)
         for chunk in self._chunks:

@@ -4,8 +4,7 @@
 2. Each site calls `read` with its input and `edit` with its output; both look at the pass.
 3. Without masks and without listeners `edit` returns at once, and the output is the model's own.
 
-All that changes from forward to forward is kept per thread: masks in one thread do not reach a
-forward in another.
+What changes from forward to forward is kept per thread: masks of one do not reach another.
 """
 
 from __future__ import annotations
@@ -81,17 +80,13 @@ class Forwards:
     def run(
         self, masks: AnyMasks | None, args: tuple, kwargs: Mapping[str, Any], record: bool = False
     ) -> tuple[Any, Pass]:
-        """One forward of the model under fixed masks (`None`: the target), and its pass.
-
-        `record` keeps every site's output. Errors are those of `Decomposition.run`.
-        """
+        """One forward under fixed masks (`None`: the target), and its pass; see `Decomposition`."""
         n = len(self.sites)
         current = Pass([None] * n, frozen=self.state.frozen, finished=not self.ends)
         if masks is not None:
             masks = masks if isinstance(masks, Masks) else masks.computed()
             current.masks = masks.per_site(self.layout)
-        if record:
-            current.outputs = [None] * n
+        current.outputs = [None] * n if record else None
         repeated = _set(self._recomputing(), "gradient_checkpointing", False)
         with self.during(current=current), repeated:
             output = self.original(*args, **kwargs)
@@ -161,8 +156,7 @@ class Forwards:
 
     def read(self, index: int, x: Tensor) -> None:
         """See the input of a site."""
-        state = self.state
-        (state.current or state.idle).inputs[index] = x
+        (self.state.current or self.state.idle).inputs[index] = x
 
     def edit(self, index: int, y: Tensor) -> Tensor | None:
         """The new output of a site, or `None` where it stays what the model computed."""
@@ -203,9 +197,8 @@ class Forwards:
     def compute_head_results(self, cache: Any) -> None:
         """Put `blocks.*.attn.hook_result`, `[*batch, head, d_model]`, into a masked run's cache.
 
-        TransformerLens multiplies a cached `z` by the model's `W_O`; under masks the matrix of the
-        site `attn.o` is another one at every position. From what the cache holds of the site, heads
-        are computed that add up to the attention's output under masks, too.
+        TransformerLens's heads, a cached `z` times `W_O`, would not add up to the attention's
+        output: under masks the matrix of the site `attn.o` is another one at every position.
         """
         model: Any = self.model
         for layer in range(model.cfg.n_layers):

@@ -183,10 +183,7 @@ class Decomposition(nn.Module):
             yield self
 
     def undisturbed(self) -> AbstractContextManager[None]:
-        """A block in which the model is in evaluation mode and a user's temporary hooks are silent.
-
-        `run`, `target` and what builds on them have their own. Hooks added inside stay active.
-        """
+        """A block in evaluation mode in which a user's temporary hooks from outside are silent."""
         return self.forwards.undisturbed()
 
     def frozen_subcomponents(self) -> AbstractContextManager[None]:
@@ -229,13 +226,12 @@ class Decomposition(nn.Module):
         """
         with self.forwards.undisturbed(again=True):
             output, done = self._run(None, args, kwargs)
-        missing = [n for n, x in zip(self.layout.names, done.inputs, strict=True) if x is None]
-        inputs = [x for x in done.inputs if x is not None]
-        if missing:
+        if missing := [n for n, x in zip(self.layout.names, done.inputs, strict=True) if x is None]:
             raise VPDError(
                 f"the forward pass never reached {missing}, so causal importances cannot be "
                 "computed. Run the whole model (no stop_at_layer) and leave split-qkv flags off."
             )
+        inputs = [x for x in done.inputs if x is not None]
         if len({x.shape[:-1] for x in inputs}) > 1:
             raise VPDError(f"the sites' inputs differ in batch or positions. {FLAGS_HINT}")
         return output, inputs
@@ -258,8 +254,7 @@ class Decomposition(nn.Module):
         left out of account.
         """
         _, inputs = self.target(*args, **kwargs)
-        real = real_positions(self.model, args, kwargs)
-        return lower_leaky(self.pre_importance(inputs, real))
+        return lower_leaky(self.pre_importance(inputs, real_positions(self.model, args, kwargs)))
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self.forwards.state
@@ -328,24 +323,19 @@ class Decomposition(nn.Module):
     ) -> Sources:
         """Sources, shared over batch and positions, that hurt the output on one input most."""
         real = real_positions(self.model, args, kwargs)
+        quiet, frozen = self.forwards.undisturbed(again=True), self.frozen_subcomponents()
         # HookedTransformer.generate runs in inference mode, whose tensors cannot take part in a
         # backward pass; clones made outside it can.
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            self.forwards.undisturbed(again=True),
-            self.frozen_subcomponents(),
-        ):
+        with torch.inference_mode(False), torch.enable_grad(), quiet, frozen:
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
             distance = Divergence(output.clone(), self.divergence, real)
-            sources, _ = ascend(
+            return ascend(
                 lambda masks: distance(self.run(masks, *args, **kwargs)),
                 importance.clone(),
                 shared_sources(importance, self.layout, context.generator),
                 context.n_steps,
                 context.step_size,
-            )
-        return sources
+            )[0]
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         with self.forwards.during(generation=Generation()):

@@ -132,8 +132,7 @@ class PerSubcomponentMLP(nn.Module):
         w_in = torch.randn(c_total, hidden, generator=generator) * math.sqrt(2)
         w_out = torch.randn(c_total, hidden, generator=generator) / math.sqrt(hidden)
         self.w_in, self.b_in = nn.Parameter(w_in), nn.Parameter(torch.zeros(c_total, hidden))
-        self.w_out = nn.Parameter(w_out)
-        self.b_out = nn.Parameter(torch.zeros(c_total))
+        self.w_out, self.b_out = nn.Parameter(w_out), nn.Parameter(torch.zeros(c_total))
 
     def forward(
         self, inputs: Inputs, subcomponents: Subcomponents, real: Tensor | None = None
@@ -183,15 +182,11 @@ class SharedMLP(nn.Module):
         return [row for index, mlp in enumerate(self.mlps) for row in _rows(mlp[-1], index)]
 
 
-# A pre-sigmoid importance that makes the importance 0.
-_OFF = -1.0
+_OFF = -1.0  # a pre-sigmoid importance that makes the importance 0
 
 
 def _rows(layer: nn.Linear, site: int | None) -> list[PerSubcomponent]:
-    return [
-        PerSubcomponent(layer.weight, 0, site),  # type: ignore[arg-type]
-        PerSubcomponent(layer.bias, 0, site, _OFF),
-    ]
+    return [PerSubcomponent(layer.weight, 0, site), PerSubcomponent(layer.bias, 0, site, _OFF)]  # type: ignore[arg-type]
 
 
 def _linear(
@@ -225,21 +220,13 @@ def build_importance(
         return PerSubcomponentMLP(sum(sizes), config.hidden, generator)
     if config.kind == "shared_mlp":
         return SharedMLP(d_inputs, sizes, config.hidden, generator)
-    size = config.filled(target_width, target_depth)
-    return TransformerImportance(
-        d_inputs,
-        sum(sizes),
-        **size.model_dump(include={"d_model", "n_blocks", "n_heads", "d_ffn", "rope_base"}),
-        generator=generator,
-    )
+    names = {"d_model", "n_blocks", "n_heads", "d_ffn", "rope_base"}
+    size = config.filled(target_width, target_depth).model_dump(include=names)
+    return TransformerImportance(d_inputs, sum(sizes), **size, generator=generator)
 
-
-# Sigmoids
 
 LEAK = 0.01
-
-# 512 KiB of fp32, a share of a core's second-level cache.
-_BLOCK_ELEMENTS = 2**17
+_BLOCK_ELEMENTS = 2**17  # 512 KiB of fp32, a share of a core's second-level cache
 
 
 class _LowerLeaky(torch.autograd.Function):
@@ -269,14 +256,10 @@ def where_above(x: Tensor, z: Tensor, threshold: float) -> Tensor:
 
 
 def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors `[*batch, C]` cut into the same blocks of rows, as 2-D views.
-
-    On a CPU a chain of elementwise operations is faster on a block that fits the cache than with
-    each operation sweeping memory; on a GPU there is one block.
-    """
+    """The tensors `[*batch, C]` cut into the same blocks of rows, as 2-D views."""
     flat = [t.view(-1, t.shape[-1]) for t in tensors]
     rows = flat[0].shape[0]
-    if flat[0].device.type == "cpu":
+    if flat[0].device.type == "cpu":  # a chain of operations is faster on what fits the cache
         rows = max(1, _BLOCK_ELEMENTS // flat[0].shape[1])
     yield from zip(*(t.split(rows) for t in flat), strict=True)
 
@@ -291,10 +274,7 @@ def lower_leaky(z: Float[Tensor, "*shape"], alpha: float = LEAK) -> Float[Tensor
 
 
 def upper_leaky(z: Float[Tensor, "*shape"], alpha: float = LEAK) -> Float[Tensor, "*shape"]:
-    """Hard sigmoid for the minimality losses: `clamp(z, 0, 1)` up to 1, slope `alpha` above.
-
-    Values above 1 keep a gradient that pulls them back.
-    """
+    """Hard sigmoid for minimality losses: `clamp(z, 0, 1)`; above 1 a slope `alpha` pulls back."""
     positive = z.clamp(min=0)
     # Below 1 the second line lies above the first, beyond 1 below it.
     return torch.minimum(positive, positive * alpha + (1 - alpha))

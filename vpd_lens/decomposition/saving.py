@@ -72,13 +72,9 @@ def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
             "This decomposition was trained with a custom divergence; pass it as divergence=..."
         )
     counts = dict(zip(record.sites, record.n_subcomponents, strict=True))
+    names, measure = list(record.sites), divergence or record.divergence
     attach(
-        model,
-        sites=list(record.sites),
-        n_subcomponents=lambda site: counts[site.name],
-        importance=record.importance,
-        divergence=divergence or record.divergence,  # type: ignore[arg-type]
-        check=False,
+        model, names, lambda s: counts[s.name], record.importance, divergence=measure, check=False
     )
     vpd = decomposition_of(model)
     try:
@@ -187,10 +183,7 @@ _FINGERPRINTS: WeakKeyDictionary[Decomposition, tuple[Any, str]] = WeakKeyDictio
 
 
 def fingerprint(vpd: Decomposition) -> str:
-    """SHA-256 of all V and U, by which results recognise the decomposition they belong to.
-
-    Computed anew only when a tensor has changed.
-    """
+    """SHA-256 of all V and U, by which results know their decomposition; kept until one changes."""
     directions = [*vpd.subcomponents.v, *vpd.subcomponents.u]
     # Changes through `.data` leave the version as it is; the sum notices those.
     total = float(torch.stack([part.detach().sum() for part in directions]).sum())

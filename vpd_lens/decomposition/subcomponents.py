@@ -80,8 +80,7 @@ def resolve_counts(sites: Sequence[NamedMatrix], spec: CountSpec) -> tuple[int, 
     if isinstance(spec, int):
         counts = [spec] * len(sites)
     elif isinstance(spec, Mapping):
-        unused = [p for p in spec if not any(re.search(p, site.name) for site in sites)]
-        if unused:
+        if unused := [p for p in spec if not any(re.search(p, site.name) for site in sites)]:
             raise ConfigError(f"n_subcomponents: the patterns {unused} match no site.")
         counts = [
             next((n for p, n in spec.items() if re.search(p, site.name)), paper_count(site))
@@ -113,10 +112,7 @@ class PerSubcomponent(NamedTuple):
 
 
 class Folded(nn.Module):
-    """Subcomponents of one site that were folded into its delta: kept, never trained again.
-
-    `indices` are their column numbers from before anything was folded.
-    """
+    """Subcomponents of one site that were folded into its delta, with their first `indices`."""
 
     v: Float[Tensor, "d_in F"]
     u: Float[Tensor, "F d_out"]

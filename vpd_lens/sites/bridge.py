@@ -52,9 +52,7 @@ def is_mixture(mlp: nn.Module) -> bool:
     return "moe" in type(mlp).__name__.lower()
 
 
-def _site(
-    name: str, container: nn.Module, module: nn.Module, frame: nn.Module | None = None
-) -> Site:
+def _site(name: str, parent: nn.Module, module: nn.Module, frame: nn.Module | None = None) -> Site:
     part = name.rsplit(".", 1)[-1]
     linear = module.original_component
     if hasattr(linear, "base_layer"):
@@ -66,9 +64,9 @@ def _site(
     inputs = [InputPoint(linear, "argument", 0)]
     # Processed gated MLPs skip the `in` and `gate` modules but still fire the container's hook.
     if part in ("in", "gate", "out"):
-        hook = module.hook_in if part == "out" else container.hook_in
+        hook = module.hook_in if part == "out" else parent.hook_in
         inputs.insert(0, InputPoint(hook, "output"))
-    weight, bias = (partial(read, container, module, part) for read in (_weight, _bias))
+    weight, bias = (partial(read, parent, module, part) for read in (_weight, _bias))
     return Site(name, weight, bias, inputs, module.hook_out, frame=frame, has_heads=part in "qkvo")
 
 

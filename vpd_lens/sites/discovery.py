@@ -137,14 +137,10 @@ def self_check(model: nn.Module, sites: list[Site], forward: Any, tolerance: flo
 def _mismatch(site: Site, x: Tensor | None, y: Tensor, tolerance: float) -> str | None:
     if x is None:
         return "its output appeared before any input was seen"
-    weight = site.weight
-    if x.shape[-1] != weight.shape[0] or y.shape[-1] != weight.shape[1]:
-        return (
-            f"input {tuple(x.shape)} and output {tuple(y.shape)} do not fit W {tuple(weight.shape)}"
-        )
-    bias = 0 if site.bias is None else site.bias.float()
-    expected = x.float() @ weight.float() + bias
-    error = relative_error(y.float(), expected)
+    w, bias = site.weight, 0 if site.bias is None else site.bias.float()
+    if (x.shape[-1], y.shape[-1]) != w.shape:
+        return f"input {tuple(x.shape)} and output {tuple(y.shape)} do not fit W {tuple(w.shape)}"
+    error = relative_error(y.float(), x.float() @ w.float() + bias)
     if not error <= tolerance:
         return f"x W + b differs from y by {error:.1e} (allowed {tolerance:.0e})"
     return None
@@ -152,15 +148,10 @@ def _mismatch(site: Site, x: Tensor | None, y: Tensor, tolerance: float) -> str 
 
 def module_sites(model: nn.Module) -> list[Site]:
     """Every `nn.Linear` and `Conv1D` of `model`, named by its module path, in module order."""
-    return [
-        Site(
-            name=name,
-            read_weight=partial(linear_weight, module),
-            read_bias=partial(getattr, module, "bias"),
-            inputs=[InputPoint(module, "argument", 0)],
-            output=module,
-            output_kind="output",
-        )
-        for name, module in model.named_modules()
-        if is_linear(module)
-    ]
+    sites: list[Site] = []
+    for name, module in model.named_modules():
+        if is_linear(module):
+            weight, bias = partial(linear_weight, module), partial(getattr, module, "bias")
+            into = [InputPoint(module, "argument", 0)]
+            sites.append(Site(name, weight, bias, into, module, "output"))
+    return sites

@@ -50,27 +50,18 @@ def _attention_sites(prefix: str, attn: nn.Module) -> Iterator[Site]:
     for letter, source in (("q", "query_input"), ("k", "key_input"), ("v", "value_input")):
         # Grouped-query attention stores k and v once per group under an underscored name; the
         # plain name is a property that repeats them.
-        weight, bias = (
+        w, b = (
             name if (name := f"_{kind}_{letter.upper()}") in attn._parameters else name[1:]
             for kind in "Wb"
         )
-        yield Site(
-            name=f"{prefix}.{letter}",
-            read_weight=partial(_heads, attn, weight, "head d_in d_head -> d_in (head d_head)"),
-            read_bias=partial(_heads, attn, bias, "head d_head -> (head d_head)"),
-            inputs=[InputPoint(attn, "argument", source)],
-            output=getattr(attn, f"hook_{letter}"),
-            has_heads=True,
-        )
+        weight = partial(_heads, attn, w, "head d_in d_head -> d_in (head d_head)")
+        bias = partial(_heads, attn, b, "head d_head -> (head d_head)")
+        into, output = [InputPoint(attn, "argument", source)], getattr(attn, f"hook_{letter}")
+        yield Site(f"{prefix}.{letter}", weight, bias, into, output, has_heads=True)
+    weight = partial(_heads, attn, "W_O", "head d_head d_out -> (head d_head) d_out")
+    bias, into = partial(getattr, attn, "b_O"), [InputPoint(attn.hook_z, "output")]
     yield Site(
-        name=f"{prefix}.o",
-        read_weight=partial(_heads, attn, "W_O", "head d_head d_out -> (head d_head) d_out"),
-        read_bias=partial(getattr, attn, "b_O"),
-        inputs=[InputPoint(attn.hook_z, "output")],
-        output=attn,
-        output_kind="output",
-        results=attn.hook_result,
-        has_heads=True,
+        f"{prefix}.o", weight, bias, into, attn, "output", results=attn.hook_result, has_heads=True
     )
 
 

@@ -135,7 +135,7 @@ class Site:
             to_end = point.module.register_forward_pre_hook(partial(move_last, last.id))
             handles += [last, to_end]
         if self.output_kind == "output":
-            replace = partial(self._edit_output, edit, d_out)
+            replace = partial(self._edit, edit, d_out)
             return [*handles, self.output.register_forward_hook(replace)]
         replace = partial(self._edit_argument, edit, d_out)
         return [*handles, self.output.register_forward_pre_hook(replace)]
@@ -151,16 +151,12 @@ class Site:
     def _read_output(self, read: ReadInput, width: int, _m: Any, _a: tuple, x: Tensor) -> None:
         read(self._in_rows(x, width))
 
-    def _edit_output(
-        self, edit: EditOutput, width: int, _m: Any, _a: tuple, y: Tensor
-    ) -> Tensor | None:
+    def _edit(self, edit: EditOutput, width: int, _m: Any, _a: tuple, y: Tensor) -> Tensor | None:
         new = edit(self._in_rows(y, width))
         return None if new is None else new.reshape(y.shape)
 
-    def _edit_argument(
-        self, edit: EditOutput, width: int, module: nn.Module, args: tuple
-    ) -> tuple | None:
-        new = self._edit_output(edit, width, module, args, args[0])
+    def _edit_argument(self, edit: EditOutput, width: int, m: Any, args: tuple) -> tuple | None:
+        new = self._edit(edit, width, m, args, args[0])
         return None if new is None else (new, *args[1:])
 
     def _in_rows(self, x: Tensor, width: int) -> Tensor:
@@ -191,5 +187,4 @@ def no_bias() -> None:
 @torch.no_grad()
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Largest absolute difference, relative to the largest expected entry."""
-    scale = expected.abs().max().clamp(min=1e-12)
-    return float((got - expected).abs().max() / scale)
+    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
