@@ -7,32 +7,18 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from vpd_lens.cli.options import (
-    QUICKSTART,
-    BatchSize,
-    Debug,
-    Decomposed,
-    Device,
-    Model,
-    ModelClassName,
-    ProcessingName,
-    Quiet,
-    SeqLen,
-    load_decomposed,
-    readable_errors,
-    require_folder,
-    say,
-)
+from vpd_lens.cli import options
+from vpd_lens.cli.options import load_decomposed, readable_errors, require_folder, say
 from vpd_lens.errors import ConfigError, InputError
 
 
 def eval_command(
-    decomposition: Decomposed,
-    model: Model,
+    decomposition: options.Decomposed,
+    model: options.Model,
     data: Annotated[str, Option(help="Held-out data: path, or hf:NAME.")],
     n_batches: Annotated[int, Option(min=1, help="Batches.")] = 8,
-    batch_size: BatchSize = 16,
-    seq_len: SeqLen = None,
+    batch_size: options.BatchSize = 16,
+    seq_len: options.SeqLen = None,
     pgd_steps: Annotated[
         str, Option(help="Steps of the adversary, separated by commas; `none` skips it.")
     ] = "20,40,80,160,320",
@@ -42,18 +28,17 @@ def eval_command(
         Path | None, Option(help="JSON of another report, shown next to this one.")
     ] = None,
     beside_name: Annotated[str, Option(help="What to call it.")] = "beside",
-    model_class: ModelClassName = "auto",
-    processing: ProcessingName = "default",
+    model_class: options.ModelClassName = "auto",
+    processing: options.ProcessingName = "default",
     seed: Annotated[int, Option(help="Seed of masks and adversary.")] = 0,
-    device: Device = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    device: options.Device = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
 ) -> None:
     """Measure a saved decomposition and print the tables."""
     with readable_errors(debug):
         steps = _step_counts(pgd_steps)
         require_folder(decomposition)
-
         from vpd_lens.evaluation import EvalReport, evaluate
 
         other = EvalReport.from_json(beside) if beside else None
@@ -84,11 +69,10 @@ def _step_counts(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-def info_command(decomposition: Decomposed, debug: Debug = False) -> None:
+def info_command(decomposition: options.Decomposed, debug: options.Debug = False) -> None:
     """Say what a saved decomposition is, without loading its model."""
     with readable_errors(debug):
         require_folder(decomposition)
-
         from vpd_lens.description import describe
 
         say(describe(decomposition), quiet=False)
@@ -97,9 +81,9 @@ def info_command(decomposition: Decomposed, debug: Debug = False) -> None:
 def graph_command(
     prompt: Annotated[str, Argument(help="The prompt.")],
     decomposition: Annotated[Path, Option(help="A saved decomposition, or a run.")] = (
-        QUICKSTART / "vpd"
+        options.QUICKSTART / "vpd"
     ),
-    model: Model = str(QUICKSTART / "target"),
+    model: options.Model = str(options.QUICKSTART / "target"),
     target: Annotated[
         list[str] | None,
         Option(metavar="TOKEN", help="Token to explain; may be repeated. Default: the likeliest."),
@@ -119,11 +103,11 @@ def graph_command(
     harvest: Annotated[
         Path | None, Option(help="What `vpd-lens harvest` wrote; examples for the page.")
     ] = None,
-    model_class: ModelClassName = "auto",
-    processing: ProcessingName = "default",
-    device: Device = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    model_class: options.ModelClassName = "auto",
+    processing: options.ProcessingName = "default",
+    device: options.Device = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
 ) -> None:
     r"""Trace which subcomponents make a model predict a token.
 
@@ -133,7 +117,6 @@ def graph_command(
         if keep == 0:
             raise InputError("--keep 0 keeps nothing; give a share above 0.")
         loaded = load_decomposed(decomposition, model, model_class, device, processing)
-
         from vpd_lens.analysis.circuits import Token, TopTokens, attribute
         from vpd_lens.analysis.harvest import Harvest
 
@@ -144,8 +127,8 @@ def graph_command(
         targets: Any = [Token(token, position) for token in tokens]
         if not targets and prune is None:
             targets = [TopTokens(position=position)]
-        options: dict[str, Any] = {"prune": prune, "frozen": frozen, "progress": not quiet}
-        graph = attribute(loaded, prompt, targets or None, **options)
+        how: dict[str, Any] = {"prune": prune, "frozen": frozen, "progress": not quiet}
+        graph = attribute(loaded, prompt, targets or None, **how)
         if keep is not None:
             graph = graph.pruned(keep)
         if graph.circuit is not None:
@@ -158,13 +141,13 @@ def graph_command(
 
 
 def harvest_command(
-    decomposition: Decomposed,
-    model: Model,
+    decomposition: options.Decomposed,
+    model: options.Model,
     data: Annotated[str, Option(help="Text or tokens: path, or hf:NAME.")],
     output: Annotated[Path, Option(help="Directory of the results.")],
     n_batches: Annotated[int, Option(min=1, help="Batches in all.")] = 500,
-    batch_size: BatchSize = 16,
-    seq_len: SeqLen = None,
+    batch_size: options.BatchSize = 16,
+    seq_len: options.SeqLen = None,
     sites: Annotated[
         str | None, Option(metavar="A,B,...", help="Names of the sites; default: all.")
     ] = None,
@@ -175,15 +158,15 @@ def harvest_command(
     n_random: Annotated[int, Option(min=1, help="Random examples of each.")] = 20,
     context: Annotated[int, Option(min=0, help="Tokens on either side.")] = 20,
     memory_limit: Annotated[float, Option(help="Largest size of the tables, in GiB.")] = 4.0,
-    model_class: ModelClassName = "auto",
-    processing: ProcessingName = "default",
+    model_class: options.ModelClassName = "auto",
+    processing: options.ProcessingName = "default",
     seed: Annotated[int, Option(min=0, help="Seed of the random examples.")] = 0,
     resume: Annotated[
         bool, Option("--resume", help="Go on from what is in the output directory.")
     ] = False,
-    device: Device = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    device: options.Device = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
 ) -> None:
     """Gather what every subcomponent responds to, and show it.
 
@@ -193,7 +176,6 @@ def harvest_command(
     """
     with readable_errors(debug):
         loaded = load_decomposed(decomposition, model, model_class, device, processing)
-
         from vpd_lens.analysis.harvest import harvest
         from vpd_lens.viz.harvest_page import write
 

@@ -68,12 +68,9 @@ def quoted(value: object) -> str:
 
 def say(what: Any, quiet: bool) -> None:
     """Print a line, or tables of rich, unless told to be quiet."""
-    if quiet:
-        return
-    if isinstance(what, str):
-        typer.echo(what)
-    else:
-        rich.print(what)
+    if not quiet:
+        show = typer.echo if isinstance(what, str) else rich.print
+        show(what)
 
 
 def require_folder(path: Path, option: str = "") -> None:
@@ -95,7 +92,6 @@ def load_decomposed(
     require_folder(decomposition, "--decomposition")
     if Path(model).is_relative_to(QUICKSTART):
         require_folder(Path(model), "--model")
-
     from vpd_lens.decomposition.saving import load
     from vpd_lens.models import load_model
 

@@ -10,23 +10,14 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from vpd_lens.cli.options import (
-    Debug,
-    Device,
-    ModelClassName,
-    Overrides,
-    ProcessingName,
-    Quiet,
-    RunFilePath,
-    quoted,
-    readable_errors,
-    say,
-)
+from vpd_lens.cli import options
+from vpd_lens.cli.options import quoted, readable_errors, say
 from vpd_lens.errors import ConfigError
 
 
 def init_command(
-    preset: Annotated[str, Option(help="paper, small or spd.")] = "small", debug: Debug = False
+    preset: Annotated[str, Option(help="paper, small or spd.")] = "small",
+    debug: options.Debug = False,
 ) -> None:
     """Print a run file in which every field is explained.
 
@@ -46,7 +37,7 @@ def plan_command(
         Path | None, Option(metavar="RUN.YAML", help="Plan this run file instead.")
     ] = None,
     preset: Annotated[str, Option(help="paper, small or spd; not with --run.")] = "paper",
-    overrides: Overrides = None,
+    overrides: options.Overrides = None,
     processes: Annotated[int, Option(min=1, help="Processes (GPUs) that share the batch.")] = 1,
     measure: Annotated[
         int | None,
@@ -59,10 +50,10 @@ def plan_command(
     device: Annotated[
         str, Option(help="cuda: bf16 as on a GPU; cpu: fp32. Also where --measure runs.")
     ] = "cuda",
-    model_class: ModelClassName = "auto",
-    processing: ProcessingName = "default",
+    model_class: options.ModelClassName = "auto",
+    processing: options.ProcessingName = "default",
     json: Annotated[Path | None, Option(help="Write all figures as JSON.")] = None,
-    debug: Debug = False,
+    debug: options.Debug = False,
 ) -> None:
     """Count the FLOP and the memory of a training step by running it without values.
 
@@ -83,7 +74,6 @@ def plan_command(
         rows, rest = divmod(config.batch_size, processes)
         if rest:
             raise ConfigError(f"batch_size={config.batch_size} is not a multiple of {processes}.")
-
         from vpd_lens.decomposition.attach import attach
         from vpd_lens.models import load_model
         from vpd_lens.storage import write_json
@@ -122,21 +112,21 @@ def plan_command(
 
 
 def train_command(
-    run_file: RunFilePath,
-    overrides: Overrides = None,
+    run_file: options.RunFilePath,
+    overrides: options.Overrides = None,
     output: Annotated[
         Path | None, Option(help="Directory of the results, instead of the file's.")
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the checkpoint.")] = False,
-    device: Device = None,
+    device: options.Device = None,
     wandb: Annotated[
         str | None, Option(metavar="PROJECT", help="Log to this wandb project too.")
     ] = None,
     wandb_mode: Annotated[
         str | None, Option(help="online or offline; default: wandb's own setting.")
     ] = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
 ) -> None:
     """Train a decomposition as a run file says.
 
@@ -155,7 +145,6 @@ def train_command(
         if wandb is None and wandb_mode is not None:
             raise ConfigError("--wandb-mode needs --wandb PROJECT.")
         to_wandb = {"project": wandb} | ({"mode": wandb_mode} if wandb_mode else {})
-
         from vpd_lens.evaluation import evaluate
         from vpd_lens.models import load_model
         from vpd_lens.training import train

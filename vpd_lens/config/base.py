@@ -63,12 +63,9 @@ class Config(BaseModel):
         return type(self)(**data)
 
     def merged(self: Self, changes: Mapping[str, Any]) -> Self:
-        """A copy with fields replaced by nested mappings, e.g. `{"optimiser": {"lr": 1e-3}}`.
+        """Like `replaced`, also in its errors, by nested mappings: `{"optimiser": {"lr": 1e-3}}`.
 
         Fields of a section that are not named stay as they are.
-
-        Raises:
-            ConfigError: If a field does not exist or a value does not fit.
         """
         return type(self)(**_merged(self, changes))
 
@@ -98,9 +95,6 @@ def _merged(config: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
     return data
 
 
-# ------------------------------------------------------------------------------ YAML
-
-
 class _Loader(yaml.SafeLoader):
     """YAML in which `1e-3` is a number, as in YAML 1.2; PyYAML reads it as text."""
 
@@ -117,8 +111,7 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return loader.get_single_data()
     except yaml.YAMLError as error:
-        problem = textwrap.indent(str(error), "  ")
-        raise ConfigError(f"{where}: not YAML:\n{problem}") from None
+        raise ConfigError(f"{where}: not YAML:\n" + textwrap.indent(str(error), "  ")) from None
     finally:
         loader.dispose()
 
@@ -134,9 +127,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict | None):
         raise ConfigError(f"{path}: expected a mapping of fields, got {type(data).__name__}.")
     return data or {}
-
-
-# ---------------------------------------------------------------------- explanations
 
 
 def _troubles(

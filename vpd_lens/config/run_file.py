@@ -22,16 +22,8 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from vpd_lens.config.base import (
-    Config,
-    Count,
-    InvalidConfig,
-    Natural,
-    field_paths,
-    parse_yaml,
-    read_yaml,
-    set_path,
-)
+from vpd_lens.config import base
+from vpd_lens.config.base import Config, Count, InvalidConfig, Natural
 from vpd_lens.config.vpd import VPDConfig
 from vpd_lens.errors import ConfigError, did_you_mean
 
@@ -108,7 +100,7 @@ def read_run_file(path: Path | None, overrides: Sequence[str] = ()) -> RunFile:
     Raises:
         ConfigError: If the file cannot be read, or a field is unknown, missing or unusable.
     """
-    data = {} if path is None else read_yaml(path)
+    data = {} if path is None else base.read_yaml(path)
     for override in overrides:
         _apply_override(data, override)
     data["training"] = data.get("training") or {}
@@ -126,17 +118,15 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{where}: expected PATH=VALUE, for example optimiser.lr=1e-3.")
     known = [*RunFile.model_fields, "preset", *VPDConfig.model_fields]
     if first not in known:
-        deeper = [deep for deep in field_paths(VPDConfig) if deep.endswith(f".{first}")]
+        deeper = [deep for deep in base.field_paths(VPDConfig) if deep.endswith(f".{first}")]
         hint = did_you_mean(first, known, likely=deeper)
         raise ConfigError(f"{where}: {first}: there is no such field{hint}")
     try:
         inside = "" if first in RunFile.model_fields else "training."
-        set_path(data, inside + path, parse_yaml(text, where))
+        base.set_path(data, inside + path, base.parse_yaml(text, where))
     except ConfigError as error:
         raise error if where in str(error) else ConfigError(f"{where}: {error}") from None
 
-
-# -------------------------------------------------------------------------- template
 
 _HEAD = """\
 # A run file of `vpd-lens train`. Relative paths start at the working directory.
@@ -159,8 +149,7 @@ def template(preset: str = "small") -> str:
 
 
 def _template(config: Config, active: Sequence[str], indent: str = "") -> list[str]:
-    lines = []
-    values = config.model_dump(mode="json")
+    lines, values = [], config.model_dump(mode="json")
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         off = "" if name in active else "#"

@@ -48,13 +48,11 @@ class StochasticConfig(Config):
     coefficient: NonNegative = 0.5
     """Weight of stochastic reconstruction in the total loss."""
     routing: Literal["subset", "all"] = "subset"
-    """`"subset"`: a random subset of sites is masked at each position (VPD); `"all"`: every
-    site."""
+    """`"subset"`: a random subset of sites is masked at each position (VPD); `"all"`: all."""
     n_samples: Count = 1
     """Mask draws per step, averaged."""
     layerwise_coefficient: NonNegative = 0.0
-    """Weight of the same loss with one site masked at a time, mean over sites (SPD); one forward
-    per site."""
+    """Weight of the same loss, one site masked at a time, mean over sites (SPD): a forward each."""
 
 
 class AdversaryConfig(Config):
@@ -118,8 +116,7 @@ class OptimiserConfig(Config):
     """The optimiser of U, V and the causal importance function."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """`"adamw"` (the paper), or `"muon"`: Muon for matrices, AdamW for biases (the authors' later
-    work)."""
+    """`"adamw"` (the paper), or `"muon"`: Muon for matrices, AdamW for biases (authors, later)."""
     lr: Positive = 5e-5
     """Peak learning rate of U and V."""
     importance_lr: Positive | None = None

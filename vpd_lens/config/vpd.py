@@ -63,8 +63,7 @@ class VPDConfig(Config):
     """bf16 autocast on CUDA (losses and parameters stay fp32)."""
     compile: bool = False
     """Run masked forwards as compiled graphs: faster steps after some minutes of compilation, the
-    same numbers up to rounding. Needs a C++ compiler on CPU; where it cannot be done, a warning
-    says so."""
+    same numbers up to rounding. Needs a C++ compiler on CPU; it warns where that cannot be done."""
     recompute: bool = False
     """Keep only each block's input of a masked forward and compute the rest again in the backward
     pass: less memory, more time, the same numbers. Not together with `compile`, which decides by
@@ -77,8 +76,7 @@ class VPDConfig(Config):
     """`"auto"` (where the model is), `"cpu"`, `"cuda"` or `"cuda:N"`."""
     shard_importance: bool = False
     """On many processes, keep only a part of the importance function's parameters, gradients and
-    moments on each (FSDP2). The numbers are the same up to rounding; a single process ignores
-    it."""
+    moments on each (FSDP2): the same numbers up to rounding. A single process ignores it."""
     log_every: Count = 50
     """Steps between logged metrics."""
     checkpoint_every: Natural = 0
@@ -116,8 +114,6 @@ class VPDConfig(Config):
                 "cannot be split into micro_batches; use scope 'position' or 'sequence'"
             )
         return self
-
-    # ---------------------------------------------------------------- presets
 
     @classmethod
     def paper(cls, **changes: Any) -> VPDConfig:
@@ -174,8 +170,6 @@ class VPDConfig(Config):
         losses = {name: getattr(paper, name) for name in ("stochastic", "adversary")}
         start = {"initialisation": paper.initialisation, "optimiser.kind": paper.optimiser.kind}
         return self.replaced(losses | start)
-
-    # ------------------------------------------------------------------ files
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> VPDConfig:

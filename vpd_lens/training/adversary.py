@@ -47,14 +47,9 @@ class PersistentAdversary:
         start = torch.empty(*scope, layout.total, device=device, dtype=dtype)
         self.sources = uniform_sources(start, layout, generator)
         self.sharing.first_(self.leaves())
-        self.optimiser = torch.optim.Adam(
-            [leaf.requires_grad_() for leaf in self.leaves()],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            maximize=True,
-            fused=True,
-        )
+        leaves = [leaf.requires_grad_() for leaf in self.leaves()]
+        rates = (config.lr, (config.beta1, config.beta2), config.eps)
+        self.optimiser = torch.optim.Adam(leaves, *rates, maximize=True, fused=True)
 
     def masks(self, importance: Tensor, rows: slice = slice(None)) -> SourceMasks:
         """The masks that the sources now make of importances `[*batch, C_total]` in their dtype.

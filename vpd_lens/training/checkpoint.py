@@ -16,15 +16,9 @@ from torch import Tensor
 
 from vpd_lens import storage
 from vpd_lens.config import VPDConfig
+from vpd_lens.decomposition import saving
 from vpd_lens.decomposition.folding import Columns, fold, unfold
-from vpd_lens.decomposition.saving import (
-    Shapes,
-    check_base_model,
-    load_subcomponents,
-    recorded_shapes,
-    subcomponent_tensors,
-    subcomponents_record,
-)
+from vpd_lens.decomposition.saving import Shapes, recorded_shapes
 from vpd_lens.description import SubcomponentsRecord
 from vpd_lens.errors import ArtefactError
 from vpd_lens.training.adversary import PER_ROW, PersistentAdversary
@@ -63,7 +57,7 @@ def save_checkpoint(path: Path, stepper: Stepper, **progress: Any) -> None:
         ArtefactError: If it cannot be written.
     """
     vpd, processes, adversary = stepper.vpd, stepper.processes, stepper.adversary
-    tensors = _prefixed("subcomponents/", subcomponent_tensors(vpd))
+    tensors = _prefixed("subcomponents/", saving.subcomponent_tensors(vpd))
     tensors |= _prefixed("importance/", vpd.importance.state_dict())
     for index, optimiser in enumerate(stepper.optimisers):
         tensors |= _optimiser_tensors(f"optimiser/{index}/", optimiser)
@@ -81,7 +75,7 @@ def save_checkpoint(path: Path, stepper: Stepper, **progress: Any) -> None:
         if processes.first:  # one tensor at a time, so that the others need no memory for all
             state[name] = tensor.detach().cpu()
     if processes.first:
-        progress |= subcomponents_record(vpd)
+        progress |= saving.subcomponents_record(vpd)
         storage.write(path, CheckpointRecord(config=stepper.config, **progress), {"state": state})
 
 
@@ -110,10 +104,8 @@ class Checkpoint:
             )
         sizes = tuple(len(i.kept) + len(i.folded) for i in record.indices)
         if (vpd.layout.names, vpd.subcomponents.original_sizes) != (record.sites, sizes):
-            raise ArtefactError(
-                f"{path}: its sites or their sizes differ from this decomposition's."
-            )
-        check_base_model(vpd, record.base_model)
+            raise ArtefactError(f"{path}: its sites or their sizes differ from model.vpd's.")
+        saving.check_base_model(vpd, record.base_model)
         tensors = artefact.tensors("state")
         storage.require_shapes(artefact.folder, tensors, _shapes(record, tensors, stepper))
         return cls(record, tensors)
@@ -130,11 +122,10 @@ class Checkpoint:
         if kept != vpd.subcomponents.original:
             unfold(vpd)
             fold(vpd, Columns(vpd.layout.sizes, kept, vpd.device))
-        load_subcomponents(vpd, _under(tensors, "subcomponents/"), record)
+        saving.load_subcomponents(vpd, _under(tensors, "subcomponents/"), record)
         like, importance = vpd.importance.state_dict(), _under(tensors, "importance/")
-        vpd.importance.load_state_dict(
-            {name: sharded_like(tensor, like[name]) for name, tensor in importance.items()}
-        )
+        parts = {name: sharded_like(t, like[name]) for name, t in importance.items()}
+        vpd.importance.load_state_dict(parts)
         for index, optimiser in enumerate(stepper.optimisers):
             _load_optimiser(optimiser, _under(tensors, f"optimiser/{index}/"))
         processes = stepper.processes

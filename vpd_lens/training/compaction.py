@@ -34,8 +34,7 @@ def survivors(
 def compact_when_due(stepper: Stepper, importance: StepImportance, done: int) -> int:
     """Count a step's importances, and fold what is dead if a window ends after `done` steps.
 
-    Returns:
-        How many subcomponents were folded.
+    Returns how many subcomponents were folded.
     """
     config, layout = stepper.config.compaction, stepper.vpd.layout
     if config.window == 0:

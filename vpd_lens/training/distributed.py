@@ -59,8 +59,7 @@ class Processes:
         if batch_size % (self.world * parts):
             raise ConfigError(
                 f"batch_size={batch_size} must be a multiple of {self.world} processes x "
-                f"{parts} micro_batches. It is the size of the global batch, which the processes "
-                "share."
+                f"{parts} micro_batches; it is that of all processes together."
             )
         size = batch_size // self.world
         return slice(self.rank * size, (self.rank + 1) * size)
@@ -75,8 +74,6 @@ class Processes:
             words = np.random.SeedSequence([seed % 2**64, self.rank, step])
             seed = int(words.generate_state(1, np.uint64)[0] >> 1)
         return torch.Generator(device=device).manual_seed(seed)
-
-    # ------------------------------------------------- tensors of the step
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by its sum over processes, bit for bit the same on all."""
@@ -96,8 +93,6 @@ class Processes:
         parts = [torch.empty_like(own) for _ in range(self.world)] if self.first else None
         dist.gather(own, parts, dst=0, group=self.control)
         return own if parts is None else torch.cat(parts)
-
-    # -------------------------------------------------------- small values
 
     def largest(self, values: Sequence[int]) -> list[int]:
         """The largest of each value over processes."""
@@ -202,13 +197,9 @@ def join(device: str, model: nn.Module) -> Processes:
             claim_gpu(device)
         # Under a name of its own: where another group was before, late readers would find its keys.
         store = dist.PrefixStore(f"vpd_lens/{next(_JOINED)}", _store())
-        dist.init_process_group(
-            "nccl" if gpu and torch.cuda.is_available() else "gloo",
-            store=store,
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=timeout(),
-        )
+        kind = "nccl" if gpu and torch.cuda.is_available() else "gloo"
+        rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+        dist.init_process_group(kind, timeout=timeout(), world_size=world, rank=rank, store=store)
         device = "cuda" if gpu else device
     world = dist.get_world_size()
     if world == 1:

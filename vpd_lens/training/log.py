@@ -47,15 +47,10 @@ class MetricsLog:
         self.console = Console(quiet=not progress)
         self.run: Any = None
         self.last: dict[str, float] = {}  # metrics of an earlier attempt
-        self._bar = _Bar(
-            bars.TextColumn("[bold]{task.description}"),
-            bars.BarColumn(),
-            bars.MofNCompleteColumn(),
-            bars.TimeElapsedColumn(),
-            bars.TimeRemainingColumn(),
-            console=self.console,
-            disable=not progress or not self.console.is_terminal,
-        )
+        name = bars.TextColumn("[bold]{task.description}")
+        more = (bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
+        hidden = not progress or not self.console.is_terminal
+        self._bar = _Bar(name, bars.BarColumn(), *more, console=self.console, disable=hidden)
         self._task = self._bar.add_task("VPD", total=steps, completed=start)
         if wandb is not None:
             import wandb as wandb_module

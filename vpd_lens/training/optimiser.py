@@ -23,10 +23,7 @@ def optimisers(
 
     Muon moves along the gradient's momentum with all its singular values set to 1, so that weak
     directions of a matrix learn as fast as strong ones; its step is scaled to the size of an
-    AdamW step, and biases are left to AdamW.
-
-    Returns:
-        Optimisers whose parameter groups carry their peak learning rate as `base`.
+    AdamW step, and biases are left to AdamW. Parameter groups carry their peak rate as `base`.
     """
     base = {"subcomponents": config.lr, "importance": config.importance_lr or config.lr}
     shared: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
@@ -68,11 +65,8 @@ class Muon(torch.optim.Muon):
                     state["momentum_buffer"] = torch.zeros_like(gradient)
                 mean = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
                 dtype = gradient.dtype if gradient.device.type == "cpu" else torch.bfloat16
-                update = orthogonalised(
-                    gradient.lerp(mean, momentum).to(dtype),
-                    group["ns_coefficients"],
-                    group["ns_steps"],
-                )
+                ahead = gradient.lerp(mean, momentum).to(dtype)
+                update = orthogonalised(ahead, group["ns_coefficients"], group["ns_steps"])
                 parameter.mul_(1 - lr * group["weight_decay"])
                 # The root mean square of an AdamW step is about 0.2 lr.
                 size = 0.2 * lr * math.sqrt(max(parameter.shape))

@@ -81,10 +81,8 @@ class Stepper:
         self.renew()
         self.generator = processes.generator(config.seed, self.device)
         self.adversary: PersistentAdversary | None = None
-        self.parameters = {
-            "subcomponents": list(vpd.subcomponents.parameters()),
-            "importance": list(vpd.importance.parameters()),
-        }
+        trained = {"subcomponents": vpd.subcomponents, "importance": vpd.importance}
+        self.parameters = {name: list(part.parameters()) for name, part in trained.items()}
         self.optimisers = optimisers(self.parameters, config.optimiser)
         self.window = torch.zeros(vpd.layout.total, device=self.device)
 
@@ -130,10 +128,8 @@ class Stepper:
             self._update(losses, parts, step)
         return losses, importance
 
-    # -------------------------------------------------------------- 1 and 2
-
     def _look(self, part: Part, gradient: bool) -> None:
-        """The target's output on a part, and its importances."""
+        """1 and 2: the target's output on a part, and its importances."""
         if part.real is not None:
             part.arguments = right_padding(self.vpd.model, part.real)
         with record_function("vpd::target"):
@@ -143,16 +139,13 @@ class Stepper:
         with record_function("vpd::importance"), torch.set_grad_enabled(gradient):
             part.z = self.vpd.pre_importance(part.inputs, part.real)
 
-    # -------------------------------------------------------------------- 3
-
     def new_adversary(self, batch_shape: tuple[int, ...]) -> PersistentAdversary:
         """Fresh sources for batches of this leading shape."""
-        config, layout, dtype = self.config.adversary, self.vpd.layout, self.mask_dtype
-        return PersistentAdversary(
-            config, layout, batch_shape, self.device, self.generator, self.processes, dtype
-        )
+        of = (self.config.adversary, self.vpd.layout, batch_shape, self.device)
+        return PersistentAdversary(*of, self.generator, self.processes, self.mask_dtype)
 
     def _refine_adversary(self, parts: list[Part], n_rows: int, step: int) -> None:
+        """3: the inner updates of the sources."""
         if self.adversary is None:
             self.adversary = self.new_adversary((n_rows, *parts[0].z.shape[1:-1]))
         self.adversary.set_lr(adversary_lr(self.config.adversary, step, self.config.steps))
@@ -166,10 +159,8 @@ class Stepper:
                     loss.backward(inputs=self.adversary.leaves())
                 self.adversary.ascend(self._scale(parts))
 
-    # -------------------------------------------------------------------- 4
-
     def _backward(self, parts: list[Part], step: int) -> Losses:
-        """Gradients of the total, and every loss of the global batch."""
+        """4: gradients of the total, and every loss of the global batch."""
         p = exponent(self.config.minimality, step, self.config.steps)
         minimal, minimal_of = whole_minimality(parts, p, self.config.minimality, self.processes)
         losses: Losses = {}
@@ -223,9 +214,8 @@ class Stepper:
         """How far the output under masks is from the target's."""
         return part.divergence(self.run(masks, part.tokens, **part.arguments))
 
-    # -------------------------------------------------------------------- 5
-
     def _update(self, losses: Losses, parts: list[Part], step: int) -> None:
+        """5: the last update of the sources, clipping, and the optimisers."""
         if self.device.type == "cpu":
             require_finite(losses)
         if self.adversary is not None:
@@ -273,9 +263,8 @@ def warm_up_faithfulness(stepper: Stepper) -> float:
     """Fit `V U` to the weights before training, by AdamW; returns the last Delta-L2."""
     config = stepper.config.faithfulness
     parameters = list(stepper.vpd.subcomponents.parameters())
-    optimiser = torch.optim.AdamW(
-        parameters, lr=config.warmup_lr, weight_decay=config.warmup_weight_decay, fused=True
-    )
+    lr, decay = config.warmup_lr, config.warmup_weight_decay
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=True)
     loss = torch.zeros(())
     for _ in range(config.warmup_steps):
         optimiser.zero_grad()

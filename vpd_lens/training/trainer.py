@@ -141,10 +141,8 @@ def train(
                 configuration=f"{config} resume={resume}",
             )
             processes.first_(list(vpd.parameters()))
-        with (
-            sharded_importance(vpd, processes, config.shard_importance),
-            explained_out_of_memory(needed, vpd.device),
-        ):
+        memory = explained_out_of_memory(needed, vpd.device)
+        with sharded_importance(vpd, processes, config.shard_importance), memory:
             run = _Run(Stepper(vpd, config, processes), batches, folder)
             if found == "checkpoint":
                 run.resume()
@@ -225,10 +223,8 @@ class _Run:
                 self.vpd.trained_steps = self.trained_before + done
                 log.advance(done)
                 if folded := compact_when_due(stepper, importance, done):
-                    left = f"{self.vpd.layout.total} left"
-                    log.say(
-                        f"step {done}: {folded} dead subcomponents folded into the deltas, {left}"
-                    )
+                    left = f"into the deltas, {self.vpd.layout.total} left"
+                    log.say(f"step {done}: {folded} dead subcomponents folded {left}")
                 if done % config.log_every == 0 or done == config.steps:
                     self.history.append(window.summary(importance, stepper))
                     if self.processes.first:
