@@ -13,24 +13,18 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if os.environ.get("VPD_LENS_TYPECHECK") == "1":
-    # Shape annotations become run-time checks (jaxtyping + beartype). Off by default, because
-    # every call is checked.
+    # Shape annotations become run-time checks of every call (jaxtyping + beartype).
     from jaxtyping import install_import_hook
 
     install_import_hook("vpd_lens", "beartype.beartype")
 
 if TYPE_CHECKING:
-    from vpd_lens.analysis.circuits import (
-        Ablate,
-        AttributionGraph,
-        Patch,
-        PruneConfig,
-        Scale,
-        attribute,
-        edited,
-        intervene,
-        prune,
-    )
+    from vpd_lens.analysis.circuits.attribute import attribute
+    from vpd_lens.analysis.circuits.behaviour import PruneConfig
+    from vpd_lens.analysis.circuits.edits import Ablate, Patch, Scale, edited
+    from vpd_lens.analysis.circuits.graph import AttributionGraph
+    from vpd_lens.analysis.circuits.intervene import intervene
+    from vpd_lens.analysis.circuits.prune import prune
     from vpd_lens.analysis.dataset_attribution import DatasetAttributions, dataset_attributions
     from vpd_lens.analysis.harvest import Harvest, harvest
     from vpd_lens.config import CausalImportanceConfig, VPDConfig
@@ -75,5 +69,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    # For tab completion, which asks a module for its names.
-    return [*__all__, "__version__"]
+    return [*__all__, "__version__"]  # for tab completion

@@ -90,8 +90,7 @@ def decompose(
             "This model is decomposed already. Call vpd_lens.remove(model) first, or train the "
             "decomposition it carries with vpd_lens.train(model, data, config)."
         )
-    configured = base.sites if isinstance(base.sites, str) else list(base.sites)
-    where = configured if sites is None else sites
+    where = base.sites if sites is None else sites
     counts = base.n_subcomponents if n_subcomponents is None else n_subcomponents
     attach(model, where, counts, base.importance, example, divergence, base.seed)
     if data is not None:

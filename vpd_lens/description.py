@@ -20,7 +20,6 @@ class BaseModelRecord(BaseModel):
     """What identifies a base model, and with what it was decomposed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
     transformer_lens_version: str
     torch_version: str
     model_class: str
@@ -74,7 +73,6 @@ class DecompositionRecord(SubcomponentsRecord):
     """A decomposition, apart from its tensors."""
 
     kind: ClassVar[str] = "decomposition"
-
     importance: CausalImportanceConfig
     divergence: str  # "custom" for a callable
     trained_steps: int
@@ -119,8 +117,7 @@ def _sites(record: DecompositionRecord) -> Table:
 
 def _ranges(numbers: list[int]) -> str:
     """Ascending numbers with runs joined: `0-2, 5, 7-8`."""
-    # In a run, number and position grow together.
-    groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])  # both grow in a run
     runs = ([number for _, number in group] for _, group in groups)
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 

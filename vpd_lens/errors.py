@@ -1,8 +1,4 @@
-"""The errors that `vpd_lens` raises, one class per kind of trouble.
-
-Every message names what was got, what was expected and what to do about it;
-`docs/errors.md` lists them with cause and fix.
-"""
+"""The errors that `vpd_lens` raises: what was got, what was expected and what to do about it."""
 
 from __future__ import annotations
 

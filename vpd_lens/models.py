@@ -51,8 +51,7 @@ def load_model(
     choices = {"model_class": (model_class, ModelClass), "processing": (processing, Processing)}
     for argument, (value, kind) in choices.items():
         if value not in get_args(kind):
-            known = ", ".join(get_args(kind))
-            raise ConfigError(f"{argument}={value!r} is not one of {known}.")
+            raise ConfigError(f"{argument}={value!r} is not one of {', '.join(get_args(kind))}.")
     device = usable_device(device)
     path = Path(source).expanduser()
     name = str(source)  # on the hub `name` or `owner/name`; anything else can only be a directory

@@ -11,11 +11,8 @@ from torch import nn
 def native_transformer(seed: int = 0, **shape: Any) -> nn.Module:
     """A HookedTransformer on TransformerLens 3.x, a TransformerBridge on 4.x.
 
-    No global random state is touched, unlike by a configuration with a seed.
-
-    Args:
-        seed: Seed of the weights.
-        **shape: Fields that `HookedTransformerConfig` and `TransformerBridgeConfig` share.
+    `shape` are fields that `HookedTransformerConfig` and `TransformerBridgeConfig` share. No global
+    random state is touched, unlike by a configuration with a seed.
     """
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig

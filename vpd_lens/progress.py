@@ -13,20 +13,11 @@ from rich.table import Column
 
 T = TypeVar("T")
 
-# Seconds before the first line and between lines in a log file.
-_FIRST, _BETWEEN = 5.0, 30.0
+_FIRST, _BETWEEN = 5.0, 30.0  # seconds before the first line, and between lines, of a log file
 
 
 class Progress:
-    """A bar on a terminal, and a line now and then where the output is a file, pipe or notebook.
-
-    `total` units of work are to be done in all, of which `start` were done before.
-
-    Examples:
-        >>> with Progress("Attributing", 3, show=False) as bar:
-        ...     for _ in range(3):
-        ...         bar.advance()
-    """
+    """A bar on a terminal, lines elsewhere, for `total` units of work of which `start` are done."""
 
     def __init__(self, title: str, total: int, start: int = 0, show: bool = True) -> None:
         self.title, self.total, self.start, self.done = title, total, start, start

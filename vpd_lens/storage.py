@@ -9,8 +9,7 @@ SHA-256 of each; `sha256`: that of all this |
 
 A folder is written beside its destination, flushed to disk and renamed, so that an interruption
 leaves either the old one or the new one. Whatever is wrong with a folder or with the disk is an
-`ArtefactError` that names the part. What version 1 of the format wrote is known at the end of
-this file and nowhere else.
+`ArtefactError` that names the part. Only the end of this file knows version 1 of the format.
 """
 
 from __future__ import annotations
@@ -53,15 +52,12 @@ R = TypeVar("R", bound=Record)
 
 @dataclass(frozen=True)
 class Artefact(Generic[R]):
-    """A folder that has been opened: its record is checked, its other files are when read.
-
-    `files` has the SHA-256 of every other file, `vpd_lens_version` is what wrote it.
-    """
+    """A folder that has been opened: its record is checked, its other files are when read."""
 
     folder: Path
     record: R
-    files: Mapping[str, str]
-    vpd_lens_version: str
+    files: Mapping[str, str]  # the SHA-256 of every other file
+    vpd_lens_version: str  # that wrote it
 
     def file(self, name: str) -> Path:
         """The path of one of its files, once its content has been found to match its checksum."""
@@ -77,10 +73,7 @@ class Artefact(Generic[R]):
     def tensors(
         self, name: str, shapes: Mapping[str, Sequence[int]] | None = None
     ) -> dict[str, Tensor]:
-        """The tensors of `<name>.safetensors`, on the CPU and mapped from the file.
-
-        They must have the names and `shapes` given; `None`: any.
-        """
+        """Tensors of `<name>.safetensors`, mapped from the file, with the `shapes` if given."""
         path = self.file(f"{name}.safetensors")
         try:
             tensors = load_file(path)
@@ -113,12 +106,9 @@ def write(
 ) -> Path:
     """Write an artefact, whole or not at all; returns its folder.
 
-    An earlier one of the same kind is replaced once this one is complete. `tensors` are those of
-    each `<name>.safetensors`; `beside` writes further files into the folder that it is given.
-
-    Raises:
-        ArtefactError: If the folder holds anything else, or cannot be written; it is as before.
-        InputError: If the record has values that JSON has not.
+    An earlier one of the same kind is replaced once this one is complete; anything else is left as
+    it was, with an error. `tensors` are those of each `<name>.safetensors`; `beside` writes further
+    files into the folder that it is given.
     """
     path = Path(path)
     with disk_errors(path):
@@ -150,11 +140,7 @@ def write(
 
 
 def read(path: str | Path, record_type: type[R]) -> Artefact[R]:
-    """Open an artefact, or that inside the output of a training run, and check its record.
-
-    Raises:
-        ArtefactError: If it is missing, something else, damaged, incomplete or too new.
-    """
+    """Open an artefact, or that inside the output of a training run, and check its record."""
     kind = record_type.kind
     folder = _folder_of(Path(path), kind)
     file = folder / (RECORD if (folder / RECORD).is_file() else _VERSION_1[kind][0])
@@ -250,15 +236,9 @@ def _problems(error: ValidationError) -> str:
     )
 
 
-# ------------------------------------------------------------------- files and folders
-
-
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Where to make a file or folder that replaces `path` if the block raises no exception.
-
-    Otherwise nothing is left behind.
-    """
+    """Where to make what replaces `path` if the block raises nothing; otherwise nothing is left."""
     temporary, previous = (path.with_name(f".{path.name}.{end}") for end in ("new", "old"))
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -347,9 +327,7 @@ def tensor_hash(tensor: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
 
 
-# ------------------------------------------------------ version 1 (vpd_lens 0.1), upgraded
-
-
+# Version 1 of the format, which vpd_lens 0.1 wrote.
 # Of every kind: its record, and the file whose checksum is all of `sha256` if that is a text.
 _VERSION_1 = {
     "decomposition": ("config.json", None),

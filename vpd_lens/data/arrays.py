@@ -19,8 +19,7 @@ from vpd_lens.data.text import FIRST, TextEncoder
 from vpd_lens.errors import DataError
 from vpd_lens.progress import Progress
 
-CHUNK = 1 << 24
-"""Tokens checked at once: bounds the memory that a memory-mapped file takes."""
+CHUNK = 1 << 24  # tokens checked at once: bounds the memory that a memory-mapped file takes
 
 
 class ArrayBatches(TokenBatches):
@@ -92,10 +91,7 @@ class ArrayBatches(TokenBatches):
 
 
 def rows_of(source: Any, spec: BatchSpec) -> ArrayBatches:
-    """Rows of unequal length, padded on the right: texts, lists of tokens, what a tokenizer gives.
-
-    The latter is a mapping with `input_ids` and perhaps `attention_mask`. Only texts get a BOS.
-    """
+    """Rows padded on the right: texts, after BOS; lists of tokens; or what a tokenizer returns."""
     if isinstance(source, Mapping):
         rows = token_rows(source["input_ids"], "input_ids", source.get("attention_mask"))
         name = f"{len(rows)} tokenised rows"
@@ -115,9 +111,8 @@ def is_rows(source: Any) -> bool:
     if isinstance(source, Mapping):
         return "input_ids" in source
     row = source[0] if isinstance(source, Sequence) and source else None
-    return isinstance(row, str) or (
-        isinstance(row, list | tuple) and bool(row) and isinstance(row[0], int)
-    )
+    numbers = isinstance(row, list | tuple) and len(row) > 0 and isinstance(row[0], int)
+    return isinstance(row, str) or numbers
 
 
 def token_rows(
@@ -155,9 +150,6 @@ def load_tokens(path: Path) -> np.ndarray | Tensor:
     if tokens is None:
         raise DataError(f"{path} holds the tensors {names}; expected one, or one called 'tokens'.")
     return tokens
-
-
-# ------------------------------------------- are these tokens, and are they in the vocabulary?
 
 
 def check_source(tokens: np.ndarray, d_vocab: int | None, lowest: int = 0) -> int:

@@ -18,8 +18,7 @@ from torch import Tensor
 from vpd_lens.errors import DataError, InputError
 
 STATE_VERSION = 2
-PAD = -1
-"""Marks positions without a token in rows that are not yet a `Batch`."""
+PAD = -1  # marks positions without a token in rows that are not yet a `Batch`
 
 
 class Batch(NamedTuple):
@@ -57,12 +56,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """The arguments of `token_batches` and `one_pass`, range-checked; what they say of the model.
-
-    All processes of a job count the same batches; `rows` are those of a batch that one wants. With
-    `once`, the data ends after one pass, with its short last batch. `version` is how the order of
-    an epoch follows from the seed: runs of version 1 keep theirs.
-    """
+    """Arguments of `token_batches` and `one_pass`, range-checked; what they say of the model."""
 
     model: Any
     batch_size: int
@@ -70,10 +64,10 @@ class BatchSpec:
     seed: int = 0
     shuffle: bool = True
     prepend_bos: bool | None = None
-    rows: slice = field(default_factory=lambda: slice(None))
-    once: bool = False
+    rows: slice = field(default_factory=lambda: slice(None))  # of a batch, which a process wants
+    once: bool = False  # the data ends after one pass, with its short last batch
     n_batches: int | None = None
-    version: int = STATE_VERSION
+    version: int = STATE_VERSION  # how the order of an epoch follows from the seed
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "n_batches", "seq_len"):
@@ -97,9 +91,8 @@ class BatchSpec:
         return self._positive("n_ctx")
 
     def _positive(self, name: str) -> int | None:
-        # TransformerLens writes -1 for "not set".
         value = getattr(getattr(self.model, "cfg", None), name, None)
-        return int(value) if value is not None and value > 0 else None
+        return int(value) if value is not None and value > 0 else None  # -1: not set
 
     @property
     def tokenizer(self) -> Any:

@@ -1,9 +1,8 @@
 """Hugging Face datasets: documents drawn, tokenised and packed while training goes on.
 
 Rows are made in blocks. A block is read until it has enough rows, then shuffled as a whole; what
-is left of the last document (less than a row) is carried over to the next block. So the position
-is small and exact: where the block began, what was carried into it, and how many of its rows are
-gone. Resuming reads that one block again.
+is left of the last document (less than a row) is carried over to the next. The position is where
+the block began, what was carried into it, and how many of its rows are gone: resuming rereads it.
 """
 
 from __future__ import annotations
@@ -24,11 +23,8 @@ from vpd_lens.data.batches import Batch, BatchSpec, TokenBatches
 from vpd_lens.data.text import TextEncoder
 from vpd_lens.errors import DataError
 
-READ = 256
-"""Examples read and tokenised at once."""
-
-BLOCK_ROWS = 1024
-"""Rows that are shuffled together, at least."""
+READ = 256  # examples read and tokenised at once
+BLOCK_ROWS = 1024  # rows that are shuffled together, at least
 
 
 class DocumentBatches(TokenBatches):

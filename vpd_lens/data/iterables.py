@@ -21,10 +21,9 @@ _ITERABLE = "an iterable (a list, a DataLoader, an object with __iter__)"
 class IteratorBatches(TokenBatches):
     """Batches of an iterable or iterator, checked and passed through.
 
-    An iterable is started again when it ends. On resume its own `load_state_dict` is used if it
-    has one; otherwise the batches consumed so far are drawn again. A bare iterator cannot be
-    resumed. A last batch with fewer rows than the others is left out, except in a single pass,
-    which takes batches of any size.
+    An iterable is started again when it ends. It is resumed by its own `load_state_dict`, or else
+    by drawing again; a bare iterator is not. A last batch with fewer rows than the others is left
+    out, except in a single pass, which takes batches of any size.
     """
 
     def __init__(self, source: Iterable[Any], spec: BatchSpec) -> None:
@@ -144,11 +143,7 @@ class FunctionBatches(TokenBatches):
 
 
 def check_batch(given: Any, spec: BatchSpec) -> Batch:
-    """Check one batch from a user's iterable or function; the number of rows is left to the caller.
-
-    It is `[batch, pos]`, or anything `[batch, ...]` for a model without vocabulary, as a tensor, a
-    numpy array, a `Batch`, or a mapping with `input_ids` and perhaps `attention_mask`.
-    """
+    """Check one batch from a user's iterable or function, apart from its number of rows."""
     mask = None
     if isinstance(given, Batch):
         given, mask = given

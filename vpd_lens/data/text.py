@@ -14,9 +14,7 @@ from vpd_lens.errors import DataError
 from vpd_lens.progress import Progress
 
 FIRST = os.environ.get("RANK", "0") == "0"  # one bar for all processes of a job
-
-CHUNK_CHARACTERS = 1 << 20
-"""Text per call of the tokenizer: enough to use its threads, little enough memory."""
+CHUNK_CHARACTERS = 1 << 20  # per call of the tokenizer: enough for its threads, little memory
 
 
 class TextEncoder:
@@ -50,24 +48,19 @@ class TextEncoder:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        # Without special tokens: TransformerLens makes many tokenizers add a BOS to each document,
-        # and a text that mentions "<eos>" has no border there.
-        # Not verbose: documents longer than the context are cut into rows later.
+        # No special tokens: TransformerLens makes many tokenizers add a BOS to each document, and a
+        # mention of "<eos>" is no border. Not verbose: long documents are cut into rows later.
         only_ids = {"return_attention_mask": False, "return_token_type_ids": False}
         plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         documents = self.tokenizer(texts, **plain, **only_ids)["input_ids"]
         # Where the vocabulary has no other way to write a control token, its mention is left out.
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        control = {getattr(self.tokenizer, name, None) for name in names}
+        control = {getattr(self.tokenizer, f"{n}_token_id", None) for n in ("bos", "eos", "pad")}
         control.discard(getattr(self.tokenizer, "unk_token_id", None))
         return [[token for token in ids if token not in control] for ids in documents]
 
 
 def tokenize_files(path: Path, encoder: TextEncoder) -> tuple[np.ndarray, str]:
-    """Tokenise all files at a path that are UTF-8 text; binary ones are skipped and counted.
-
-    Returns one stream `[n_tokens]` (int32, to halve the memory) and a description of it.
-    """
+    """One stream `[n_tokens]` (int32, to halve the memory) of all text files, and what it is."""
     files = _files(path)
     pieces: list[np.ndarray] = []
     texts: list[str | None] = []

@@ -1,9 +1,4 @@
-"""`evaluate`: measure a decomposition on data and return a report.
-
-1. `one_pass` reads the data: every row once, pads marked.
-2. `_Measurement.add` measures one batch: target and importances, the masking modes, the adversary.
-3. `_Measurement.report` divides the sums.
-"""
+"""`evaluate`: measure a decomposition on data and return a report."""
 
 from __future__ import annotations
 
@@ -74,8 +69,7 @@ def evaluate(
         InputError: If the divergence is KL and the model has a single logit.
     """
     vpd = decomposition_of(model)
-    # Also where the caller has switched gradients off: the adversary needs them.
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():  # the adversary needs gradients
         sizes = {"batch_size": batch_size, "n_batches": n_batches, "seq_len": seq_len}
         batches = one_pass(data, model=model, **sizes, prepend_bos=prepend_bos, seed=seed)
         measured = _Measurement(vpd, thresholds, rounding, seed)
@@ -146,7 +140,6 @@ class _Measurement:
             self.cross_entropies.add(name, mean, n)
 
     def report(self, seed: int) -> EvalReport:
-        """What was measured."""
         vpd = self.vpd
         steps = sorted(self.curves[0]) if self.curves else ()
         pgd = {str(n): [curve[n] for curve in self.curves] for n in steps}

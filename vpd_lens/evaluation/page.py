@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
 from vpd_lens.evaluation import plots
+from vpd_lens.evaluation.report import EvalReport
 from vpd_lens.viz.html import render_template
-
-if TYPE_CHECKING:
-    from vpd_lens.evaluation.report import EvalReport
 
 _MODES = {
     "target": "the original model, for comparison",
@@ -28,10 +25,7 @@ UNITS = {"kl": "KL", "mse": "MSE", "custom": "divergence"}
 def render(
     report: EvalReport, title: str, beside: EvalReport | None = None, beside_name: str = "beside"
 ) -> str:
-    """One HTML page that needs no network: figures, tables, plots and what they mean.
-
-    `beside`, called `beside_name`, is another report, shown next to the first.
-    """
+    """One HTML page that needs no network; `beside` is another report, shown next to the first."""
     unit = UNITS[report.divergence]
     named = [("this run", report)] + ([(beside_name, beside)] if beside else [])
     svg = {
@@ -73,11 +67,10 @@ def _cards(report: EvalReport, of: EvalReport, unit: str) -> dict[str, tuple[str
     }
     if attack:
         cards[f"PGD-{attack} {unit}"] = ("under adversarial ablation", number(pgd.get("mean")))
-    delta = number(report.delta["total"]["relative"], "{:.1%}")
     return cards | {
         "L0": (f"{total} active", number(l0.get("total"), "{:,.1f}")),
         "Alive": (f"{total} in use", number(report.alive["total"], "{:,.0f}")),
-        "Delta": ("of the weights left over", delta),
+        "Delta": ("of the weights left over", number(report.delta["total"]["relative"], "{:.1%}")),
     }
 
 
@@ -92,8 +85,6 @@ def number(value: float | None, form: str = "") -> str:
         return "n/a"
     if form:
         return form.format(value)
-    if value == 0:
-        return "0"
     if abs(value) < 1e-4:
-        return f"{value:.1e}"
+        return f"{value:.1e}" if value else "0"
     return f"{value:.4f}" if abs(value) < 1 else f"{value:,.2f}"

@@ -1,7 +1,4 @@
-"""The plots of an evaluation page, each a function from reports to an inline SVG.
-
-A report is drawn in blue, the one beside it in orange.
-"""
+"""The plots of an evaluation page, each a function from reports to an inline SVG."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,22 +16,15 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from vpd_lens.evaluation.metrics import ALIVE
+from vpd_lens.evaluation.report import EvalReport
 from vpd_lens.viz.svg import GRID, INK, MUTED, PALETTE, draw, legend_above
 
-if TYPE_CHECKING:
-    from vpd_lens.evaluation.report import EvalReport
-
-MAIN, BESIDE = "#3f87d6", "#d98a2b"
+MAIN, BESIDE = "#3f87d6", "#d98a2b"  # blue for a report, orange for the one beside it
 _FULL, _HALF = (10.2, 2.7), (5.0, 2.8)
-_POINTS = 5000
-_MAX_PANELS = 8
-
+_POINTS, _MAX_PANELS, _MAX_LABELS, _FEW_SITES = 5000, 8, 16, 26
 _KINDS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.in", "mlp.gate", "mlp.out")
 _COLOURS: dict[str, str] = dict(zip(_KINDS, PALETTE, strict=True))
-_FEW_SITES = 26
-_MAX_LABELS = 16
-
-Named = Sequence[tuple[str, "EvalReport"]]
+Named = Sequence[tuple[str, EvalReport]]
 
 
 def _svg(name: str, label: str, size: tuple[float, float]) -> Callable[..., Callable[..., str]]:
@@ -175,9 +165,6 @@ def _thinned(values: Sequence[float], points: int) -> tuple[np.ndarray, np.ndarr
     """At most `points` of a sorted curve, its ends included; zeros become the axis' floor."""
     ranks = np.unique(np.linspace(0, len(values) - 1, min(points, len(values))).round().astype(int))
     return ranks + 1, np.maximum(np.array(values)[ranks], ALIVE / 10)
-
-
-# ------------------------------------------------------- sites along an axis: grouped by layer
 
 
 def _layer_and_kind(name: str) -> tuple[str, str]:

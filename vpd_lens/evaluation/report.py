@@ -37,7 +37,6 @@ class EvalReport(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
-
     modes: dict[str, dict[str, float]]
     pgd: dict[str, dict[str, float]]
     l0: dict[str, dict[str, float]]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from vpd_lens.decomposition import Divergence
 from vpd_lens.native import native_transformer
@@ -73,10 +74,8 @@ class ModularAddition:
         rows = rows[order[: int(0.8 * len(rows))]]
         answers = self.answers(rows)
         recipe = {"lr": 3e-3, "weight_decay": 1.0, "betas": (0.9, 0.98), "fused": True}
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            torch.optim.AdamW(model.parameters(), **recipe),
-            lambda step: min(1.0, (step + 1) / 20, 3 * (1 - step / steps)),
-        )
+        optimiser = torch.optim.AdamW(model.parameters(), **recipe)
+        schedule = LambdaLR(optimiser, lambda i: min(1.0, (i + 1) / 20, 3 * (1 - i / steps)))
         return fit(
             model, steps, lambda: F.cross_entropy(model(rows)[:, -1], answers), schedule, progress
         )
