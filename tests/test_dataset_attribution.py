@@ -138,7 +138,8 @@ def test_progress_counts_every_pass(model: nn.Module, tokens: Tensor) -> None:
     names = (*model.vpd.layout.names, "output")
     settings = Settings(alive_threshold=0.0, absolute=True, frozen=False, targets=names)
     engine, passes = Engine(model.vpd, alive, settings), []
-    engine.add(engine.empty(), Batch(tokens[:2]), lambda: passes.append(1))
+    engine.observer.count_pass = lambda: passes.append(1)
+    engine.add(engine.empty(), Batch(tokens[:2]))
     assert len(passes) == engine.n_passes > 10
 
 

@@ -36,12 +36,9 @@ MATCH = 0.5
 class Similarity(BaseModel):
     """Mean max cosine similarity of the reference's subcomponents with the other's.
 
-    Attributes:
-        v: Of the read directions, the columns of V.
-        u: Of the write directions, the rows of U.
-        rank_one: Of the rank-1 matrices `V[:, c] U[c, :]`.
-        n_reference: Subcomponents averaged over; without any all is NaN.
-        n_other: Subcomponents they could be matched with; without any all is 0.
+    `v` is of the read directions, the columns of V, `u` of the write directions, the rows of U, and
+    `rank_one` of the matrices `V[:, c] U[c, :]`. `n_reference` subcomponents are averaged over,
+    without any all is NaN; they could be matched with `n_other`, without any all is 0.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
@@ -138,9 +135,6 @@ def directions(decomposition: Decomposition | str | Path) -> Directions:
     artefact = read(decomposition, DecompositionRecord)
     tensors = artefact.tensors("subcomponents")
     return {site: (tensors[f"{site}.V"], tensors[f"{site}.U"]) for site in artefact.record.sites}
-
-
-# --------------------------------------------------------------------------- one site
 
 
 def _compared(pairs: Mapping[str, tuple[Pair, Pair]]) -> Comparison:

@@ -68,8 +68,6 @@ class Gathered(ABC):
         """A copy with its tensors on a device."""
         return _changed(self, lambda _, tensor: tensor.to(device))
 
-    # ---------------------------------------------------------------- storing
-
     def save(self, path: str | Path) -> Path:
         """Write this to a folder, whole or not at all; an earlier one there is replaced.
 
@@ -163,8 +161,7 @@ def check_output(n_batches: int, output: str | Path | None, resume: bool) -> Non
         raise InputError(f"n_batches is {n_batches}; expected at least 1.")
     if resume and output is None:
         raise InputError("resume=True needs output=..., the directory to go on from.")
-    there = None if output is None or resume else storage.kind_of(Path(output))
-    if there is not None:
+    if output is not None and not resume and (there := storage.kind_of(Path(output))) is not None:
         raise ConfigError(
             f"output={str(output)!r} already holds a {there}. Pass resume=True to continue it, or "
             "another directory."
@@ -181,6 +178,20 @@ def check_same(
         raise ArtefactError(
             f"{output}: this was started with other arguments: {'; '.join(different)}. Resume with "
             "the same ones, or choose a new output directory."
+        )
+
+
+def check_size(empty: Callable[[], Gathered], limit: float, advice: str) -> None:
+    """Refuse a result whose own tensors take more than `limit` GiB, before it is made."""
+    with torch.device("meta"):
+        made = {name: x for name, x in empty()._tensors().items() if x.is_meta}
+    total = sum(x.nbytes for x in made.values()) / 2**30
+    if total > limit:
+        largest = sorted(made, key=lambda name: -made[name].nbytes)[:3]
+        listed = ", ".join(f"{name}: {made[name].nbytes / 2**30:.2g} GiB" for name in largest)
+        raise InputError(
+            f"the tables take {total:.2g} GiB ({listed}, ...), more than memory_limit={limit:g}; "
+            f"{limit / total:.1%} of that fits. {advice}, or raise memory_limit."
         )
 
 
@@ -206,9 +217,8 @@ def origin(vpd: Decomposition, vocabulary: int) -> dict[str, Any]:
 def token_strings(tokenizer: Any, vocabulary: int) -> list[str]:
     """The text of every token id, leading spaces included.
 
-    A token that is part of a character only, which has no text of its own, is written as the
-    tokenizer's vocabulary does; one without any text, or without a tokenizer, as its id in angle
-    brackets. Models may have more ids than their tokenizer.
+    A part of a character, which has no text of its own, is written as in the vocabulary; an id
+    without any text or tokenizer in angle brackets. Models may have more ids than their tokenizer.
     """
     strings = [f"<{token}>" for token in range(vocabulary)]
     if tokenizer is None:

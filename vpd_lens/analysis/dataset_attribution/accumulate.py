@@ -6,7 +6,7 @@ forward pass, cut at the matrices, and the tables added up. Source: VPD, attribu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from vpd_lens.analysis.circuits.targets import explained_decomposition
 from vpd_lens.analysis.dataset_attribution.batch import Observer, flat
 from vpd_lens.analysis.dataset_attribution.result import OUTPUT, DatasetAttributions, Settings
 from vpd_lens.analysis.dataset_attribution.routes import choose_routes
-from vpd_lens.analysis.gathering import check_output, check_same, chosen, gather, origin
+from vpd_lens.analysis.gathering import check_output, check_same, check_size, chosen, gather, origin
 from vpd_lens.analysis.usage import above, mean_importance
 from vpd_lens.data import Batch, one_pass
 from vpd_lens.decomposition import Decomposition
@@ -121,19 +121,22 @@ def dataset_attributions(
                 "is found in a pass of its own. Give alive={site: indices}, or an iterable."
             )
         with Progress("Finding what is alive", n_batches, show=progress) as bar:
-            given = _find_alive(vpd, bar.counting(read(n_batches=n_batches)), alive_threshold)
+            means = mean_importance(vpd, bar.counting(read(n_batches=n_batches)))
+        if not bool((means > alive_threshold).any()):
+            raise InputError(
+                f"alive_threshold={alive_threshold:g}: no subcomponent's mean importance exceeds "
+                f"it; the largest is {float(means.max()):.2g}. Lower it."
+            )
+        given = above(vpd, means, alive_threshold)
     engine = Engine(vpd, given, settings)
-    with torch.device("meta"):
-        _require_small(engine.empty(), memory_limit)
+    advice = "Take some targets at a time with targets=[...], raise alive_threshold"
+    check_size(engine.empty, memory_limit, advice)
     result = stored or engine.empty()
     total, done = (n * engine.n_passes for n in (n_batches, result.n_batches))
+    batches = read(state=result.data_state)
     with Progress("Attributing", total, done, progress) as bar:
-
-        def add(result: DatasetAttributions, batch: Batch) -> None:
-            engine.add(result, batch, bar.advance)
-
-        batches = read(state=result.data_state)
-        return gather(result, add, batches, n_batches, output, save_every, vpd.device)
+        engine.observer.count_pass = bar.advance
+        return gather(result, engine.add, batches, n_batches, output, save_every, vpd.device)
 
 
 class Engine:
@@ -163,19 +166,13 @@ class Engine:
 
     def empty(self) -> DatasetAttributions:
         """Attributions over nothing yet."""
-        places = {name: route.places for name, route in self.routes.items()}
+        seen, places = self.observer, {name: r.places for name, r in self.routes.items()}
         kept = {"places": places, "settings": self.settings, **self.origin}
-        seen = self.observer
         return DatasetAttributions.empty(seen.alive, self.readout, seen.n_tokens, **kept)
 
-    def add(
-        self,
-        result: DatasetAttributions,
-        batch: Batch,
-        count_pass: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Add one batch on the model's device, calling `count_pass` after each of `n_passes`."""
-        seen = self.observer(batch, count_pass)
+    def add(self, result: DatasetAttributions, batch: Batch) -> None:
+        """Add one batch on the model's device."""
+        seen = self.observer(batch)
         for name, route in self.routes.items():
             result.signed[name] += route(seen, self.reads[name], None)
             if name in result.absolute:
@@ -193,45 +190,16 @@ class Engine:
         result.n_batches += 1
 
 
-# ------------------------------------------------------------------ before the pass
-
-
-def _find_alive(
-    vpd: Decomposition, batches: Iterator[Batch], threshold: float
-) -> dict[str, Tensor]:
-    means = mean_importance(vpd, batches)
-    if not bool((means > threshold).any()):
-        raise InputError(
-            f"alive_threshold={threshold:g}: no subcomponent's mean importance exceeds it; the "
-            f"largest is {float(means.max()):.2g}. Lower it."
-        )
-    return above(vpd, means, threshold)
-
-
 def _checked_alive(vpd: Decomposition, alive: Indices) -> dict[str, Tensor]:
     """Indices as users give them, sorted, for every site; a site left out has none."""
     sizes = dict(zip(vpd.layout.names, vpd.layout.sizes, strict=True))
     if unknown := sorted(alive.keys() - sizes.keys()):
         raise InputError(f"alive names {unknown}, which are no sites; sites: {list(sizes)}.")
     checked = {n: torch.as_tensor(alive.get(n, ()), dtype=torch.long).cpu().unique() for n in sizes}
-    for name, index in checked.items():
-        first, last = index[[0, -1]].tolist() if len(index) else (0, -1)
-        if first < 0 or last >= sizes[name]:
+    for name, size in sizes.items():
+        first, last = checked[name][[0, -1]].tolist() if len(checked[name]) else (0, -1)
+        if first < 0 or last >= size:
             raise InputError(
-                f"alive[{name!r}] has indices from {first} to {last}; expected 0 to "
-                f"{sizes[name] - 1}."
+                f"alive[{name!r}] has indices from {first} to {last}; expected 0 to {size - 1}."
             )
     return checked
-
-
-def _require_small(result: DatasetAttributions, limit: float) -> None:
-    sizes = {n: t.nbytes * (1 + (n in result.absolute)) / 2**30 for n, t in result.signed.items()}
-    total = sum(sizes.values())
-    if total > limit:
-        largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
-        listed = ", ".join(f"{name}: {size:.2g} GiB" for name, size in largest)
-        raise InputError(
-            f"the tables of targets times sources take {total:.2g} GiB ({listed}, ...), more than "
-            f"memory_limit={limit:g}. Take some targets at a time with targets=[...], raise "
-            "alive_threshold, or raise memory_limit."
-        )

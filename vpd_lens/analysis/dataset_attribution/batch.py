@@ -19,16 +19,18 @@ class Observer:
     """Runs batches through the cut model, whose sources are tokens and subcomponents.
 
     `alive` has the latter by site; `read` and `write` their directions `[d_in, S]`, `[S, d_out]`.
+    After each forward or backward pass `count_pass` is called.
     """
 
     def __init__(self, forward: CutForward, alive: Alive) -> None:
         vpd, self.forward = forward.vpd, forward
+        self.count_pass: Callable[[], object] = lambda: None
         self.alive = {name: alive[name].to(vpd.device) for name in vpd.layout.names}
         self.read = {name: vpd.v(name).detach()[:, index] for name, index in self.alive.items()}
         self.write = {name: vpd.u(name).detach()[index] for name, index in self.alive.items()}
         self.n_tokens = int(vpd.model.cfg.d_vocab)
 
-    def __call__(self, batch: Batch, count_pass: Callable[[], None] = lambda: None) -> Observed:
+    def __call__(self, batch: Batch) -> Observed:
         """One batch; its pads are on the right, where a causal model does not see them."""
         vpd, cut = self.forward.vpd, self.forward(batch.tokens)
         inputs = {name: cut.inputs[name].detach() for name in self.alive}
@@ -40,8 +42,8 @@ class Observer:
         acts = {name: flat(x, real) @ self.read[name] for name, x in inputs.items()}
         weighted = {name: g[name] * acts[name] for name in g}
         embeddings, tokens = flat(cut.embeddings, real), batch.tokens.flatten()[real]
-        count_pass()
-        return Observed(self, cut, count_pass, real, tokens, embeddings, acts, g, weighted)
+        self.count_pass()
+        return Observed(self, cut, real, tokens, embeddings, acts, g, weighted)
 
 
 @dataclass
@@ -50,7 +52,6 @@ class Observed:
 
     observer: Observer
     cut: Cut
-    count_pass: Callable[[], None]  # called after each pass, to show progress
     real: Bool[Tensor, " _n_all"] | slice  # which of all positions those are
     tokens: Int[Tensor, " n"]
     embeddings: Float[Tensor, "n d_model"]
@@ -67,20 +68,15 @@ class Observed:
         everywhere.flatten(0, -2)[self.real] = cotangent.to(x.dtype)
         leaves = [self.cut.leaves[place] for place in places]
         found = torch.autograd.grad(x, leaves, everywhere, retain_graph=True)
-        self.count_pass()
+        self.observer.count_pass()
         return [flat(gradient, self.real) for gradient in found]
 
     def contributions(
-        self,
-        matrix: str,
-        places: Sequence[str],
-        cotangent: Float[Tensor, "n d_in"],
-        n_heads: int = 1,
+        self, matrix: str, places: Sequence[str], cotangent: Float[Tensor, "n d_in"], n_heads: int
     ) -> Float[Tensor, "n_heads n_sources"]:
         """What every source adds to `sum (cotangent * x)`, by the heads that it writes to."""
         columns = []
-        gradients = self.gradients(matrix, places, cotangent)
-        for place, gradient in zip(places, gradients, strict=True):
+        for place, gradient in zip(places, self.gradients(matrix, places, cotangent), strict=True):
             if place == EMBEDDING:
                 per_position = torch.linalg.vecdot(gradient, self.embeddings)
                 columns.append(self.by_token(per_position[:, None]))

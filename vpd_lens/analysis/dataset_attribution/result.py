@@ -104,14 +104,13 @@ class DatasetAttributions(Gathered):
             target: torch.zeros(n.get(target, len(readout)), sum(n[place] for place in columns))
             for target, columns in places.items()
         }
-        both = [target for target in signed if settings.absolute and target != OUTPUT]
         sums = {name: torch.zeros(n[name], dtype=torch.float64) for name in alive}
         return cls(
             settings=settings,
             alive=alive,
             places=places,
             signed=signed,
-            absolute={target: torch.zeros_like(signed[target]) for target in both},
+            absolute={t: x.clone() for t, x in signed.items() if settings.absolute and t != OUTPUT},
             importance=sums,
             squares={name: total.clone() for name, total in sums.items()},
             token_counts=torch.zeros(n_tokens, dtype=torch.float64),
@@ -308,8 +307,7 @@ class DatasetAttributions(Gathered):
 
     @classmethod
     def _blank(cls, kept: dict[str, Any], tensors: dict[str, Tensor]) -> DatasetAttributions:
-        def given(name: str) -> Tensor:
-            return tensors.get(cls.prefix + name, torch.empty(0, 0))
-
-        alive = {name: given(f"alive/{name}") for name in kept.pop("sites")}
-        return cls.empty(alive, given("readout"), len(given("token_counts")), **kept)
+        none = torch.empty(0, 0)
+        alive = {n: tensors.get(f"{cls.prefix}alive/{n}", none) for n in kept.pop("sites")}
+        readout, counts = (tensors.get(cls.prefix + n, none) for n in ("readout", "token_counts"))
+        return cls.empty(alive, readout, len(counts), **kept)

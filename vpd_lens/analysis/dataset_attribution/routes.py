@@ -1,10 +1,8 @@
 """From sources to the targets at one matrix: tables of `sum (d a_t / d a_s) a_s g_s`.
 
 Gradients stop at every matrix, so only norms, attention and activation functions lie between a
-source and a target. `Backward` takes whatever lies there, with one backward pass per target.
-Heads of attention do not meet, so that one may serve all of them. Of norms and activation functions
-the Jacobian is known at every position, and the whole table is a few products of matrices:
-`ThroughNorm`, `ThroughNeurons`.
+source and a target. `Backward` takes whatever lies there, pass after pass. Of norms and activation
+functions the Jacobian is known at every position, and the table is a few products of matrices.
 
 A shortcut is taken where it gives what the backward passes give, on a few made-up tokens with
 random weights: a model that is put together in another way is merely slower.
@@ -77,7 +75,7 @@ class Backward(Route):
             batch.contributions(self.matrix, self.places, s[:, None] * direction, n_heads)
             for s, direction in zip(signs, directions, strict=True)
         ]
-        table = torch.stack(rows, 1).flatten(0, 1)  # [(head axis), n_sources], or one head
+        table = torch.stack(rows, 1).flatten(0, 1)  # [(head axis) or T, n_sources]
         return read.T @ table if by_axes else table
 
     def n_passes(self, read: Read, absolute: bool) -> int:
@@ -101,7 +99,13 @@ class ThroughNorm(Route):
     frozen: bool
 
     def __call__(self, batch: Observed, read: Read, sign: Sign) -> Table:
-        inverse, unit = self._parts(batch)
+        residual, out = (flat(t, batch.real) for t in batch.cut.norms[self.name])
+        centred = residual - residual.mean(-1, keepdim=True) if self.norm.centred else residual
+        scaled = out if self.norm.bias is None else out - self.norm.bias
+        unscaled = self.norm.weight * centred
+        square = torch.linalg.vecdot(unscaled, unscaled).clamp(min=1e-30)
+        inverse = (torch.linalg.vecdot(scaled, unscaled) / square)[:, None]  # one over the scale
+        unit = inverse * centred
         read = read * self.norm.weight[:, None]
         if self.norm.centred:
             read = read - read.mean(0)
@@ -111,8 +115,7 @@ class ThroughNorm(Route):
         for place in self.places:
             if place == EMBEDDING:
                 radial = torch.linalg.vecdot(unit, batch.embeddings)[:, None]
-                at_positions = first * (batch.embeddings @ read) - second * radial
-                tables.append(batch.by_token(at_positions))
+                tables.append(batch.by_token(first * (batch.embeddings @ read) - second * radial))
                 continue
             weighted, write = batch.weighted[place], batch.observer.write[place]
             table = (first.T @ weighted) * (write @ read).T
@@ -120,16 +123,6 @@ class ThroughNorm(Route):
                 table -= second.T @ (weighted * (unit @ write.T))
             tables.append(table)
         return torch.cat(tables, 1)
-
-    def _parts(self, batch: Observed) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "n d"]]:
-        """One over the scale, and `u`, at every position."""
-        residual, out = (flat(t, batch.real) for t in batch.cut.norms[self.name])
-        centred = residual - residual.mean(-1, keepdim=True) if self.norm.centred else residual
-        scaled = out if self.norm.bias is None else out - self.norm.bias
-        unscaled = self.norm.weight * centred
-        square = torch.linalg.vecdot(unscaled, unscaled).clamp(min=1e-30)
-        inverse = (torch.linalg.vecdot(scaled, unscaled) / square)[:, None]
-        return inverse, inverse * centred
 
 
 class ThroughNeurons(Route):
@@ -162,9 +155,6 @@ class OwnLogits(Route):
 
     def __call__(self, batch: Observed, read: Read, sign: Sign) -> Table:
         return batch.weighted[self.matrix].sum(0).diag()
-
-
-# ------------------------------------------------------------------ which route
 
 
 def choose_routes(observer: Observer, targets: Sequence[str]) -> dict[str, Route]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vpd_lens.analysis.gathering import check_output, check_same, chosen, gather, origin
+from vpd_lens.analysis.gathering import check_output, check_same, check_size, chosen, gather, origin
 from vpd_lens.analysis.harvest.examples import Firings
 from vpd_lens.analysis.harvest.result import Harvest, Settings
 from vpd_lens.data import Batch, one_pass
@@ -86,23 +87,16 @@ def harvest(
     names = chosen("sites", sites, None, vpd.layout.names)
     layout = Layout(names, tuple(sizes[name] for name in names))
     vocabularies = _vocabularies(model)
-    _check_memory(layout, vocabularies, settings, memory_limit)
-    if resume:
-        result = Harvest.load(output, vpd)
-        different = f"sites were {list(result.layout.names)} and are {list(layout.names)}"
-        check_same(output, result.settings, settings, [different] * (result.layout != layout))
-    else:
-        kept = origin(vpd, max(vocabularies))
-        result = Harvest.empty(layout, vocabularies, settings=settings, **kept)
-    batches = one_pass(
-        data,
-        model=model,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        prepend_bos=prepend_bos,
-        seed=seed,
-        state=result.data_state,
+    kept = {"settings": settings, **origin(vpd, max(vocabularies))}
+    empty = partial(Harvest.empty, layout, vocabularies, **kept)
+    check_size(empty, memory_limit, "Harvest some sites at a time with sites=[...]")
+    result = Harvest.load(output, vpd) if resume else empty()
+    different = f"sites were {list(result.layout.names)} and are {list(layout.names)}"
+    check_same(output, result.settings, settings, [different] * (result.layout != layout))
+    read = partial(
+        one_pass, data, model=model, batch_size=batch_size, seq_len=seq_len, prepend_bos=prepend_bos
     )
+    batches = read(seed=seed, state=result.data_state)
     with Progress("Harvesting", n_batches, result.n_batches, progress) as bar:
 
         def add(result: Harvest, batch: Batch) -> None:
@@ -142,18 +136,3 @@ def _vocabularies(model: nn.Module) -> tuple[int, int]:
             "the model has no vocabulary (model.cfg.d_vocab); a harvest needs a language model."
         )
     return d_vocab, d_vocab_out if d_vocab_out > 0 else d_vocab
-
-
-def _check_memory(
-    layout: Layout, vocabularies: tuple[int, int], settings: Settings, limit: float
-) -> None:
-    # Counts and masses have 4 bytes; a token in a window has an id and two floats.
-    example = 8 + 12 * (2 * settings.context + 1)
-    per_row = (4 * sum(vocabularies) + (settings.n_top + settings.n_random) * example) / 2**30
-    if layout.total * per_row > limit:
-        raise InputError(
-            f"the token tables and examples of {layout.total} subcomponents over "
-            f"{max(vocabularies)} tokens take {layout.total * per_row:.1f} GiB, more than "
-            f"memory_limit={limit:g}. Harvest some sites at a time with sites=[...], at most "
-            f"{int(limit / per_row)} subcomponents, or raise memory_limit."
-        )

@@ -202,13 +202,12 @@ class Harvest(Gathered):
         return self.layout.columns(site)
 
     def _row(self, site: str, index: int) -> int:
-        columns = self._columns(site)
-        if not 0 <= index < columns.stop - columns.start:
+        rows = range(self.layout.total)[self._columns(site)]
+        if not 0 <= index < len(rows):
             raise InputError(
-                f"index is {index}, but {site} has {columns.stop - columns.start} subcomponents, "
-                "numbered from 0."
+                f"index is {index}, but {site} has {len(rows)} subcomponents, numbered from 0."
             )
-        return columns.start + index
+        return rows[index]
 
     def _own(self) -> dict[str, Any]:
         return {"sites": self.layout.names, "n_subcomponents": self.layout.sizes}

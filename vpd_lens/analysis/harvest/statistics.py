@@ -35,14 +35,10 @@ _BLOCK = 512
 class Summary(NamedTuple):
     """How much one subcomponent is used.
 
-    Attributes:
-        index: Its number within its site.
-        density: Share of positions where it fires.
-        mean_importance: Mean causal importance over all positions.
-        mean_activation: Mean of `|a| ||U_c||` over all positions, the size of what it writes.
-        firing_activation: Mean of `a ||U_c||` where it fires, with the sign; NaN if nowhere. The
-            sign of one subcomponent is a convention of its V and U together; signs of its
-            activations can be compared with each other.
+    Its number in its site, the share of positions where it fires, the means over all positions of
+    causal importance and of `|a| ||U_c||`, the size of what it writes, and that of `a ||U_c||`
+    where it fires, NaN if nowhere. The sign of one subcomponent is a convention of its V and U
+    together; signs of its activations can be compared with each other.
     """
 
     index: int
@@ -74,8 +70,7 @@ class Usage:
         self.firings += firings.subcomponent.bincount(minlength=len(self.firings))
         self.importance += firings.importance.sum((0, 1), dtype=torch.float64)
         self.magnitude += firings.activation.abs().sum((0, 1), dtype=torch.float64)
-        signed = firings.at(firings.activation).double()
-        self.signed.index_add_(0, firings.subcomponent, signed)
+        self.signed.index_add_(0, firings.subcomponent, firings.at(firings.activation).double())
 
     def summaries(self, columns: slice) -> list[Summary]:
         """The means of some subcomponents, those with the largest mean importance first."""
