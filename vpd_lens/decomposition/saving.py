@@ -72,7 +72,8 @@ def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
             "This decomposition was trained with a custom divergence; pass it as divergence=..."
         )
     counts = dict(zip(record.sites, record.n_subcomponents, strict=True))
-    names, measure = list(record.sites), divergence or record.divergence
+    names: list[str] = list(record.sites)
+    measure: Any = divergence or record.divergence
     attach(
         model, names, lambda s: counts[s.name], record.importance, divergence=measure, check=False
     )
