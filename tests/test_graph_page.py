@@ -353,6 +353,7 @@ def test_a_group_stands_for_its_members(opened, graph):
     page.fill("#group-name", "readers")
     page.keyboard.press("Enter")
     assert opened.state("groups") == [{"name": "readers", "members": sorted_as(graph, members)}]
+    page.wait_for_timeout(300)  # a browser writes what a page stores in the background
     page.reload()
     assert opened.state("groups")[0]["name"] == "readers"
     assert "readers" in opened.state("visibleNodes")

@@ -316,19 +316,20 @@ def _left_by_another_run(folder: Path, processes: Processes, resume: bool) -> st
         with suppress(ArtefactError):
             existing_folder(folder / name)
             found = name
-    found, where = processes.all(found)[0], f"output={str(folder)!r}"
+    found = processes.all(found)[0]
     if found == "checkpoint" and not resume:
         raise ConfigError(
-            f"{where} already holds a run. Pass resume=True to continue it, or another directory."
+            f"output={str(folder)!r} already holds a run. Pass resume=True to continue it, or "
+            "another directory."
         )
     if found == "decomposition":
         raise ConfigError(
-            f"{where} holds the result of a run whose checkpoint is gone. Name another directory; "
-            "vpd_lens.load reads the result."
+            f"output={str(folder)!r} holds the result of a run whose checkpoint is gone. Name "
+            "another directory; vpd_lens.load reads the result."
         )
     if not found and resume:
         raise ConfigError(
-            f"resume=True, but {where} holds no run and no checkpoint. Leave resume out, or check "
-            "the path."
+            f"resume=True, but output={str(folder)!r} holds no run and no checkpoint. Leave resume "
+            "out, or check the path."
         )
     return found
