@@ -14,14 +14,15 @@ quickstart: .venv/ready
 	.venv/bin/python -W ignore::DeprecationWarning examples/quickstart.py
 
 # One thread per worker: many small tensors, and threads that wait for each other are slower.
-# What trains runs without checks of types and shapes, which take longer than tiny models do.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup tests
-test: .venv/test .venv/browser
-	$(PYTEST) -m "not slow"
-	$(PYTEST) -m slow -o addopts="--strict-markers -ra"
 
-# For daily use: no ground truth that trains, no other processes, browsers or architectures.
-test-fast: .venv/test
+# What trains, and what is repeated for every architecture, runs without checks of types and
+# shapes, which take longer than tiny models do; `make compat` checks them.
+test: test-fast .venv/browser
+	$(PYTEST) -m "slow or compat" -o addopts="--strict-markers -ra"
+
+# For daily use: no ground truth that trains, no other processes, no architectures.
+test-fast: .venv/test .venv/browser
 	$(PYTEST) -m "not slow and not compat"
 
 compat: .venv-tl4/test
