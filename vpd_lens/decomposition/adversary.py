@@ -1,4 +1,4 @@
-"""Sign ascent: how an adversary finds sources that hurt most (METHOD 4 and 5)."""
+"""Sign ascent: how an adversary finds sources that hurt most."""
 
 from __future__ import annotations
 

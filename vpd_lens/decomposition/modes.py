@@ -1,4 +1,4 @@
-"""What each masking mode does with the causal importances (METHOD 4, masking modes).
+"""What each masking mode does with the causal importances.
 
 | mode | subcomponent masks | delta's mask |
 |---|---|---|
