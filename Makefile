@@ -17,7 +17,8 @@ quickstart: .venv/ready
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup tests
 
 # What trains, and what is repeated for every architecture, runs without checks of types and
-# shapes, which take longer than tiny models do; `make compat` checks them.
+# shapes, which take longer than tiny models do. Those of the fast tests, and of `make compat` on
+# the other version, cover the same functions.
 test: test-fast .venv/browser
 	$(PYTEST) -m "slow or compat" -o addopts="--strict-markers -ra"
 

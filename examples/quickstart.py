@@ -2,7 +2,7 @@
 
 Everything happens offline: the text is the source of Python's own standard library.
 
-    python examples/quickstart.py            # 8 to 13 minutes on two idle CPU cores
+    python examples/quickstart.py            # 8 to 13 minutes on two idle CPU cores in version 0.1
     python examples/quickstart.py --help
 
 Run again after an interruption, it goes on from the last checkpoint.

@@ -300,6 +300,7 @@ def corpus(tmp_path):
     (root / "empty.txt").write_text("")
     (root / ".hidden").mkdir()
     (root / ".hidden" / "secret.txt").write_text("hidden " * 100)
+    (root / "again").symlink_to(root)  # followed, every file would be read many times
     return root
 
 

@@ -319,6 +319,9 @@ def test_foreign_and_damaged_files_are_refused(found: DatasetAttributions, tmp_p
     some = dataclasses.replace(found, signed={n: t[:, 1:] for n, t in found.signed.items()})
     with pytest.raises(ArtefactError, match="do not fit"):
         DatasetAttributions.load(some.save(tmp_path / "b"))
+    nowhere = {name: ("blocks.9.mlp.in", *places) for name, places in found.places.items()}
+    with pytest.raises(ArtefactError, match="do not fit"):
+        DatasetAttributions.load(dataclasses.replace(found, places=nowhere).save(tmp_path / "c"))
 
 
 def test_what_version_0_1_saved_still_loads(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training on padded batches, and what the adversary's updates attack."""
+"""Training on padded batches, and how often sources start over."""
 
 import pytest
 import torch

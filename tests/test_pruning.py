@@ -160,6 +160,11 @@ def test_a_circuit_says_what_it_is_in_a_line(circuit: Any) -> None:
     assert f"{circuit.report.nodes:.0f} nodes" in repr(circuit)
 
 
+def test_tokens_that_look_like_markup_are_shown(circuit: Any) -> None:
+    hostile = circuit.report.model_copy(update={"targets": ["[/INST]", "[bold]"]})
+    assert "'[/INST]', '[bold]'" in " ".join(str(hostile).split())
+
+
 def test_the_adversary_of_a_difference_is_not_blind_where_the_behaviour_holds(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

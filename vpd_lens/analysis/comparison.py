@@ -4,7 +4,7 @@ Mean max cosine similarity (MMCS): every subcomponent of the reference is matche
 similar one at the same site of the other decomposition, and the cosines are averaged. It is 1 if
 everything in the reference is found again, and is not symmetric. Cosines are absolute: the sign
 of a V column or of a U row is a convention. That of two rank-1 matrices is the product of their
-directions' cosines, `<v u', w z'> / (|v u'| |w z'|) = cos(v, w) cos(u, z)`.
+directions' cosines, `<v u', w z'> / (|v u'| |w z'|) = cos(v, w) cos(u, z)`, so none is formed.
 
 Source: VPD, evaluation (seed consistency and feature splitting).
 """

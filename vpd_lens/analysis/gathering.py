@@ -65,7 +65,7 @@ class Gathered(ABC):
             )
 
     def moved(self: G, device: torch.device) -> G:
-        """A copy with its tensors on a device."""
+        """The same with its tensors on a device; those that are there already are shared."""
         return _changed(self, lambda _, tensor: tensor.to(device))
 
     def save(self, path: str | Path) -> Path:
@@ -92,8 +92,13 @@ class Gathered(ABC):
         artefact = storage.read(path, cls.record_type)
         files = [name.removesuffix(".safetensors") for name in artefact.files]
         tensors = {f"{file}/{n}": t for file in files for n, t in artefact.tensors(file).items()}
-        with torch.device("meta"):
-            blank = cls._blank(dict(artefact.record), tensors)
+        try:
+            with torch.device("meta"):
+                blank = cls._blank(dict(artefact.record), tensors)
+        except (KeyError, IndexError, TypeError) as error:
+            raise ArtefactError(
+                f"{artefact.folder}: its record and its tensors do not fit ({error!r})."
+            ) from None
         shapes = {name: tensor.shape for name, tensor in blank._tensors().items()}
         storage.require_shapes(artefact.folder, tensors, shapes)
         found = _changed(blank, lambda name, _: tensors[name], cls.prefix)

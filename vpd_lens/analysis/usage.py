@@ -12,7 +12,7 @@ from torch import Tensor
 from vpd_lens.data import Batch
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.errors import InputError
-from vpd_lens.evaluation.metrics import ALIVE, Sparsity
+from vpd_lens.evaluation.metrics import ALIVE
 
 # By site; sizes differ from one to the next, so their names are not checked against each other.
 Alive = Mapping[str, Int[Tensor, " _n_alive"]]
@@ -23,13 +23,15 @@ def mean_importance(
     vpd: Decomposition, batches: Iterable[Tensor | Batch]
 ) -> Float[Tensor, " C_total"]:
     """Mean causal importance of every subcomponent over all positions, on the CPU."""
-    found = Sparsity(vpd.layout, (), vpd.device)
+    total, n = torch.zeros(vpd.layout.total, dtype=torch.float64, device=vpd.device), 0
     for batch in batches:
         batch = (Batch(batch) if isinstance(batch, Tensor) else batch).to(vpd.device)
-        found.add(vpd.causal_importance(batch.tokens, **batch.mask_argument()), batch.real)
-    if not found.n_positions:
+        g = vpd.causal_importance(batch.tokens, **batch.mask_argument())
+        g = g.flatten(0, -2) if batch.real is None else g[batch.real]
+        total, n = total + g.sum(0), n + len(g)
+    if not n:
         raise InputError("batches is empty; a mean importance needs data.")
-    return found.mean_importance().cpu()
+    return (total / n).float().cpu()
 
 
 def alive_subcomponents(
@@ -57,6 +59,8 @@ def above(
 @torch.no_grad()
 def head_shares(vpd: Decomposition, name: str) -> Float[Tensor, "C heads"]:
     """Share of each head in every subcomponent of an attention matrix.
+
+    A decomposition sees all heads as one matrix, so that a subcomponent may serve several.
 
     The share is that of the squared norm of the write direction `U_c` at `q`, `k` and `v`, where
     heads of `k` and `v` are the key-value heads, and of the read direction `V_c` at `o`. Shares add

@@ -97,8 +97,8 @@ def one_pass(
 ) -> TokenBatches:
     """The data once, in its own order: every row at most once, the short last batch included.
 
-    `data`, `model`, `seq_len`, `prepend_bos`, the errors and what is returned are those of
-    `token_batches`. Iterables keep their own `batch_size`. After `n_batches` the pass stops; a
+    `data`, `model`, `seq_len`, `prepend_bos` and the errors are those of `token_batches`; what is
+    returned ends. Iterables keep their own `batch_size`. After `n_batches` the pass stops; a
     function, which has no end of its own, is called with `seed`. `state`, from `state_dict`, goes
     on after the batches that an earlier pass has given.
 

@@ -85,8 +85,11 @@ def tokenize_files(path: Path, encoder: TextEncoder) -> tuple[np.ndarray, str]:
 
 def _files(path: Path) -> list[Path]:
     """Files in a directory (recursively, hidden ones left out), or matching a glob, in order."""
-    pattern = glob.escape(str(path)) if path.exists() else str(path)
-    found = map(Path, glob.glob(f"{pattern}/**" if path.is_dir() else pattern, recursive=True))
+    if path.is_dir():  # not by glob, which follows links to directories
+        parts = {file: file.relative_to(path).parts for file in path.rglob("*")}
+        found = [file for file in parts if not any(part.startswith(".") for part in parts[file])]
+    else:
+        found = [path] if path.exists() else list(map(Path, glob.glob(str(path), recursive=True)))
     files = sorted(file for file in found if file.is_file())
     if not files:
         raise DataError(

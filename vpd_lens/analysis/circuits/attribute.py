@@ -109,8 +109,8 @@ def attribute(
         if isinstance(target, list | tuple) and len(target) == 1:
             target = target[0]
         circuit = prune
-        if not isinstance(circuit, Circuit):
-            circuit = _found(model, tokens, target, circuit, progress)
+        if not isinstance(prune, Circuit):
+            circuit = _found(model, tokens, target, prune, progress)
         row = _row(model, circuit, tokens, target)
         report, importance = circuit.report, circuit.of_prompt(row)
         target = circuit.behaviour.goal(row)

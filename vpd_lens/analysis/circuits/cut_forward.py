@@ -38,9 +38,10 @@ class Cut:
     """One forward of a batch, or of copies of a prompt, cut at the decomposed matrices.
 
     Gradients end at the leaves, zeros added to the output of each matrix, to each norm with a bias,
-    and to the residual stream's beginning. That of `unembed`, with no matrix behind it, has one
-    position. `constants` are what of these places does not depend on the input: biases, `[d]`, and
-    what is added to the token embeddings, `[pos, d]`.
+    to what neurons of a linear MLP add, and to the residual stream's beginning. That of `unembed`,
+    with no matrix behind it, has one position. `constants` are what of these places does not depend
+    on the subcomponents: biases `[d]`, and, in the first row, what is added to the token embeddings
+    or to neurons `[pos, d]`.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)  # [row, pos, d_in], with graph
@@ -137,7 +138,9 @@ class _Pass:
         hooks: list[Any] = [(point, keep_in(self.cut.residuals, i)) for i, point in points]
         hooks += [("hook_embed", self.note_embedding), ("blocks.0.hook_resid_pre", self.begin)]
         kind = getattr(self.forward.vpd.model.cfg, "positional_embedding_type", None)
-        return hooks + [("hook_pos_embed", self.begin_beside)] * (kind == "shortformer")
+        if kind == "shortformer":
+            hooks.append(("hook_pos_embed", self.begin_beside))
+        return hooks
 
     def note_embedding(self, embedding: Tensor, hook: Any) -> None:
         self.cut.embeddings = embedding.detach()

@@ -187,9 +187,9 @@ def _taken(
 ) -> Float[Tensor, "pos n"]:
     """Activations of another prompt."""
     source = here + shift
-    if int(source.min()) < 0 or int(source.max()) >= len(acts):
+    if outside := [p for p in source.tolist() if not 0 <= p < len(acts)]:
         raise InputError(
-            f"Patch of {site}: position {int(source.max())} is not in the source prompt, "
+            f"Patch of {site}: position {outside[0]} is not in the source prompt, "
             f"which has {len(acts)} tokens. Name positions that both prompts have."
         )
     return acts[source].to(old.dtype)

@@ -124,6 +124,8 @@ def _along_paths(
     wave, total = start.numpy(), np.zeros(len(nodes))
     for _ in nodes.places:  # a path visits each place at most once
         wave = wave @ matrix
+        if not wave.any():
+            break
         total += wave
     return torch.from_numpy(total)
 

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from vpd_lens.analysis.circuits import targets
@@ -72,7 +73,7 @@ class InterventionResult:
         best = p["edited"].topk(5).indices.tolist()
         for token in dict.fromkeys([*self.tokens, *best]):
             figures = (f"{q[token]:.3f}" for q in p.values())
-            table.add_row(repr(targets.token_text(self.model, token)), *figures)
+            table.add_row(Text(repr(targets.token_text(self.model, token))), *figures)
         return table
 
     def __repr__(self) -> str:

@@ -75,17 +75,28 @@ class LinearNorm:
 
     def linear(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """The output `y` as a linear function of the input `x`, whose scale is a constant."""
+        scaled = self.unbiased(y.float())
         with torch.no_grad():
-            scaled = y.float() if self.bias is None else y.float() - self.bias
-            unscaled = self._weighted(x.float())
-            norm = torch.linalg.vecdot(unscaled, unscaled).clamp(min=1e-30)
-            scale = (torch.linalg.vecdot(scaled, unscaled) / norm).unsqueeze(-1)
-        out = scale * self._weighted(x.float())
+            inverse = self.inverse_scale(x.float(), scaled)
+        out = inverse * (self.weight * self.centre(x.float()))
         _require_equal(out, scaled, "a norm does not multiply by one scale per position")
         return out.to(y.dtype)
 
-    def _weighted(self, x: Tensor) -> Tensor:
-        return self.weight * (x - x.mean(-1, keepdim=True) if self.centred else x)
+    def centre(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """The input without its mean, if the norm takes that off."""
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def unbiased(self, y: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """The output without the norm's bias."""
+        return y if self.bias is None else y - self.bias
+
+    def inverse_scale(
+        self, x: Float[Tensor, "*b d"], scaled: Float[Tensor, "*b d"]
+    ) -> Float[Tensor, "*b 1"]:
+        """One over the scale at every position, from the input and the output without bias."""
+        unscaled = self.weight * self.centre(x)
+        square = torch.linalg.vecdot(unscaled, unscaled).clamp(min=1e-30)
+        return (torch.linalg.vecdot(scaled, unscaled) / square).unsqueeze(-1)
 
 
 def attended(

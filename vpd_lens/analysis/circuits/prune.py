@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -79,7 +80,9 @@ class CircuitReport(BaseModel):
 
     def table(self) -> Table:
         """As a rich table."""
-        table = Table("masks", "circuit", "before pruning", title=f"probability of {self._target}")
+        table = Table(
+            "masks", "circuit", "before pruning", title=f"probability of {escape(self._target)}"
+        )
         table.add_row("nodes", f"{self.nodes:.0f}", f"{self.nodes_before:.0f}", end_section=True)
         before = self.mean_before
         for name, value in self.mean.items():

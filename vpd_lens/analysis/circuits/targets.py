@@ -131,9 +131,9 @@ class _Resolver:
 
     def _logit(self, position: int, tokens: dict[int, float]) -> Output:
         name, ids = " - ".join(token_text(self.model, token) for token in tokens), list(tokens)
-        weight = self.weight.float()[:, ids]
+        weight = self.weight[:, ids].float()
         coefficients = weight.new_tensor(list(tokens.values()))
-        bias = 0.0 if self.bias is None else float(self.bias.float()[ids] @ coefficients)
+        bias = 0.0 if self.bias is None else float(self.bias[ids].float() @ coefficients)
         probability = float(self.probabilities[position, next(iter(tokens))])
         return Output(name, position, weight @ coefficients, bias, tokens, None, probability)
 

@@ -131,7 +131,7 @@ def dataset_attributions(
     engine = Engine(vpd, given, settings)
     advice = "Take some targets at a time with targets=[...], raise alive_threshold"
     check_size(engine.empty, memory_limit, advice)
-    result = stored or engine.empty()
+    result = engine.empty() if stored is None else stored
     total, done = (n * engine.n_passes for n in (n_batches, result.n_batches))
     batches = read(state=result.data_state)
     with Progress("Attributing", total, done, progress) as bar:

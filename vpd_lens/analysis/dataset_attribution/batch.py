@@ -64,7 +64,7 @@ class Observed:
     ) -> list[Float[Tensor, "n _d_out"]]:
         """One backward pass from a matrix' input to the outputs of the places before it."""
         x = self.cut.inputs[matrix]
-        everywhere = torch.zeros_like(x)
+        everywhere = x.new_zeros(x.shape)  # contiguous, so that the view below writes to it
         everywhere.flatten(0, -2)[self.real] = cotangent.to(x.dtype)
         leaves = [self.cut.leaves[place] for place in places]
         found = torch.autograd.grad(x, leaves, everywhere, retain_graph=True)

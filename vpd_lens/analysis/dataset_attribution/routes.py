@@ -100,12 +100,8 @@ class ThroughNorm(Route):
 
     def __call__(self, batch: Observed, read: Read, sign: Sign) -> Table:
         residual, out = (flat(t, batch.real) for t in batch.cut.norms[self.name])
-        centred = residual - residual.mean(-1, keepdim=True) if self.norm.centred else residual
-        scaled = out if self.norm.bias is None else out - self.norm.bias
-        unscaled = self.norm.weight * centred
-        square = torch.linalg.vecdot(unscaled, unscaled).clamp(min=1e-30)
-        inverse = (torch.linalg.vecdot(scaled, unscaled) / square)[:, None]  # one over the scale
-        unit = inverse * centred
+        inverse = self.norm.inverse_scale(residual, self.norm.unbiased(out))
+        unit = inverse * self.norm.centre(residual)
         read = read * self.norm.weight[:, None]
         if self.norm.centred:
             read = read - read.mean(0)
