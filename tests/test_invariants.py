@@ -24,6 +24,9 @@ from vpd_lens.training import VPDConfig
 from vpd_lens.training import step as step_module
 from vpd_lens.training.step import Stepper
 
+# Public names are imported at their first use; below, that would be with another torch.Generator in
+# every annotation.
+PUBLIC = {name: getattr(vpd_lens, name) for name in vpd_lens.__all__}
 IMPORTANCE = vpd_lens.CausalImportanceConfig(d_model=16, n_blocks=1, n_heads=2)
 
 

@@ -22,7 +22,7 @@ from vpd_lens.decomposition.importance import (
     upper_leaky,
 )
 from vpd_lens.decomposition.masks import (
-    SiteMasks,
+    Masks,
     Sources,
     interpolate,
     masked_site,
@@ -156,7 +156,7 @@ def test_masked_site_equals_dense_weight_with_exact_gradients(bias, routing):
 
     def fast(x, v, u, mask, delta):
         y = x @ w if b is None else x @ w + b
-        return masked_site(x, y, v, u, SiteMasks(mask, delta, routed), b)
+        return masked_site(x, y, v, u, Masks(mask, delta, routed), b)
 
     def dense(x, v, u, mask, delta):
         parts = torch.einsum("ic,nc,co->nio", v, mask, u) + delta[..., None] * (w - v @ u)
@@ -174,13 +174,20 @@ def test_masked_site_equals_dense_weight_with_exact_gradients(bias, routing):
         torch.testing.assert_close(a, e)
 
 
+def test_masks_of_another_number_of_sites_are_refused():
+    layout = Layout(("a", "b"), (2, 3))
+    for n in (1, 3):
+        with pytest.raises(ValueError, match="zip"):
+            Masks(torch.ones(4, 5), torch.ones(4, n)).per_site(layout)
+
+
 def test_all_masks_c_scale_the_weight_by_c():
     torch.manual_seed(0)
     x, w, b = torch.randn(3, 5), torch.randn(5, 4), torch.randn(4)
-    masks = SiteMasks(torch.full((3, 8), 0.3), torch.full((3, 1), 0.3), None)
+    masks = Masks(torch.full((3, 8), 0.3), torch.full((3, 1), 0.3), None)
     got = masked_site(x, x @ w + b, torch.randn(5, 8), torch.randn(8, 4), masks, b)
     torch.testing.assert_close(got, 0.3 * (x @ w) + b, atol=1e-6, rtol=1e-5)
-    ones = SiteMasks(torch.ones(3, 8), torch.ones(3, 1), None)
+    ones = Masks(torch.ones(3, 8), torch.ones(3, 1), None)
     y = x @ w + b
     assert torch.equal(masked_site(x, y, torch.randn(5, 8), torch.randn(8, 4), ones, b), y)
 

@@ -133,7 +133,7 @@ def _troubles(
     error: ValidationError, model: type[BaseModel], data: Mapping[str, Any]
 ) -> dict[str, str]:
     """What is wrong by field; what sections found wrong comes with their own paths."""
-    found: dict[str, dict[str, None]] = defaultdict(dict)  # a union names its alternatives
+    found: dict[str, dict[str, None]] = defaultdict(dict)  # a union repeats itself
     for problem in error.errors():
         path = str(problem["loc"][0]) if problem["loc"] else ""
         cause = problem.get("ctx", {}).get("error")

@@ -116,7 +116,8 @@ class OptimiserConfig(Config):
     """The optimiser of U, V and the causal importance function."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """`"adamw"` (the paper), or `"muon"`: Muon for matrices, AdamW for biases (authors, later)."""
+    """`"adamw"` (the paper), or `"muon"`: Muon for matrices, AdamW for biases (the authors'
+    later work)."""
     lr: Positive = 5e-5
     """Peak learning rate of U and V."""
     importance_lr: Positive | None = None

@@ -86,8 +86,10 @@ class VPDConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> VPDConfig:
         if self.batch_size % self.micro_batches:
-            sizes = f"batch_size={self.batch_size} must be a multiple of micro_batches"
-            raise ValueError(f"{sizes}={self.micro_batches}")
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of "
+                f"micro_batches={self.micro_batches}"
+            )
         random, adversary = self.stochastic, self.adversary
         if not random.coefficient + random.layerwise_coefficient + adversary.coefficient:
             raise ValueError(

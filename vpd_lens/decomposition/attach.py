@@ -172,10 +172,12 @@ class Attachment:
         _refresh_hook_names(self.model)
 
     def _mount(self, path: str, hooks: nn.Module) -> None:
+        # In the mode of what they are mounted on: TransformerLens 4.3 patches no model of which any
+        # module is in training mode.
         parent: Any = self.model
         for part in path.split("."):
             if part not in parent._modules:
-                nn.Module.add_module(parent, part, nn.Module())
+                nn.Module.add_module(parent, part, nn.Module().train(parent.training))
                 self.mounted.append((parent, part))
             parent = parent._modules[part]
         nn.Module.add_module(parent, "vpd", hooks.train(parent.training))

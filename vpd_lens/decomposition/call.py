@@ -130,7 +130,12 @@ class Generation:
     def remember(self, new: Masks) -> Masks:
         """Keep the masks `[batch, new, C_total]` of new positions; return those of the call's."""
         if self.used is not None:
-            pairs = zip(vars(self.used).values(), vars(new).values(), strict=True)
-            new = Masks(*(None if pair[0] is None else torch.cat(pair, 1) for pair in pairs))  # type: ignore[arg-type]
+            old, both = self.used, self.used.routed is not None and new.routed is not None
+            new = Masks(
+                torch.cat([old.components, new.components], 1),
+                torch.cat([old.delta, new.delta], 1),
+                torch.cat([old.routed, new.routed], 1) if both else None,  # type: ignore[list-item]
+            )
         self.used, n = new, self.n_passed
-        return Masks(*(None if part is None else part[:, -n:] for part in vars(new).values()))  # type: ignore[arg-type]
+        routed = None if new.routed is None else new.routed[:, -n:]
+        return Masks(new.components[:, -n:], new.delta[:, -n:], routed)

@@ -176,7 +176,10 @@ class Forwards:
         return edited
 
     def edit_heads(self, index: int, _module: nn.Module, args: tuple) -> tuple[Tensor] | None:
-        """The results `[*batch, head, d_out]` of a site under masks, if `use_attn_result` is on."""
+        """The results `[*batch, head, d_out]` of a site under masks, if `use_attn_result` is on.
+
+        HookedTransformer adds them up itself, so that `edit` leaves such a site's output alone.
+        """
         current = self.state.current
         if current is None or current.masks is None:
             return None
@@ -274,6 +277,7 @@ class Forwards:
         v, u = self._directions(current, index)
         x = self._input_of(current, index, y)
         clean = x.to(y.dtype) @ v.to(y.dtype)
+        # Hooks see a copy, which they may write to: the delta's share is of what was there before.
         (acts, mask, delta), edited, backward = self._shown(index, clean.clone(), masks)
         # The untouched path: hooks that only look leave the model's own output in place.
         if masks is None and not any(edited) and not backward:

@@ -176,8 +176,9 @@ class Decomposition(nn.Module):
         elif mode not in MODES:
             raise InputError(f"mode={mode!r} is not one of {', '.join(MODES)}.")
         elif mode != "target":
-            new = torch.Generator(device=self.device)
-            generator = None if seed is None else new.manual_seed(seed)
+            generator = None
+            if seed is not None:
+                generator = torch.Generator(device=self.device).manual_seed(seed)
             context = MaskContext(mode, threshold, n_steps, step_size, generator)
         with self.forwards.during(context=context):
             yield self

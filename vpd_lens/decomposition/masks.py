@@ -64,15 +64,12 @@ class Masks:
     delta: Float[Tensor, "*batch n_sites"]
     routed: Bool[Tensor, "*batch n_sites"] | None = None
 
-    def per_site(self, layout: Layout) -> list[SiteMasks]:
-        """The masks of each site, as views."""
+    def per_site(self, layout: Layout) -> list[Masks]:
+        """Those of each site, as views: `[*batch, C]`, and `[*batch, 1]` of delta and `routed`."""
         deltas = self.delta.split(1, dim=-1)
         routed = [None] * layout.n_sites if self.routed is None else self.routed.split(1, dim=-1)
-        return list(map(Masks, layout.split(self.components), deltas, routed))
-
-
-# Those of one site: `[*batch, C]`, `[*batch, 1]` and, if not all is routed, `[*batch, 1]`.
-SiteMasks = Masks
+        parts = zip(layout.split(self.components), deltas, routed, strict=True)
+        return [Masks(*part) for part in parts]
 
 
 @dataclass
@@ -223,7 +220,7 @@ def masked_site(
     y: Float[Tensor, "*batch d_out"],
     v: Float[Tensor, "d_in C"],
     u: Float[Tensor, "C d_out"],
-    masks: SiteMasks,
+    masks: Masks,
     bias: Float[Tensor, " d_out"] | None,
 ) -> Float[Tensor, "*batch d_out"]:
     """A site's output under masks, `x (V diag(m) U + m_delta Delta) + bias`, in the dtype of `y`.

@@ -59,7 +59,8 @@ def masks_of(
     elif mode == "rounded":
         components = (g > threshold).to(g.dtype)
     elif mode == "random":
-        components, drawn = torch.zeros_like(g), ... if real is None else real
+        components = torch.zeros_like(g)
+        drawn = slice(None) if real is None else real
         components[drawn] = torch.empty_like(g[drawn]).uniform_(generator=generator)
     elif mode == "zero":
         components = torch.zeros_like(g)

@@ -112,7 +112,10 @@ class PerSubcomponent(NamedTuple):
 
 
 class Folded(nn.Module):
-    """Subcomponents of one site that were folded into its delta, with their first `indices`."""
+    """Subcomponents of one site that were folded into its delta: kept, never trained again.
+
+    `indices` are their columns from before anything was folded.
+    """
 
     v: Float[Tensor, "d_in F"]
     u: Float[Tensor, "F d_out"]

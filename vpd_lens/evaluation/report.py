@@ -104,7 +104,7 @@ class EvalReport(BaseModel):
         unit = "KL" if self.divergence == "kl" else "divergence"
         them, with_ce = beside or self, "ce" in self.modes["zero"]
         table = Table(title=f"Masking modes ({self.n_positions} positions)", title_justify="left")
-        table.add_column("masks")
+        table.add_column("masks", overflow="fold")
         ce_columns = ["CE", "CE recovered"] if with_ce else []
         for column in [unit, *ce_columns, *([f"{unit}, {name}"] if beside else [])]:
             table.add_column(column, justify="right")

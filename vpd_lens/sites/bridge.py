@@ -32,7 +32,7 @@ def bridge_sites(model: nn.Module) -> list[Site]:
     for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
         for container, parts in (("attn", "qkvo"), ("mlp", ("gate", "in", "out"))):
             parent = block._modules.get(container)
-            if parent is None or is_mixture(parent):
+            if parent is None or (container == "mlp" and is_mixture(parent)):
                 continue
             frame = block.hook_in if container == "mlp" else None
             # `in` is a Python keyword and bridges forward unknown attributes to the wrapped

@@ -77,7 +77,8 @@ def explained_out_of_memory(items: dict[str, float], device: torch.device) -> It
         yield
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        if "DefaultCPUAllocator" not in reason and not isinstance(error, torch.OutOfMemoryError):
+        of_cpu = "DefaultCPUAllocator" in str(error)
+        if not of_cpu and not isinstance(error, torch.OutOfMemoryError):
             raise
         raise OutOfMemoryError(
             f"training ran out of memory on {device}: {reason}\n{_largest(items)}\n{_REMEDIES} "

@@ -169,8 +169,9 @@ ALONE = Processes()
 def _in_buckets(tensors: Sequence[Tensor], send: Callable[[Tensor], Any]) -> None:
     """Replace tensors by what `send` makes of many at once, of the same dtype, end to end."""
     before = accumulate((tensor.numel() for tensor in tensors), initial=0)
-    for _, bucket in groupby(tensors, lambda tensor: (tensor.dtype, next(before) // _BUCKET)):
-        own = [tensor.detach() for tensor in bucket]
+    placed = zip(tensors, before, strict=False)  # the last number is behind the last tensor
+    for _, bucket in groupby(placed, lambda pair: (pair[0].dtype, pair[1] // _BUCKET)):
+        own = [tensor.detach() for tensor, _ in bucket]
         flat = torch.cat([t.reshape(-1) for t in own])
         send(flat)
         for t, part in zip(own, flat.split([t.numel() for t in own]), strict=True):
@@ -265,7 +266,9 @@ def stop_requests() -> Iterator[list[signal.Signals]]:
         restore()
 
     if threading.current_thread() is threading.main_thread():  # only there can they be handled
-        before |= {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        before |= {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        for s in before:
+            signal.signal(s, note)
     try:
         yield received
     finally:

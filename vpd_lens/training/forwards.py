@@ -91,10 +91,15 @@ class CompiledForwards:
         self.vpd = vpd
         self._graphs: dict[Hashable, Forward] = {}
 
-    def run(self, masks: SourceMasks, batch: Tensor, **padding: Tensor) -> Tensor:
+    def run(
+        self,
+        masks: SourceMasks,
+        batch: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """The output of the model under masks."""
-        given = (padding.get("attention_mask"), padding.get("position_ids"))
-        arguments = (*vars(masks).values(), *given, batch)
+        arguments = (*vars(masks).values(), attention_mask, position_ids, batch)
         key = (
             self.vpd.forwards.state.frozen,
             torch.is_autocast_enabled(batch.device.type),

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich import progress as bars
 from rich.console import Console, RenderableType
@@ -58,14 +58,15 @@ class MetricsLog:
             self.run = wandb_module.init(dir=str(folder), **wandb)
 
     def __enter__(self) -> MetricsLog:
-        kept = ""
+        kept: list[str] = []
         with disk_errors(self.path):
             for line in self.path.read_text().splitlines() if self.path.exists() else ():
                 with suppress(ValueError, KeyError):  # a line cut short by an interruption
                     metrics = json.loads(line)
                     if metrics.pop("step") <= self.start:
-                        kept, self.last = kept + line + "\n", metrics
-            write_text(self.path, kept)
+                        kept.append(line + "\n")
+                        self.last = metrics
+            write_text(self.path, "".join(kept))
             self._file = self.path.open("a")
         self._bar.start()
         return self
@@ -102,13 +103,14 @@ class MetricsLog:
 class SilentLog:
     """What processes other than the first log to: nothing."""
 
-    run, last = None, dict[str, float]()
+    run = None
+    last: ClassVar[dict[str, float]] = {}
 
     def __enter__(self) -> SilentLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing, and so do all methods of a `MetricsLog`."""
+        """Does nothing, as every method here."""
 
     advance = say = write = __exit__
 

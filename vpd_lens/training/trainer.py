@@ -216,7 +216,7 @@ class _Run:
             for step in range(self.start, config.steps):
                 batch = next(self.batches)  # this process's rows
                 if step == self.start:
-                    self._data_state()
+                    self._data_state()  # before any step: do all processes read the same data?
                 losses, importance = stepper.step(batch.tokens, step, batch.real)
                 window.add(losses)
                 done = step + 1
