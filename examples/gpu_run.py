@@ -94,7 +94,8 @@ def main() -> None:
     seconds = time.perf_counter() - begun
 
     console.rule("3. Is it any good?")
-    report = vpd_lens.evaluate(model, held_out[:64], pgd_steps=(20, 40, 80, 160, 320))
+    attacks = (20, 40, 80, 160, 320) if size == LARGE else (5, 10)
+    report = vpd_lens.evaluate(model, held_out[:64], pgd_steps=attacks)
     console.print(report.tables())
     report.to_json(arguments.output / "report.json")
     report.to_html(arguments.output / "report.html", "VPD of a target trained on Python code")

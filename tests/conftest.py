@@ -10,8 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-# Fixtures that train for minutes: on one worker only, not once on each.
-TRAINED = ("addition", "circuit", "jobs")
+# Fixtures that train: on one worker only, not once on each, and first, so that none is left over.
+TRAINED = ("addition", "circuit", "jobs", "finished")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -21,7 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for name in TRAINED:
             if name in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(name))
+                item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{name}"))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 def shared_folder(name: str) -> Path:

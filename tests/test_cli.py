@@ -21,6 +21,8 @@ from vpd_lens.cli import app
 from vpd_lens.config import read_run_file
 from vpd_lens.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 TRAINING = {
     "preset": "small",
     "n_subcomponents": 6,

@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 
 import pytest
 import torch
@@ -422,6 +421,7 @@ def interrupt(monkeypatch, after):
     monkeypatch.setattr(Stepper, "step", step)
 
 
+@pytest.mark.slow
 def test_a_crash_after_a_compaction_resumes_from_before_it(tokens, tmp_path, monkeypatch):
     """The decomposition at hand has lost subcomponents that the checkpoint still has."""
     run = config(checkpoint_every=2, **RUN)
@@ -488,11 +488,9 @@ def test_a_compaction_that_makes_no_sense_is_refused(compaction, message):
         config(compaction=compaction)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler on this machine"
-)
-def test_compiled_steps_after_a_compaction_are_the_steps(tokens):
+def test_recorded_steps_after_a_compaction_are_the_steps(tokens, monkeypatch):
+    """The record of a forward, as it is: what compiles it knows nothing of subcomponents."""
+    monkeypatch.setattr(torch, "compile", lambda graph, dynamic: graph)
     steppers = [stepper(compile=fuse, optimiser={"lr": 1e-4}) for fuse in (False, True)]
     for step in range(3):
         batch = tokens[4 * step :][:4]

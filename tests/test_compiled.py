@@ -34,12 +34,27 @@ def stepper(model, **changes):
     return Stepper(model.vpd, config.replaced(changes))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+def bridge():
+    return tiny_bridge(n_layers=1)
+
+
+compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler on this machine"
 )
-@pytest.mark.parametrize("make", [hooked_transformer, lambda: tiny_bridge(n_layers=1)])
-def test_a_compiled_step_is_the_step(make, tokens):
+
+
+@pytest.mark.parametrize(
+    ("make", "compiled"),
+    [
+        (hooked_transformer, False),
+        (bridge, False),
+        pytest.param(bridge, True, marks=[pytest.mark.slow, compiler]),
+    ],
+)
+def test_a_compiled_step_is_the_step(make, compiled, tokens, monkeypatch):
+    """Also of the record alone: what compiles it does not see which class it is of."""
+    if not compiled:
+        monkeypatch.setattr(torch, "compile", lambda graph, dynamic: graph)
     models = make(), make()
     plain, fused = stepper(models[0]), stepper(models[1], compile=True)
     with warnings.catch_warnings():

@@ -55,6 +55,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 # Runs of a few steps look like failed ones, and say so.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_every_python_block_runs(page: Path, scratch: Path) -> None:
@@ -74,6 +75,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
 def test_the_readme_runs_from_top_to_bottom(scratch: Path) -> None:
     (page,) = blocks(DOCS.parent / "README.md")

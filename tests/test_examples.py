@@ -14,6 +14,8 @@ import vpd_lens
 from recorded import RunRecord
 from vpd_lens.training import VPDConfig
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
@@ -168,7 +170,6 @@ def test_the_stored_control_is_what_the_readme_says():
     assert stored.pgd["20"]["mean"] > stored.modes["stochastic"]["kl"]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
 def test_gpu_run_on_a_cpu(tmp_path, monkeypatch):
     """The script for a GPU, with its small model: it has to be right before there is one."""
@@ -179,10 +180,9 @@ def test_gpu_run_on_a_cpu(tmp_path, monkeypatch):
     assert run["device"] == "cpu"
     assert run["target"]["steps"] == 20
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [int(steps) for steps in report["pgd"]] == [20, 40, 80, 160, 320]
+    assert [int(steps) for steps in report["pgd"]] == [5, 10]
 
 
-@pytest.mark.slow
 def test_gpu_benchmark_on_a_cpu(tmp_path, monkeypatch):
     """Its comparison of devices is exact where both are the same, and its count is right."""
     path = EXAMPLES.parent / "benchmarks" / "gpu.py"

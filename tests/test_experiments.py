@@ -25,9 +25,12 @@ from vpd_lens.config import read_run_file
 from vpd_lens.errors import ArtefactError, ConfigError, NonFiniteLossError, TrainingInterrupted
 from vpd_lens.training import VPDConfig
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::vpd_lens.training.log.TrainingWarning"  # runs of a few steps look failed
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore::vpd_lens.training.log.TrainingWarning"  # runs of a few steps look failed
+    ),
+]
 TRAINING = {
     "preset": "small",
     "n_subcomponents": 4,
@@ -462,7 +465,6 @@ def test_one_claim_from_the_command_line(tmp_path, monkeypatch):
     assert (tmp_path / "claims" / "adversary.json").read_text() == stored
 
 
-@pytest.mark.slow
 def test_every_claim_from_its_runs_to_the_page(tmp_path):
     sections = reproduce(tmp_path, quick=True, **QUIET)
     names = ["adversary", "pareto", "splitting", "seeds", "controls", "generations"]

@@ -17,6 +17,8 @@ from vpd_lens.analysis.circuits.targets import Output
 from vpd_lens.errors import ArtefactError
 from vpd_lens.viz import graph_page
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = ("</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>")
 TOKENS = ("def", " read", "\n", "\t", *HOSTILE, "<!--", " self", "é", "'\"&amp;")
 PARTS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.in", "mlp.out")

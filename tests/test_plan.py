@@ -20,6 +20,8 @@ from vpd_lens.training.budget import MemoryWarning, available_memory, budget
 from vpd_lens.training.plan import plan_step
 from vpd_lens.training.step import Stepper
 
+pytestmark = pytest.mark.slow
+
 IMPORTANCE = CausalImportanceConfig(d_model=16, n_blocks=1, n_heads=2, d_ffn=32)
 BATCH, POS = 4, 8
 
@@ -33,7 +35,6 @@ def plan(model, **changes):
     return plan_step(model, config_of(**changes), BATCH, POS, autocast=False)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"recompute": True, "optimiser.kind": "adamw"}])
 def test_the_flop_are_those_of_the_real_step(changes):
     model, config = tiny_bridge(), config_of(**changes)
@@ -55,7 +56,6 @@ def test_the_flop_are_those_of_the_real_step(changes):
     assert set(cost.flop) - {"update"} == phases  # AdamW has no products
 
 
-@pytest.mark.slow
 def test_what_stays_is_weights_moments_and_sources():
     def lasting(**changes):
         return plan(tiny_bridge(), **changes).lasting
@@ -74,7 +74,6 @@ def test_what_stays_is_weights_moments_and_sources():
     assert sources == pytest.approx(3 * 4 * n_masks, abs=64)
 
 
-@pytest.mark.slow
 def test_less_is_kept_by_smaller_parts():
     whole = plan(tiny_bridge())
     assert plan(tiny_bridge(), recompute=True).peak < whole.peak
@@ -89,7 +88,6 @@ def test_a_hugging_face_model_is_planned_without_its_weights(tmp_path):
     assert 0 < cost.lasting < cost.peak
 
 
-@pytest.mark.slow
 def test_the_command_counts_and_measures(tmp_path):
     save_0_1(native("ln"), tmp_path / "model")
     arguments = ["--preset", "small", "--set", "batch_size=4", "--set", "seq_len=8"]

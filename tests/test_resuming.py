@@ -225,6 +225,7 @@ def killed(folder, tokens):
     assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "metrics.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_killed_before_its_first_checkpoint_starts_over(tokens, tmp_path, resume, capsys):
     folder = tmp_path / "run"

@@ -286,6 +286,7 @@ def test_faithfulness_warm_up_fits_the_weights():
     assert all(map(torch.equal, importance, stepper.vpd.importance.parameters()))
 
 
+@pytest.mark.slow
 def test_training_improves_and_leaves_the_base_weights_alone(tokens, tmp_path):
     model = tiny_bridge()
     weights = [p.clone() for p in model.parameters()]
@@ -306,6 +307,7 @@ def test_training_improves_and_leaves_the_base_weights_alone(tokens, tmp_path):
     assert all(map(torch.equal, state(model.vpd), state(again.vpd)))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(tokens, tmp_path):
     runs = []
     for name in "ab":
@@ -453,6 +455,7 @@ def test_ctrl_c_writes_a_checkpoint(tokens, tmp_path):
     assert 5 <= stopped_at(tmp_path) < 40
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_configuration_or_model_is_refused(tokens, tmp_path):
     train(tiny_bridge(), tokens, config(), output=tmp_path / "run", progress=False)
     options = {"output": tmp_path / "run", "resume": True, "progress": False}
@@ -528,6 +531,7 @@ def test_too_high_a_coefficient_really_warns(tokens, tmp_path):
         train(tiny_bridge(), tokens, run, output=tmp_path / "run", progress=False)
 
 
+@pytest.mark.slow
 def test_wandb_offline_writes_a_run(tokens, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(
