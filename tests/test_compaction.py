@@ -359,6 +359,7 @@ def test_nothing_is_folded_before_the_start_or_without_a_window():
         assert [compact_when_due(trained, g, done) for done in (1, 2, 3, 4)] == expected
 
 
+@pytest.mark.slow
 def test_a_site_without_a_living_subcomponent_keeps_one_and_training_goes_on(tokens, tmp_path):
     model = decomposed()
     dead, head = model.vpd.layout.columns("blocks.0.mlp.in"), model.vpd.importance.project_out
@@ -449,6 +450,7 @@ def checkpoint(folder):
     return storage.read(folder / "checkpoint", CheckpointRecord).record
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_sizes_is_refused(tokens, tmp_path):
     run = config(**RUN)
     train(tiny_bridge(), tokens, run, output=tmp_path / "run", progress=False)
@@ -488,6 +490,7 @@ def test_a_compaction_that_makes_no_sense_is_refused(compaction, message):
         config(compaction=compaction)
 
 
+@pytest.mark.slow
 def test_recorded_steps_after_a_compaction_are_the_steps(tokens, monkeypatch):
     """The record of a forward, as it is: what compiles it knows nothing of subcomponents."""
     monkeypatch.setattr(torch, "compile", lambda graph, dynamic: graph)

@@ -48,7 +48,7 @@ compiler = pytest.mark.skipif(
     [
         (hooked_transformer, False),
         (bridge, False),
-        pytest.param(bridge, True, marks=[pytest.mark.slow, compiler]),
+        pytest.param(bridge, True, marks=compiler),
     ],
 )
 def test_a_compiled_step_is_the_step(make, compiled, tokens, monkeypatch):

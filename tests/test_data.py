@@ -312,6 +312,7 @@ def corpus_texts(root):
     return [path.read_text() for path in sorted(root.rglob("*.py"))]
 
 
+@pytest.mark.slow
 def test_a_directory_becomes_one_packed_stream(corpus, model, tokenizer):
     expected = packed(tokenizer, corpus_texts(corpus))
     for source in (corpus, str(corpus), str(corpus / "**" / "*.py"), corpus / "part*" / "*.py"):
@@ -502,6 +503,7 @@ def test_datasets_resume(kind, tmp_path, model, monkeypatch):
     assert_resumes(make, steps=(0, n // 2, n - 1, n + 9), ahead=12)
 
 
+@pytest.mark.slow
 def test_unshuffled_stream_is_the_packed_text(model, tokenizer):
     dataset = lines_dataset()
     expected = packed(tokenizer, [line for line in LINES[:200] if line])

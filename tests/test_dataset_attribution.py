@@ -102,6 +102,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sites", "shape", "frozen"), CASES)
 def test_tables_are_sums_of_the_edges_of_graphs(
     sites: str, shape: dict[str, Any], frozen: bool, tokens: Tensor
@@ -273,6 +274,7 @@ def test_batch_size_does_not_matter(
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-6 * scale + 1e-7)
 
 
+@pytest.mark.slow
 def test_resuming_is_exact(
     model: nn.Module, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

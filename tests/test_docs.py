@@ -150,6 +150,7 @@ def test_every_error_is_in_the_api_and_explained(name: str) -> None:
     assert f"`{name}`" in (DOCS / "errors.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_every_message_that_is_explained_exists() -> None:
     """`…` on the page and whatever a message is filled with stand for anything."""
     texts = []

@@ -497,6 +497,7 @@ def test_progress_moves_with_every_forward(model, seven, monkeypatch):
     assert ticks.count(("Evaluating", 10 + 3)) == 10 + 3
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone(report, tmp_path):
     beside = copy.deepcopy(report)
     beside.pgd["10"]["mean"] = 12.345
@@ -521,6 +522,7 @@ def test_the_page_stands_alone(report, tmp_path):
         assert name in page
 
 
+@pytest.mark.slow
 def test_the_page_of_a_toy_model(tmp_path):
     toy = nn.Sequential(nn.Linear(5, 4, bias=False), nn.Linear(4, 5))
     data = torch.rand(8, 5, generator=torch.Generator().manual_seed(0))

@@ -137,6 +137,7 @@ class FailOnSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bridge", "hooked"])
 @pytest.mark.parametrize(
     "changes",
@@ -301,6 +302,7 @@ def test_gradients_under_masks_do_not_depend_on_gradient_checkpointing(reentrant
     assert all(gradient.abs().max() > 0 for gradient in gradients[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])
 def test_training_inside_blocks_without_gradients(block: Any, tmp_path: Any) -> None:
     results = []

@@ -469,6 +469,7 @@ def test_checkpoint_of_another_configuration_or_model_is_refused(tokens, tmp_pat
         train(tiny_bridge(), tokens, config(), **options)
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_stops_the_run_and_names_the_term(tokens, tmp_path):
     run = config(checkpoint_every=2)
     model = tiny_bridge()
@@ -619,6 +620,7 @@ def test_bf16_sources_attack_as_well(tokens):
     assert gains[1] == pytest.approx(gains[0], rel=0.05)
 
 
+@pytest.mark.slow
 def test_decompose_with_data_trains_and_remove_restores(tokens, tmp_path):
     model = decompose(tiny_bridge(), tokens, config(), output=tmp_path / "run", progress=False)
     assert model.vpd.trained_steps == 8
