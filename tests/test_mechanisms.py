@@ -1,7 +1,8 @@
 """Transformers whose mechanisms are known: does their decomposition consist of them?
 
-Each fixture trains a target and decomposes it, in about a minute and a half on an idle core.
-`docs/tutorials` has the same on larger targets, trained for longer.
+Each fixture decomposes a trained target, in about a minute on an idle core; `python
+tests/test_mechanisms.py` trains the targets anew. `docs/tutorials` has the same on larger ones,
+trained for longer.
 
 Subcomponents start along neurons and head dimensions, so that a subcomponent of one frequency or
 of one head is nothing that training has to find: neurons of such a target have one frequency from
@@ -9,8 +10,12 @@ the start. What it has to find is which few of them are needed, and it must not 
 every claim about what is live comes with its opposite: all the others can go, together.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import vpd_lens
 from toy_runs.frequencies import amplitudes_without, key_frequencies, site_frequencies
@@ -21,6 +26,35 @@ from vpd_lens.toys.modular_addition import ModularAddition, last_position_kl
 from vpd_lens.training import VPDConfig
 
 pytestmark = pytest.mark.slow
+TARGETS = Path(__file__).parent / "data" / "mechanisms.safetensors"
+
+
+def trained(name, model):
+    """A model with the weights that its task's `train_target` gave it."""
+    stored = load_file(TARGETS).items()
+    own = {key.removeprefix(f"{name}/"): t for key, t in stored if key.startswith(f"{name}/")}
+    left = model.load_state_dict(own, strict=False)
+    assert not left.unexpected_keys
+    assert {n for n, _ in model.named_parameters()} == own.keys()
+    return model
+
+
+@pytest.mark.parametrize("task", ["addition", "induction"])
+def test_targets_learn(task):
+    """A few steps of what made the stored weights."""
+    own = {"addition": ADDITION, "induction": REPEATED}[task]
+    rows = own.all_rows() if task == "addition" else own(torch.Generator().manual_seed(7), 64)
+
+    def loss(steps):
+        model = own.train_target(steps=steps, progress=False)
+        with torch.no_grad():
+            output = model(rows)
+            if task == "induction":
+                return float(own.loss(output, rows))
+            return float(F.cross_entropy(output[:, -1], own.answers(rows)))
+
+    assert loss(60) < 0.97 * loss(1)
+
 
 # ------------------------------------------------------------------------- modular addition
 
@@ -31,7 +65,7 @@ MATRICES = ("attn.k", "attn.v", "attn.o", "mlp.in", "mlp.out")
 @pytest.fixture(scope="module")
 def addition(tmp_path_factory):
     """A target that has understood addition, its key frequencies, and its live subcomponents."""
-    model = ADDITION.train_target(steps=800, progress=False)
+    model = trained("addition", ADDITION.transformer(0))
     logits = ADDITION.logits(model)
     config = VPDConfig.small(
         steps=500,
@@ -138,7 +172,7 @@ class Circuit:
     """An induction transformer and its decomposition; loss and attention under ablations."""
 
     def __init__(self, output):
-        self.model = REPEATED.train_target(steps=1000, progress=False)
+        self.model = trained("induction", REPEATED.transformer(0, n_heads=2))
         self.tokens = REPEATED(torch.Generator().manual_seed(10**6), 256)
         config = VPDConfig.small(
             steps=500, n_subcomponents=64, importance={"d_model": 64, "n_blocks": 2, "n_heads": 4}
@@ -232,3 +266,12 @@ def test_the_head_without_a_part_is_told_apart(circuit):
         rise, after = circuit.without(kind, 0, 1 - circuit.previous, important=True)
         assert rise < 0.1
         assert (after.induction[1] > 0.95 * circuit.scores.induction[1]).all()
+
+
+if __name__ == "__main__":
+    made = {
+        "addition": ADDITION.train_target(steps=800, progress=False),
+        "induction": REPEATED.train_target(steps=1000, progress=False),
+    }
+    tensors = {f"{n}/{key}": p for n, model in made.items() for key, p in model.named_parameters()}
+    save_file({key: p.detach().contiguous() for key, p in tensors.items()}, TARGETS)

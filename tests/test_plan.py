@@ -1,5 +1,6 @@
 """What a step takes, counted on the real step without values; and warnings about memory."""
 
+import functools
 import json
 
 import pytest
@@ -31,13 +32,22 @@ def config_of(**changes):
     return config.replaced({"initialisation": "random", "faithfulness.warmup_steps": 0, **changes})
 
 
+def tiny():
+    return tiny_bridge(n_layers=1)
+
+
 def plan(model, **changes):
     return plan_step(model, config_of(**changes), BATCH, POS, autocast=False)
 
 
+@functools.cache
+def plan_of_tiny(**changes):
+    return plan(tiny(), **changes)
+
+
 @pytest.mark.parametrize("changes", [{}, {"recompute": True, "optimiser.kind": "adamw"}])
 def test_the_flop_are_those_of_the_real_step(changes):
-    model, config = tiny_bridge(), config_of(**changes)
+    model, config = tiny(), config_of(**changes)
     attach(model, "all", 8, IMPORTANCE)
     stepper = Stepper(model.vpd, config)
     tokens = torch.zeros(BATCH, POS, dtype=torch.long)
@@ -50,7 +60,7 @@ def test_the_flop_are_those_of_the_real_step(changes):
         formula._get_raw = True
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         stepper.step(tokens, 1)
-    cost = plan(tiny_bridge(), **changes)
+    cost = plan_of_tiny(**changes)
     assert cost.total_flop == counter.get_total_flops()
     phases = {"target", "importance", "adversary", "losses", "backward"}
     assert set(cost.flop) - {"update"} == phases  # AdamW has no products
@@ -58,9 +68,9 @@ def test_the_flop_are_those_of_the_real_step(changes):
 
 def test_what_stays_is_weights_moments_and_sources():
     def lasting(**changes):
-        return plan(tiny_bridge(), **changes).lasting
+        return plan_of_tiny(**changes).lasting
 
-    model = tiny_bridge()
+    model = tiny()
     attach(model, "all", 8, IMPORTANCE)
     trained = sum(p.nbytes for p in model.vpd.parameters())
     adamw = {"optimiser.kind": "adamw", "adversary.coefficient": 0}
@@ -75,9 +85,9 @@ def test_what_stays_is_weights_moments_and_sources():
 
 
 def test_less_is_kept_by_smaller_parts():
-    whole = plan(tiny_bridge())
-    assert plan(tiny_bridge(), recompute=True).peak < whole.peak
-    assert plan(tiny_bridge(), **{"adversary.scope": "single"}).peak < whole.peak
+    whole = plan_of_tiny()
+    assert plan_of_tiny(recompute=True).peak < whole.peak
+    assert plan_of_tiny(**{"adversary.scope": "single"}).peak < whole.peak
 
 
 def test_a_hugging_face_model_is_planned_without_its_weights(tmp_path):
@@ -115,10 +125,10 @@ def test_a_run_that_may_not_fit_is_warned_of_and_starts(tmp_path, monkeypatch):
 
 
 def test_the_budget_is_below_what_the_step_takes_but_not_far():
-    model, config = tiny_bridge(), config_of()
+    model, config = tiny(), config_of()
     attach(model, "all", 8, IMPORTANCE)
     counted = sum(budget(model.vpd, config, BATCH, POS).values())
-    assert 0.4 < counted / plan(tiny_bridge()).peak < 1.1
+    assert 0.4 < counted / plan_of_tiny().peak < 1.1
 
 
 def test_running_out_of_memory_is_explained(tmp_path, monkeypatch):
