@@ -16,10 +16,11 @@ from conftest import tiny_bridge
 from safetensors.torch import load_file
 from test_training import IMPORTANCE, config, state
 
+from vpd_lens.decomposition import masks
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.masks import Sources
 from vpd_lens.errors import NonFiniteLossError, ProcessError, TrainingInterrupted
-from vpd_lens.training import adversary, losses, step, train, trainer
+from vpd_lens.training import adversary, losses, train, trainer
 from vpd_lens.training.distributed import ALONE, join
 from vpd_lens.training.sharding import is_sharded, sharded_importance, whole
 from vpd_lens.training.step import Stepper
@@ -56,8 +57,7 @@ class Draws:
     def install(self):
         for module in (adversary, losses):
             module.uniform_sources = self.sources
-        for module in (step, losses):
-            module.uniform_k_subset = self.subset
+        masks.uniform_k_subset = self.subset
 
         def of_a_part(stepper, part, *rest):
             self.first = self.start + (part.rows.start or 0)

@@ -174,7 +174,7 @@ def test_numbers_with_exponents_are_numbers(write_run):
         (["--set", "steps"], ["PATH=VALUE"]),
         (["--set", "steps=[1"], ["not YAML", "line 1, column 3:\n      [1\n"]),
         (["--set", "steps=0"], ["steps", "greater than or equal to 1", "got 0"]),
-        (["--set", "preset=big"], ["preset", "paper, small, spd"]),
+        (["--set", "preset=big"], ["preset", "paper, recent, small, spd"]),
         (["--set", "model.model_class=gpt"], ["model.model_class", "hooked_transformer"]),
         (["--set", "model.source=./nowhere"], ["nowhere", "no such directory"]),
         (["--set", "data=/nowhere.npy"], ["/nowhere.npy"]),

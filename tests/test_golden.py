@@ -12,7 +12,8 @@ from torch import nn
 from vpd_lens.decomposition import Divergence
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.masks import Masks, Sources
-from vpd_lens.training.losses import faithfulness, importance_power_sum, minimality
+from vpd_lens.training.losses import faithfulness
+from vpd_lens.training.minimality import Power, minimality, penalty_sum
 
 MATRICES = ("gate", "up", "down")
 
@@ -94,7 +95,7 @@ def test_minimality(golden):
     # The stored values are importances after the upper sigmoid, which leaves those below 1 alone.
     upper = torch.cat(by_site(arrays, "ci_upper"), dim=-1)
     z = torch.where(upper > 1, 1 + (upper - 1) / 0.01, upper)
-    power_sum = importance_power_sum(z, s["IMP_P"], s["IMP_EPS"])
+    power_sum = penalty_sum(z, Power(s["IMP_P"], s["IMP_EPS"]))
     loss = minimality(power_sum, s["B"] * s["T"], s["IMP_BETA"])
     assert float(loss) == pytest.approx(reference["reference"]["imp"], rel=1e-5)
 

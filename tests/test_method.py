@@ -34,12 +34,11 @@ from vpd_lens.sites.discovery import module_sites
 from vpd_lens.training.adversary import PersistentAdversary
 from vpd_lens.training.losses import (
     faithfulness,
-    importance_power_sum,
     layerwise_reconstruction,
-    minimality,
     stochastic_reconstruction,
 )
-from vpd_lens.training.optimiser import adversary_lr, exponent, learning_rate
+from vpd_lens.training.minimality import Power, minimality, penalty, penalty_sum
+from vpd_lens.training.optimiser import adversary_lr, learning_rate
 
 
 @pytest.mark.parametrize(
@@ -81,7 +80,7 @@ def test_power_sum_matches_autograd(seed, p):
     weight = torch.rand(7, generator=generator, dtype=torch.float64)
     plain = (upper_leaky(z) + 1e-12).pow(p).flatten(0, 1).sum(0)
     (expected,) = torch.autograd.grad((plain * weight).sum(), z)
-    got = importance_power_sum(z, p)
+    got = penalty_sum(z, Power(p))
     (gradient,) = torch.autograd.grad((got * weight).sum(), z)
     torch.testing.assert_close(got, plain)
     torch.testing.assert_close(gradient, torch.where(z > 0, expected, 0))
@@ -89,7 +88,7 @@ def test_power_sum_matches_autograd(seed, p):
 
 def test_minimality_oracle():
     ones = torch.ones(4, 1, 1)
-    s = importance_power_sum(ones, 0.7)
+    s = penalty_sum(ones, Power(0.7))
     assert float(minimality(s, 4, 0.5)) == pytest.approx(1 + 0.5 * math.log2(5))
     # The log sees the sum over the global batch: twice the positions, all at 1.
     assert float(minimality(2 * s, 8, 0.5)) == pytest.approx(1 + 0.5 * math.log2(9))
@@ -363,10 +362,10 @@ def test_schedules():
     assert adversary_lr(adversary, 0, 400) == 0
     assert adversary_lr(adversary, 5, 400) == pytest.approx(0.005)
     assert adversary_lr(adversary, 400, 400) == 0.01
-    p = MinimalityConfig()
-    assert exponent(p, 0, 100) == 2.0
-    assert exponent(p, 100, 100) == pytest.approx(0.4)
-    assert exponent(p, 50, 100) == pytest.approx(1.2)
+    own = MinimalityConfig()
+    assert penalty(own, 0, 100) == Power(2.0)
+    assert penalty(own, 100, 100).p == pytest.approx(0.4)
+    assert penalty(own, 50, 100).p == pytest.approx(1.2)
 
 
 def test_initialisation_scales():
@@ -379,6 +378,7 @@ def test_initialisation_scales():
 
 class TestImportanceFunctions:
     d_inputs, sizes = (6, 6, 10), (4, 5, 3)
+    layout = Layout(("a", "b", "c"), sizes)
 
     @pytest.fixture
     def subcomponents(self):
@@ -393,7 +393,7 @@ class TestImportanceFunctions:
 
     def test_transformer_sees_both_directions_and_ignores_scale(self, subcomponents, inputs):
         config = CausalImportanceConfig(d_model=16, n_blocks=2, n_heads=2, d_ffn=32)
-        function = build_importance(config, self.d_inputs, self.sizes, 8, 1)
+        function = build_importance(config, self.d_inputs, self.layout, 8, 1)
         z = function(inputs, subcomponents)
         assert z.shape == (2, 7, 12)
         later = [x.clone() for x in inputs]
@@ -407,7 +407,7 @@ class TestImportanceFunctions:
 
     def test_transformer_position_enters_only_through_differences(self, subcomponents, inputs):
         config = CausalImportanceConfig(d_model=16, n_blocks=1, n_heads=2)
-        function = build_importance(config, self.d_inputs, self.sizes, 8, 1)
+        function = build_importance(config, self.d_inputs, self.layout, 8, 1)
         same = [x[:1, :1].expand(1, 6, -1) for x in inputs]
         z = function(same, subcomponents)  # one vector everywhere: rotations cannot matter
         torch.testing.assert_close(z, z[:, :1].expand_as(z), atol=1e-5, rtol=1e-5)
@@ -416,7 +416,7 @@ class TestImportanceFunctions:
         assert (other[:, [1, 0]] - z[:, :2]).abs().max() > 1e-4  # but order does matter
 
     def test_sizes_follow_the_target(self):
-        function = build_importance(CausalImportanceConfig(), self.d_inputs, self.sizes, 64, 2)
+        function = build_importance(CausalImportanceConfig(), self.d_inputs, self.layout, 64, 2)
         assert function.project_in.out_features == 128
         assert len(function.blocks) == 2
         assert function.blocks[0].n_heads == 4

@@ -7,7 +7,7 @@ from test_training import fresh_stepper
 from vpd_lens.config import AdversaryConfig
 from vpd_lens.decomposition import Divergence, Layout
 from vpd_lens.training.adversary import PersistentAdversary
-from vpd_lens.training.losses import importance_power_sum
+from vpd_lens.training.minimality import Power, penalty_sum
 
 
 def padded_step(tokens, real, **changes):
@@ -56,9 +56,7 @@ def test_losses_of_a_padded_batch_are_means_over_real_positions(tokens):
         expected.backward()
         torch.testing.assert_close(leaf.grad[real], chosen.grad)
         assert (leaf.grad[~real] == 0).all()
-    torch.testing.assert_close(
-        importance_power_sum(z, 0.7, 1e-12, real), importance_power_sum(z[real], 0.7)
-    )
+    torch.testing.assert_close(penalty_sum(z, Power(0.7), real), penalty_sum(z[real], Power(0.7)))
 
 
 def test_micro_batches_of_a_padded_batch_have_the_gradient_of_the_whole(tokens):

@@ -25,7 +25,8 @@ from vpd_lens.training import train
 from vpd_lens.training.checkpoint import CheckpointRecord
 from vpd_lens.training.distributed import ALONE
 from vpd_lens.training.log import Diagnostics, TrainingWarning
-from vpd_lens.training.losses import cut, faithfulness, importance_power_sum, minimality
+from vpd_lens.training.losses import cut, faithfulness
+from vpd_lens.training.minimality import Power, minimality, penalty_sum
 from vpd_lens.training.optimiser import optimisers
 from vpd_lens.training.step import Stepper, warm_up_faithfulness
 
@@ -84,7 +85,7 @@ def test_one_step_is_the_paper_s_step(tokens):
     stochastic = divergence(vpd.run(_masks(g, r.components, r.delta), tokens[4:8]))
     leaves = [leaf.requires_grad_() for leaf in sources]
     adversarial = divergence(vpd.run(_masks(g, *leaves), tokens[4:8]))
-    least = minimality(importance_power_sum(z, p), 4 * 8, 0.5)
+    least = minimality(penalty_sum(z, Power(p)), 4 * 8, 0.5)
     faith = faithfulness(vpd.subcomponents.deltas([s.weight for s in vpd.sites]))
     total = (
         0.5 * stochastic
@@ -201,8 +202,28 @@ def test_aligned_subcomponents_add_up_to_the_weights_along_neurons_and_heads():
         kept = rank_one if reads else rank_one.T
         torch.testing.assert_close(kept[:n], weight[:n])
         torch.testing.assert_close(v[:, :n].norm(dim=0), u[:n].norm(dim=1))
-        if v.shape[1] > n and not reads:
-            torch.testing.assert_close(v[:, n:], 0.3 * before[:, n:])
+        if v.shape[1] > n and not reads:  # their directions, at a tenth of the others' size
+            size = (v[:, n:].norm(dim=0) * u[n:].norm(dim=1)) / weight.norm(
+                dim=1
+            ).square().mean().sqrt()
+            torch.testing.assert_close(size, torch.full_like(size, 0.1))
+            cosine = torch.cosine_similarity(v[:, n:], before[:, n:], dim=0)
+            torch.testing.assert_close(cosine, torch.ones_like(cosine))
+
+
+def test_the_aligned_start_of_a_matrix_has_its_size_whatever_that_is():
+    """Scaled weights start as scaled subcomponents, and zeros as zeros."""
+    sizes = []
+    for scale in (1.0, 1e-3, 0.0):
+        model = tiny_bridge()
+        with torch.no_grad():
+            model.blocks[0].mlp.W_in.mul_(scale)
+        attach(model, n_subcomponents=32, importance=IMPORTANCE)
+        align(model.vpd.subcomponents, model.vpd.sites)
+        v, u = model.vpd.v("blocks.0.mlp.in"), model.vpd.u("blocks.0.mlp.in")
+        sizes.append((v @ u).norm().item())
+    assert sizes[1] == pytest.approx(1e-3 * sizes[0], rel=1e-3)
+    assert sizes[2] == 0
 
 
 def test_alignment_leaves_what_has_no_known_axes():
@@ -256,7 +277,7 @@ def test_inner_updates_mask_every_site_whatever_the_routing_of_the_loss(tokens):
         return run(masks, *args, **kwargs)
 
     stepper.run = remembered
-    stepper.step(tokens[:4], 0)
+    stepper.step(tokens[:4], 1)  # the first also ablates everything
     assert routed == [False] * stepper.config.adversary.inner_steps + [True]
 
 
@@ -521,6 +542,29 @@ class TestWarnings:
             self.look(7, **{"grad_norm/importance": 50.0})
         self.look(8, **{"grad_norm/importance": 80.0})
         assert len([w for w in recwarn if w.category is TrainingWarning]) == 0
+
+    def collapsing(self, growth=20.0, l0=5.0, lost=2.0):
+        for step in range(8):
+            self.look(step, adversarial=1.0, stochastic=0.5)
+        self.look(8, adversarial=lost, stochastic=0.5, l0=l0, **{"grad_norm/importance": growth})
+
+    def test_a_collapse_is_all_three_signs_together(self, recwarn):
+        with pytest.warns(TrainingWarning, match="20 times its usual size, L0 fell from 10 to 5"):
+            self.collapsing()
+        assert self.diagnostics.collapsed
+        for one in ({"growth": 5.0}, {"l0": 9.5}, {"lost": 1.1}):
+            self.diagnostics = Diagnostics(100, 1000)
+            self.collapsing(**one)
+            assert not self.diagnostics.collapsed
+            assert self.diagnostics.suspicious  # from three times the usual size on
+        assert not recwarn
+
+    def test_what_is_still_lost_at_the_end(self, recwarn):
+        self.look(1000, adversarial=0.09, stochastic=0.01, worst=1.0)
+        self.look(999, adversarial=0.5, worst=1.0)
+        assert not recwarn
+        with pytest.warns(TrainingWarning, match="still 50% of what knowing nothing"):
+            self.look(1000, adversarial=0.5, worst=1.0)
 
 
 @pytest.mark.slow

@@ -42,6 +42,10 @@ class TrainingInterrupted(VPDError):
     """Training stopped on a signal after writing a checkpoint."""
 
 
+class CollapseError(VPDError):
+    """The causal importance function collapsed, and the run was told to stop then."""
+
+
 class ProcessError(VPDError):
     """The processes of a training job disagree, or one of them died or fell silent."""
 

@@ -79,6 +79,41 @@ def test_cached_and_uncached_generation_agree(
         )
 
 
+@pytest.fixture(
+    scope="module", params=["bridge-llama-default", "native-rms_gated", "hooked-grouped"]
+)
+def causal(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> nn.Module:
+    """A model whose importances never read the future."""
+    from vpd_lens import CausalImportanceConfig
+    from vpd_lens.decomposition.attach import attach
+
+    importance = CausalImportanceConfig(d_model=16, n_blocks=1, n_heads=2, causal=True)
+    return attach(build(request.param), n_subcomponents=5, importance=importance)
+
+
+@pytest.mark.parametrize("mode", ["ci", "rounded"])
+def test_with_causal_importances_generation_is_one_forward_on_its_text(
+    causal: nn.Module, mode: str
+) -> None:
+    """What was masked token by token, with a cache, is what the whole text would be."""
+    seen: list[Tensor] = []
+
+    def note(_module: nn.Module, _args: tuple, out: Tensor) -> None:
+        current = causal.vpd.forwards.state.current
+        if current is not None and current.masks is not None:
+            seen.append(out[:, -1].clone())
+
+    handle = causal.unembed.register_forward_hook(note)
+    with causal.vpd.masked(mode):
+        text = generate(causal, tokens(length=5), cached=has_cache(causal))
+        handle.remove()
+        whole = causal(text)
+    for position, logits in enumerate(seen, 4):
+        torch.testing.assert_close(logits, whole[:, position], rtol=1e-4, atol=1e-4)
+    assert len(seen) == NEW
+    assert not torch.allclose(causal(text), whole, atol=1e-3)  # the masks did something
+
+
 def test_generation_under_fixed_masks_equals_dense_weights(
     model: nn.Module, request: pytest.FixtureRequest, build: Callable[..., nn.Module]
 ) -> None:

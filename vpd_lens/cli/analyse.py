@@ -22,6 +22,9 @@ def eval_command(
     pgd_steps: Annotated[
         str, Option(help="Steps of the adversary, separated by commas; `none` skips it.")
     ] = "20,40,80,160,320",
+    audit: Annotated[
+        bool, Option("--audit", help="Also try what needs no gradient: about sixty forwards.")
+    ] = False,
     html: Annotated[Path | None, Option(help="Write the report as one HTML page.")] = None,
     json: Annotated[Path | None, Option(help="Write all figures as JSON.")] = None,
     beside: Annotated[
@@ -49,6 +52,7 @@ def eval_command(
             batch_size=batch_size,
             seq_len=seq_len,
             pgd_steps=steps,
+            audit=audit,
             seed=seed,
             progress=not quiet,
         )

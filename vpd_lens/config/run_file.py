@@ -57,6 +57,8 @@ class EvaluationSection(Config):
     """Step counts of the adversarial curve; empty skips it."""
     pgd_restarts: Count = 3
     """Random starts of the adversary."""
+    audit: bool = False
+    """Whether to try what needs no gradient, too."""
     seed: int = 0
     """Seed of masks and adversary."""
 
@@ -73,7 +75,7 @@ class RunFile(Config):
     prepend_bos: bool | None = None
     """Whether sequences of text begin with BOS; `null` follows the model."""
     training: VPDConfig
-    """How to train; `preset` (paper, small or spd) gives the fields that are not named."""
+    """How to train; `preset` (paper, recent, small or spd) gives the fields that are not named."""
     evaluation: EvaluationSection | None = None
     """What to measure at the end, if anything."""
 

@@ -28,6 +28,16 @@ class CausalImportanceConfig(Config):
     """Attention heads of the transformer; `None`: one per 32 dimensions."""
     d_ffn: Count | None = None
     """Hidden width of the transformer's feed-forward layers; `None`: four times `d_model`."""
+    causal: bool = False
+    """Whether the transformer looks at earlier positions only, so that an importance never depends
+    on later tokens; `False`: both ways (the paper)."""
+    conditioning: bool = False
+    """Whether every importance also depends, by two leaky hard sigmoids, on the activation of its
+    own subcomponent (the authors' later work)."""
+    reads: Literal["sites", "blocks"] = "sites"
+    """What the transformer reads: `"sites"`, the input of every site (the paper), or `"blocks"`,
+    that of the first site of every block: the normalised residual stream before the block (as in
+    the authors' later work)."""
     rope_base: Positive = 10_000.0
     """Base of the transformer's rotary position embedding."""
     hidden: Natural = 16
@@ -47,8 +57,9 @@ class StochasticConfig(Config):
 
     coefficient: NonNegative = 0.5
     """Weight of stochastic reconstruction in the total loss."""
-    routing: Literal["subset", "all"] = "subset"
-    """`"subset"`: a random subset of sites is masked at each position (VPD); `"all"`: all."""
+    routing: Literal["subset", "all", "mixed"] = "subset"
+    """`"subset"`: a random subset of sites is masked at each position (VPD); `"all"`: all;
+    `"mixed"`: all at every second position, by a fair coin, and a subset at the others."""
     n_samples: Count = 1
     """Mask draws per step, averaged."""
     layerwise_coefficient: NonNegative = 0.0
@@ -73,12 +84,20 @@ class AdversaryConfig(Config):
     eps: Positive = 1e-8
     """Epsilon of the sources' Adam. The gradient it is compared with is that of the divergence
     summed over positions, so that it does not depend on the batch size."""
-    routing: Literal["all", "subset"] = "all"
-    """`"all"` masks every site (the authors' code), `"subset"` routes as the stochastic loss does
-    (their text). Inner updates always mask every site, so that each source has a gradient."""
-    scope: Literal["position", "sequence", "batch", "single"] = "position"
+    routing: Literal["all", "subset", "mixed"] = "all"
+    """`"all"` masks every site (the authors' code), `"subset"` a random subset (their text),
+    `"mixed"` one or the other, as in the stochastic loss. Inner updates always mask every site, so
+    that each source has a gradient."""
+    scope: Literal["position", "sequence", "pool", "batch", "single"] = "position"
     """Which positions share sources: `"position"` none (the paper), `"sequence"` one set per
-    sequence, `"batch"` one per position for the whole batch, `"single"` one."""
+    sequence, `"pool"` each draws one of a few sets of its sequence at every step, `"batch"` one per
+    position for the whole batch, `"single"` one."""
+    pool: Count = 4
+    """Sets of sources per sequence in the scope `"pool"`."""
+    merge: Fraction = 0.0
+    """Probability that a position of *one* masked pass has the adversary's sources on every site,
+    and else fresh random ones, routed as in the stochastic loss. The pass takes the place of both,
+    with the sum of their coefficients; 0: two passes (the paper)."""
     restart: Fraction = 0.0
     """Probability, per training step, that a set of sources starts over from U(0, 1), so that they
     do not settle on one attack for ever; 0 is the paper's."""
@@ -88,15 +107,45 @@ class MinimalityConfig(Config):
     """Importance and frequency minimality, fused."""
 
     coefficient: NonNegative = 2e-4
-    """Weight of `1/(B T) sum_l sum_c (s + frequency * s * log2(1 + s))`."""
+    """Weight of `sum_l sum_c (f + frequency * f * log2(1 + N f))`, `f` the mean of `phi`."""
     frequency: NonNegative = 0.5
     """The `beta` before the frequency term."""
+    reference: Count | None = None
+    """The `N` of the frequency term; `None`: the positions of a batch (the paper). With a number,
+    the term does not depend on the batch size."""
+    half_life: NonNegative = 0.0
+    """Steps of the half-life of a moving average of `f` that takes its place in the frequency term
+    (the gradient is that of the current one); 0: none (the paper)."""
+    penalty: Literal["power", "smooth_l0"] = "power"
+    """`phi(g)`: `"power"`, `g^p` (the paper); `"smooth_l0"`, `(1 + gamma^2) g^2 / (g^2 + gamma^2)`,
+    whose slope is bounded (the authors' later work)."""
     p_start: Positive = 2.0
     """Exponent of the importances at the first step."""
     p_end: Positive = 0.4
-    """Exponent that is reached, linearly, as the last step ends."""
+    """Exponent that is reached, linearly."""
     eps: Positive = 1e-12
     """Added to an importance before the power."""
+    gamma_start: Positive = 1.0
+    """The `gamma` of the smooth penalty at the first step."""
+    gamma_end: Positive = 0.01
+    """The `gamma` that is reached, linearly."""
+    anneal: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of training after which the end of `p` or `gamma` is reached."""
+    relative: bool = False
+    """Whether the coefficient (and the tolerance) is a multiple of the worst divergence, so that it
+    depends less on model and divergence: that of ablating everything on the first batch, or of
+    predicting the same at every position, if that is smaller."""
+    tolerance: Positive | None = None
+    """Divergence to end at: the mean of the reconstruction losses by their weights. The coefficient
+    is only where the search for it begins. `None`: the coefficient stays (the paper)."""
+    slack: Annotated[float, Field(ge=1)] = 4.0
+    """How many times the tolerance is allowed at first; it is reached after 80 % of training."""
+    rate: Positive = 30.0
+    """How fast the coefficient follows: its change, over the whole run, for a divergence that is
+    too large or too small by a factor of e, as a power of e."""
+    leak: Fraction = 0.01
+    """Slope of the importances above 1 that the penalty sees. What is small lets them stay far
+    above 1 for long after nothing needs them any more; 1 keeps them near 1."""
 
 
 class FaithfulnessConfig(Config):
@@ -104,6 +153,9 @@ class FaithfulnessConfig(Config):
 
     coefficient: NonNegative = 1e7
     """Weight of `1/N sum_l ||Delta_l||_F^2`, N the number of decomposed parameters."""
+    relative: bool = False
+    """Whether every site counts by `||Delta_l||^2 / ||W_l||^2` instead, and their mean is taken
+    (the authors' later work)."""
     warmup_steps: Natural = 400
     """AdamW steps on U and V alone against this loss, before training."""
     warmup_lr: Positive = 1e-3

@@ -20,7 +20,7 @@ from vpd_lens.config.sections import (
 )
 from vpd_lens.errors import ConfigError, did_you_mean
 
-PRESETS = ("paper", "small", "spd")
+PRESETS = ("paper", "recent", "small", "spd")
 
 
 class VPDConfig(Config):
@@ -30,7 +30,8 @@ class VPDConfig(Config):
     """Which matrices: `"all"`, a regular expression, or a list of site names."""
     n_subcomponents: int | str | dict[str, int] = "paper"
     """How many per site: an int, `"paper"` (the paper's ratios), `"faithful"` (those, but at least
-    the matrix' rank), or a mapping from patterns to ints."""
+    the matrix' rank), `"2x-rank"` (twice the singular values that hold 99 % of its energy), or a
+    mapping from patterns to ints."""
     initialisation: Literal["random", "aligned"] = "random"
     """`"random"` (the paper), or `"aligned"`: subcomponents of attention and MLP matrices start
     along neurons and head dimensions, whose nonlinearities they have to respect."""
@@ -72,6 +73,9 @@ class VPDConfig(Config):
     """Dtype of sources, their moments, masks and their gradients. `"bfloat16"` halves what they
     take, which is most where the adversary has sources per position; importances, losses and
     parameters stay fp32."""
+    stop_on_collapse: bool = False
+    """Stop with a `CollapseError` when the importance function collapses, and write no checkpoint
+    from the first sign of it on, so that the last one is from before."""
     device: str = "auto"
     """`"auto"` (where the model is), `"cpu"`, `"cuda"` or `"cuda:N"`."""
     shard_importance: bool = False
@@ -125,6 +129,41 @@ class VPDConfig(Config):
         """
         size = CausalImportanceConfig(d_model=2048, n_blocks=8, n_heads=16, d_ffn=8192)
         return cls(**{"importance": size, **changes})
+
+    @classmethod
+    def recent(cls, **changes: Any) -> VPDConfig:
+        """The authors' later recipe for the paper's model, every value stated; `changes` replace.
+
+        An exact start along neurons and head dimensions, Muon, a smooth penalty with a frequency
+        term of its own, one merged masked pass with pooled sources, relative faithfulness, and a
+        causal importance function that reads the stream before every block.
+        """
+        base: dict[str, Any] = {
+            "n_subcomponents": "faithful",
+            "initialisation": "aligned",
+            "importance": CausalImportanceConfig(
+                d_model=1088, n_blocks=8, n_heads=32, d_ffn=4352, causal=True, reads="blocks"
+            ),
+            "steps": 100_000,
+            "batch_size": 2048,
+            "adversary": AdversaryConfig(
+                lr=0.02, beta1=0.01, scope="pool", pool=4, merge=0.9, coefficient=0.9
+            ),
+            "stochastic": StochasticConfig(coefficient=0.1),
+            "minimality": MinimalityConfig(
+                penalty="smooth_l0",
+                anneal=0.9,
+                coefficient=1.275e-4,
+                frequency=4.2e-5 / 1.275e-4,
+                reference=6_553_600,
+                half_life=200,
+            ),
+            "faithfulness": FaithfulnessConfig(coefficient=1e3, relative=True, warmup_steps=0),
+            "optimiser": OptimiserConfig(
+                kind="muon", lr=2.8e-4, clip_subcomponents=1.0, clip_importance=1.0
+            ),
+        }
+        return cls(**{**base, **changes})
 
     @classmethod
     def small(cls, **changes: Any) -> VPDConfig:

@@ -70,6 +70,23 @@ class Divergence:
             return self._kl(masked.reshape(-1, masked.shape[-1]))[0].view(masked.shape[:-1])
         return (masked.float() - self.target.float()).square().mean(-1)
 
+    @torch.no_grad()
+    def blind(self) -> Float[Tensor, ""]:
+        """The divergence of an output that is the target's mean at every position.
+
+        For KL it is the mutual information of input and prediction, on these positions; infinite
+        for a divergence of your own.
+        """
+        rows = self.target.reshape(-1, self.target.shape[-1])
+        n = len(rows)
+        weight = rows.new_full((n,), 1 / n).float() if self.weight is None else self.weight
+        if self.kind == "kl":
+            mean = torch.stack([weight[chunk] @ self._p(chunk) for chunk in self._chunks]).sum(0)
+            return weight @ self._negative_entropy - torch.special.xlogy(mean, mean).sum()
+        if self.kind == "mse":
+            return weight @ (rows.float() - weight @ rows.float()).square().mean(-1)
+        return weight.new_full((), torch.inf)
+
     def _prepare(self, logits: Float[Tensor, "n vocab"]) -> None:
         """Compute what every comparison with the target needs of it."""
         n, vocab = logits.shape

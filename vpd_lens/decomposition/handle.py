@@ -69,7 +69,9 @@ class Decomposition(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.subcomponents = Subcomponents(sites, counts, generator)
         d_inputs = [site.shape[0] for site in sites]
-        self.importance = build_importance(importance, d_inputs, counts, width, depth, generator)
+        self.importance = build_importance(
+            importance, d_inputs, self.layout, width, depth, generator
+        )
         forwards = Forwards(model, sites, self.subcomponents)
         self.__dict__.update(model=model, sites=sites, forwards=forwards)
         self.importance_config = importance

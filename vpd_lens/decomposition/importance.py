@@ -18,6 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor, nn
 
 from vpd_lens.config import CausalImportanceConfig
+from vpd_lens.decomposition.conditioning import Conditioning
+from vpd_lens.decomposition.masks import Layout
 from vpd_lens.decomposition.subcomponents import PerSubcomponent, Subcomponents
 from vpd_lens.errors import ConfigError
 
@@ -25,11 +27,13 @@ Inputs = Sequence[Float[Tensor, "*batch _d_in"]]
 
 
 class TransformerImportance(nn.Module):
-    """VPD's causal importance function: a pre-norm bidirectional transformer over all sites.
+    """VPD's causal importance function: a pre-norm transformer over all sites.
 
     Each site's input (of width `d_inputs`) is RMS-normalised on its own and all are concatenated,
     projected to `d_model`, passed through the blocks and projected to `C_total`. Attention looks
-    both ways, so importance at a position depends on later tokens. The generator is of the CPU.
+    both ways, so importance at a position depends on later tokens, unless it is `causal`. With
+    `conditioning` it depends on the subcomponent's own activation, too. It `reads` these sites, by
+    index; `None`: all. The generator is of the CPU.
     """
 
     def __init__(
@@ -41,19 +45,26 @@ class TransformerImportance(nn.Module):
         n_heads: int,
         d_ffn: int,
         rope_base: float = 10_000.0,
+        causal: bool = False,
+        conditioning: bool = False,
+        reads: Sequence[int] | None = None,
         generator: Generator | None = None,
     ) -> None:
         super().__init__()
+        self.causal = causal
+        self.reads = list(range(len(d_inputs)) if reads is None else reads)
         if d_model % (2 * n_heads) != 0:
             raise ConfigError(
                 f"causal_importance: d_model={d_model} must be a multiple of 2 * n_heads="
                 f"{2 * n_heads}, because rotary embeddings turn pairs of dimensions in each head."
             )
-        self.project_in = _linear(sum(d_inputs), d_model, generator, gain=math.sqrt(2))
+        width = sum(d_inputs[site] for site in self.reads)
+        self.project_in = _linear(width, d_model, generator, gain=math.sqrt(2))
         self.blocks = nn.ModuleList(
             _Block(d_model, n_heads, d_ffn, rope_base, generator) for _ in range(n_blocks)
         )
         self.project_out = _linear(d_model, c_total, generator)
+        self.conditioning = Conditioning(c_total) if conditioning else None
 
     def forward(
         self,
@@ -67,22 +78,28 @@ class TransformerImportance(nn.Module):
         """
         dtype = self.project_in.weight.dtype
         # q, k and v read the same tensor: normalise it once.
-        distinct = {id(x): x for x in inputs}
+        read = [inputs[site] for site in self.reads]
+        distinct = {id(x): x for x in read}
         normed = {i: F.rms_norm(x.to(dtype), x.shape[-1:]) for i, x in distinct.items()}
-        z = self.project_in(torch.cat([normed[id(x)] for x in inputs], dim=-1))
+        z = self.project_in(torch.cat([normed[id(x)] for x in read], dim=-1))
         flat, seen = z.ndim == 2, None
         z = z.unsqueeze(1) if flat else z
         if real is not None:
             # A position always sees itself: attention to nothing would be 0 / 0.
             itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
             seen = (real[:, None, :] | itself)[:, None]
+            seen = seen.tril() if self.causal else seen
         for block in self.blocks:
-            z = block(z, seen)
-        return self.project_out(z.squeeze(1) if flat else z)  # type: ignore[no-any-return]
+            z = block(z, seen, self.causal and real is None)
+        z = self.project_out(z.squeeze(1) if flat else z)
+        if self.conditioning is not None:
+            z = z + self.conditioning(subcomponents.acts(inputs))
+        return z  # type: ignore[no-any-return]
 
     def per_subcomponent(self) -> list[PerSubcomponent]:
-        """The rows of the last projection."""
-        return _rows(self.project_out, None)
+        """The rows of the last projection, and what conditions them."""
+        more = [] if self.conditioning is None else self.conditioning.per_subcomponent()
+        return [*_rows(self.project_out, None), *more]
 
 
 class _Block(nn.Module):
@@ -97,12 +114,17 @@ class _Block(nn.Module):
         self.down = _linear(d_ffn, d_model, generator)
 
     def forward(
-        self, z: Float[Tensor, "batch pos d"], seen: Bool[Tensor, "batch 1 pos pos"] | None
+        self,
+        z: Float[Tensor, "batch pos d"],
+        seen: Bool[Tensor, "batch 1 pos pos"] | None,
+        causal: bool = False,
     ) -> Float[Tensor, "batch pos d"]:
         qkv, heads = self.qkv(F.rms_norm(z, z.shape[-1:])), "b t (three h d) -> three b h t d"
         q, k, v = rearrange(qkv, heads, three=3, h=self.n_heads)
         q, k = _rotate(q, self.rope_base), _rotate(k, self.rope_base)
-        mixed = F.scaled_dot_product_attention(q, k, v.contiguous(), attn_mask=seen)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v.contiguous(), attn_mask=seen, is_causal=causal
+        )
         z = z + self.out(rearrange(mixed, "b h t d -> b t (h d)"))
         return z + self.down(F.gelu(self.up(F.rms_norm(z, z.shape[-1:]))))
 
@@ -210,19 +232,33 @@ ImportanceFunction = TransformerImportance | PerSubcomponentMLP | SharedMLP
 def build_importance(
     config: CausalImportanceConfig,
     d_inputs: Sequence[int],
-    sizes: Sequence[int],
+    layout: Layout,
     target_width: int,
     target_depth: int,
     generator: Generator | None = None,
 ) -> ImportanceFunction:
     """The causal importance function that `config` describes, its gaps filled from the target."""
+    sizes = layout.sizes
     if config.kind == "mlp":
         return PerSubcomponentMLP(sum(sizes), config.hidden, generator)
     if config.kind == "shared_mlp":
         return SharedMLP(d_inputs, sizes, config.hidden, generator)
-    names = {"d_model", "n_blocks", "n_heads", "d_ffn", "rope_base"}
+    names = {"d_model", "n_blocks", "n_heads", "d_ffn", "rope_base", "causal", "conditioning"}
     size = config.filled(target_width, target_depth).model_dump(include=names)
-    return TransformerImportance(d_inputs, sum(sizes), **size, generator=generator)
+    reads = None if config.reads == "sites" else first_of_each_block(layout.names)
+    return TransformerImportance(d_inputs, sum(sizes), **size, reads=reads, generator=generator)
+
+
+def first_of_each_block(names: Sequence[str]) -> list[int]:
+    """The first site of every block (`blocks.0`, ...), and every site that is in none.
+
+    Its input is the residual stream before the block, normalised, where attention is decomposed.
+    """
+    blocks: dict[str, int] = {}
+    for index, name in enumerate(names):
+        parts = name.split(".")
+        blocks.setdefault(".".join(parts[:2]) if parts[0] == "blocks" else name, index)
+    return sorted(blocks.values())
 
 
 LEAK = 0.01

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 
@@ -38,7 +38,7 @@ class Layout:
         """`L`, the number of sites."""
         return len(self.sizes)
 
-    def split(self, x: Float[Tensor, "*batch C_total"]) -> tuple[Tensor, ...]:
+    def split(self, x: Shaped[Tensor, "*batch C_total"]) -> tuple[Tensor, ...]:
         """Per-site views `[*batch, C_l]`."""
         return x.split(self.sizes, dim=-1)
 
@@ -171,6 +171,24 @@ def uniform_k_subset(
     k = torch.randint(1, n_sites + 1, (*batch, 1), device=device, generator=generator)
     noise = torch.rand(*batch, n_sites, device=device, generator=generator)
     return noise.argsort(-1).argsort(-1) < k
+
+
+def routed(
+    routing: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    generator: torch.Generator | None = None,
+) -> Bool[Tensor, "*batch n_sites"] | None:
+    """Which sites are masked at every position: `"all"` (`None`), `"subset"`, or `"mixed"`.
+
+    Mixed: all of them at every second position, by a fair coin, and a random subset at the others.
+    """
+    if routing == "all":
+        return None
+    subset = uniform_k_subset(shape, device, generator)
+    if routing == "subset":
+        return subset
+    return subset | (torch.rand(*shape[:-1], 1, device=device, generator=generator) < 0.5)
 
 
 class _MaskedSite(torch.autograd.Function):

@@ -15,6 +15,9 @@ from vpd_lens.decomposition.masks import Layout
 from vpd_lens.errors import ConfigError
 from vpd_lens.sites import Site
 
+# Size of subcomponents for which the aligned start has no axis, relative to those that have one.
+SURPLUS = 0.1
+
 CountSpec = int | str | Mapping[str, int] | Callable[[Any], int]
 
 
@@ -37,7 +40,7 @@ _PAPER_RATIO |= {"in": (1.0, 1), "gate": (1.0, 1), "out": (7 / 6, 0)}
 
 
 def paper_count(site: NamedMatrix) -> int:
-    """Number of subcomponents after the paper's ratios, rounded up to a multiple of 8.
+    """Number of subcomponents after the paper's ratios, from 8 on rounded up to a multiple of 8.
 
     q and k get 2/3, v 4/3 of the width they write, which all their heads have together (fewer
     key-value heads, fewer subcomponents); o 4/3 d_model, MLP inputs d_mlp, MLP outputs 7/6 d_mlp.
@@ -55,26 +58,50 @@ def faithful_count(site: NamedMatrix) -> int:
     return max(paper_count(site), _multiple_of_8(min(site.shape)))
 
 
+def rank_count(site: Site) -> int:
+    """Twice the number of singular values that hold 99 % of the matrix' energy.
+
+    About what a matrix without superposition needs; one that stores more features than it has
+    dimensions needs more.
+
+    Raises:
+        ConfigError: If the site has no weights, as in a plan.
+    """
+    weight = getattr(site, "weight", None)
+    if weight is None or weight.is_meta:
+        raise ConfigError(
+            f'n_subcomponents="2x-rank" needs the weights of {site.name}; give "faithful" or '
+            "numbers where there are none."
+        )
+    return max(1, 2 * numerical_rank(weight))
+
+
+def numerical_rank(weight: Float[Tensor, "d_in d_out"], share: float = 0.99) -> int:
+    """How many singular values hold a share of the sum of their squares; 0 for zeros."""
+    energy = torch.linalg.svdvals(weight.detach().double()).square().cumsum(0)
+    return int((energy < share * energy[-1]).sum()) + 1 if energy[-1] > 0 else 0
+
+
 def _multiple_of_8(x: int | float) -> int:
-    return 8 * math.ceil(x / 8 - 1e-9)
+    return math.ceil(x - 1e-9) if x < 8 else 8 * math.ceil(x / 8 - 1e-9)
 
 
 def resolve_counts(sites: Sequence[NamedMatrix], spec: CountSpec) -> tuple[int, ...]:
     """Number of subcomponents of every site.
 
-    Given as an int for all; `"paper"` (`paper_count`) or `"faithful"` (`faithful_count`); a mapping
-    from regular expressions to ints, the first match in the name winning and `paper_count` for the
-    rest; or a callable from a `Site` to an int.
+    Given as an int for all; `"paper"` (`paper_count`), `"faithful"` (`faithful_count`) or
+    `"2x-rank"` (`rank_count`); a mapping from regular expressions to ints, the first match in the
+    name winning and `paper_count` for the rest; or a callable from a `Site` to an int.
 
     Raises:
         ConfigError: If a count is below 1 or a pattern of the mapping matches no site.
     """
     if isinstance(spec, str):
-        rules = {"paper": paper_count, "faithful": faithful_count}
+        rules = {"paper": paper_count, "faithful": faithful_count, "2x-rank": rank_count}
         if spec not in rules:
             raise ConfigError(
-                f"n_subcomponents={spec!r} is not known; give 'paper', 'faithful', an int, a dict "
-                "of patterns or a callable."
+                f"n_subcomponents={spec!r} is not known; give 'paper', 'faithful', '2x-rank', an "
+                "int, a dict of patterns or a callable."
             )
         spec = rules[spec]
     if isinstance(spec, int):
@@ -190,7 +217,8 @@ def align(subcomponents: Subcomponents, sites: Sequence[Site]) -> None:
     A matrix that writes to neurons or heads (q, k, v, in, gate) is the sum of its columns, each
     written along one axis; one that reads from them (o, out) the sum of its rows. These rank-1
     matrices become the first subcomponents, their norm shared evenly between V and U; any further
-    ones keep their random directions, made small, so that `V U` is nearly `W` before any training.
+    ones keep their random directions, at a tenth of the size of those, so that `V U` is nearly `W`
+    before any training; of a matrix of zeros they are 0.
     """
     for site, v, u in zip(sites, subcomponents.v, subcomponents.u, strict=True):
         weight, part = site.weight.to(v), site.name.rsplit(".", 1)[-1]
@@ -203,9 +231,12 @@ def align(subcomponents: Subcomponents, sites: Sequence[Site]) -> None:
 def _along_columns(
     v: Float[Tensor, "d_in C"], u: Float[Tensor, "C d_out"], weight: Float[Tensor, "d_in d_out"]
 ) -> None:
-    v *= 0.3  # subcomponents beyond the number of axes, relative to the random initialisation
-    u *= 0.3
     n = min(weight.shape[1], v.shape[1])
+    # Subcomponents beyond the number of axes.
+    typical = weight.norm(dim=0).square().mean().sqrt()
+    for surplus, dim in ((v[:, n:], 0), (u[n:], 1)):
+        norms = surplus.norm(dim=dim, keepdim=True).clamp(min=1e-12)
+        surplus.mul_((SURPLUS * typical).sqrt() / norms)
     scale = weight[:, :n].norm(dim=0).sqrt().clamp(min=1e-6)
     v[:, :n] = weight[:, :n] / scale
     u[:n] = 0

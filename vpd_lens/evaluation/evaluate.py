@@ -16,6 +16,7 @@ from vpd_lens.decomposition.attach import decomposition_of
 from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.modes import masks_of
 from vpd_lens.errors import InputError
+from vpd_lens.evaluation import audit as audits
 from vpd_lens.evaluation import metrics
 from vpd_lens.evaluation.report import EvalReport
 from vpd_lens.progress import Progress
@@ -37,6 +38,8 @@ def evaluate(
     pgd_step_size: float = 0.1,
     pgd_restarts: int = 3,
     pgd_batches: int = 1,
+    audit: bool = False,
+    audit_batches: int = 1,
     seed: int = 0,
     prepend_bos: bool | None = None,
     progress: bool = True,
@@ -59,6 +62,9 @@ def evaluate(
         pgd_step_size: Size of a sign step; `steps * size` of about 2 crosses [0, 1] twice.
         pgd_restarts: Random starts of the adversary, reported as mean and maximum.
         pgd_batches: Batches on which the adversary is run; each is a fresh attack.
+        audit: Also switch on what other tokens need, delete what none needs, raise what is in use
+            and mask some layers only (`Audit`): about sixty forwards a batch.
+        audit_batches: Batches that are audited.
         seed: Seed of masks and adversary; the report is reproducible bit for bit on CPU.
         prepend_bos: BOS policy for text; `None` follows the model.
         progress: Show a progress bar, which moves with every forward.
@@ -76,14 +82,23 @@ def evaluate(
         n_forwards = n_batches * (1 + len(measured.modes))
         if pgd_steps:
             n_forwards += pgd_batches * pgd_restarts * (max(pgd_steps) + 1)
+        if audit:
+            n_forwards += audit_batches * audits.n_forwards(vpd)
+        audited: list[audits.Audited] = []
         with Progress("Evaluating", n_forwards, show=progress) as bar:
             for index, batch in enumerate(batches):
                 batch = batch.to(vpd.device)
                 found = (batch, *measured.add(batch, bar.advance))
+                if audit and index < audit_batches:
+                    audited.append(audits.Audited(*found))
                 for _ in range(pgd_restarts if pgd_steps and index < pgd_batches else 0):
                     adversary = (pgd_steps, pgd_step_size, measured.generator, bar.advance)
                     measured.curves.append(metrics.pgd_curve(vpd, *found, *adversary))
-        return measured.report(seed)
+            result = None
+            if audit:
+                drawn = (measured.sparsity.largest, measured.generator, bar.advance)
+                result = audits.audit(vpd, audited, *drawn)
+        return measured.report(seed, result)
 
 
 class _Measurement:
@@ -119,6 +134,7 @@ class _Measurement:
         divergence = Divergence(output, vpd.divergence, real)
         if vpd.divergence != "kl" or not metrics.predicts_next_token(vpd.model, tokens, output):
             self.predicts_next_token = False
+        self.divergences.add("blind", float(divergence.blind()), n_positions)
         self._add_cross_entropy("target", output, batch)
         tick()
         for name, (mode, threshold) in self.modes.items():
@@ -139,13 +155,13 @@ class _Measurement:
             mean, n = metrics.next_token_cross_entropy(output, batch.tokens, batch.real)
             self.cross_entropies.add(name, mean, n)
 
-    def report(self, seed: int) -> EvalReport:
+    def report(self, seed: int, audit: audits.Audit | None = None) -> EvalReport:
         vpd = self.vpd
         steps = sorted(self.curves[0]) if self.curves else ()
         pgd = {str(n): [curve[n] for curve in self.curves] for n in steps}
         return EvalReport(
             modes=self._mode_table(),
-            pgd={n: {"mean": sum(kl) / len(kl), "max": max(kl)} for n, kl in pgd.items()},
+            pgd={n: _over_attacks(kl) for n, kl in pgd.items()},
             l0=self.sparsity.l0(),
             alive=self.sparsity.alive(),
             n_subcomponents=dict(zip(vpd.layout.names, vpd.layout.sizes, strict=True)),
@@ -153,16 +169,19 @@ class _Measurement:
             delta=metrics.delta_sizes(vpd),
             ci_histogram=self.sparsity.histogram.tolist(),
             mean_ci=self.sparsity.sorted_by_site(),
+            blind=self.divergences.means()["blind"],
             divergence=vpd.divergence if isinstance(vpd.divergence, str) else "custom",
             n_positions=self.sparsity.n_positions,
             batch_shape=self.batch_shape,
             n_pgd_runs=len(self.curves),
             seed=seed,
             trained_steps=vpd.trained_steps,
+            audit=audit,
         )
 
     def _mode_table(self) -> dict[str, dict[str, float]]:
-        table = {name: {"kl": mean} for name, mean in self.divergences.means().items()}
+        means = self.divergences.means()
+        table = {name: {"kl": means[name]} for name in self.modes}
         if (nothing := table["zero"]["kl"]) < NOTHING_HAPPENS:
             warnings.warn(
                 f"with every decomposed matrix ablated the divergence is {nothing:.1e}: "
@@ -179,3 +198,13 @@ class _Measurement:
             row["ce"] = means[name]
             row["ce_recovered"] = 1 - (row["ce"] - means["target"]) / lost if lost else math.nan
         return table
+
+
+def _over_attacks(divergences: list[float]) -> dict[str, float]:
+    """Mean and maximum over attacks, and the standard error of the mean if there are several."""
+    n, mean = len(divergences), sum(divergences) / len(divergences)
+    found = {"mean": mean, "max": max(divergences)}
+    if n > 1:
+        variance = sum((kl - mean) ** 2 for kl in divergences) / (n - 1)
+        found["error"] = math.sqrt(variance / n)
+    return found

@@ -88,6 +88,7 @@ class Sparsity:
         self.n_positions = 0
         zeros = partial(torch.zeros, device=device, dtype=torch.float64)
         self.total = zeros(layout.total)
+        self.largest = torch.zeros(layout.total, device=device)
         self.active = zeros(len(thresholds), layout.total)
         self.histogram = zeros(HISTOGRAM_BINS)
 
@@ -100,6 +101,8 @@ class Sparsity:
         g = importance.flatten(0, -2) if real is None else importance[real]
         self.n_positions += g.shape[0]
         self.total += g.sum(0)
+        if len(g):
+            self.largest = torch.maximum(self.largest, g.amax(0))
         for row, threshold in zip(self.active, self.thresholds, strict=True):
             row += (g > threshold).sum(0)
         self.histogram += torch.histc(g, HISTOGRAM_BINS, 0, 1)

@@ -6,8 +6,9 @@ import math
 
 from markupsafe import Markup
 
-from vpd_lens.evaluation import plots
+from vpd_lens.evaluation import audit_plots, plots
 from vpd_lens.evaluation.report import EvalReport
+from vpd_lens.evaluation.verdict import findings
 from vpd_lens.viz.html import render_template
 
 _MODES = {
@@ -38,6 +39,10 @@ def render(
     }
     if report.pgd:
         svg["pgd"] = plots.pgd_plot(named, unit)
+    if report.audit is not None:
+        svg["aggregation"] = audit_plots.aggregation_plot(report, unit)
+        svg["levels"] = audit_plots.levels_plot(report, unit)
+        svg["layers"] = audit_plots.layers_plot(report, unit)
     return render_template(
         "vpd_lens.evaluation",
         "page.html.j2",
@@ -47,6 +52,7 @@ def render(
         beside_name=beside_name,
         unit=unit,
         threshold=next(iter(report.l0)),
+        findings=findings(report),
         cards=_cards(report, report, unit),
         other_cards=_cards(beside, report, unit) if beside else {},
         about=_MODES,

@@ -20,14 +20,14 @@ from vpd_lens.evaluation.report import EvalReport
 from vpd_lens.viz.svg import GRID, INK, MUTED, PALETTE, draw, legend_above
 
 MAIN, BESIDE = "#3f87d6", "#d98a2b"  # blue for a report, orange for the one beside it
-_FULL, _HALF = (10.2, 2.7), (5.0, 2.8)
+FULL, HALF = (10.2, 2.7), (5.0, 2.8)
 _POINTS, _MAX_PANELS, _MAX_LABELS, _FEW_SITES = 5000, 8, 16, 26
 _KINDS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.in", "mlp.gate", "mlp.out")
 _COLOURS: dict[str, str] = dict(zip(_KINDS, PALETTE, strict=True))
 Named = Sequence[tuple[str, EvalReport]]
 
 
-def _svg(name: str, label: str, size: tuple[float, float]) -> Callable[..., Callable[..., str]]:
+def svg(name: str, label: str, size: tuple[float, float]) -> Callable[..., Callable[..., str]]:
     """Make what fills a figure a function that returns the figure's SVG; see `draw`."""
 
     def decorate(plot: Callable[..., None]) -> Callable[..., str]:
@@ -40,7 +40,7 @@ def _svg(name: str, label: str, size: tuple[float, float]) -> Callable[..., Call
     return decorate
 
 
-@_svg("pgd", "Divergence against the number of adversarial steps", _HALF)
+@svg("pgd", "Divergence against the number of adversarial steps", HALF)
 def pgd_plot(figure: Figure, reports: Named, unit: str) -> None:
     """Divergence against the adversary's steps: mean over attacks as a line, up to the maximum."""
     axes = figure.subplots()
@@ -58,15 +58,22 @@ def pgd_plot(figure: Figure, reports: Named, unit: str) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter("{x:g}")
+    main = reports[0][1]
     for mode, label in (("stochastic", "random masks"), ("zero", "everything ablated")):
-        y = reports[0][1].modes[mode]["kl"]
-        axes.axhline(y, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-        place = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
-        axes.annotate(label, (1, y), (-2, 2), **place, ha="right", fontsize=7.5, color=MUTED)
+        line(axes, main.modes[mode]["kl"], label)
+    if main.worst < main.modes["zero"]["kl"]:
+        line(axes, main.worst, "knowing nothing of the input")
     legend_above(axes)
 
 
-@_svg("histogram", "Histogram of causal importances", _HALF)
+def line(axes: Axes, y: float, label: str) -> None:
+    """A dashed horizontal line with its label."""
+    axes.axhline(y, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    place = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+    axes.annotate(label, (1, y), (-2, 2), **place, ha="right", fontsize=7.5, color=MUTED)
+
+
+@svg("histogram", "Histogram of causal importances", HALF)
 def histogram_plot(figure: Figure, reports: Named) -> None:
     """Counts of importances, logarithmic."""
     axes = figure.subplots()
@@ -85,7 +92,7 @@ def histogram_plot(figure: Figure, reports: Named) -> None:
         legend_above(axes)
 
 
-@_svg("l0", "L0 of every site", _FULL)
+@svg("l0", "L0 of every site", FULL)
 def l0_plot(figure: Figure, reports: Named) -> None:
     """Active subcomponents per position at every site, at the first threshold."""
     axes = figure.subplots()
@@ -97,7 +104,7 @@ def l0_plot(figure: Figure, reports: Named) -> None:
     _label_bars(axes, names, values, [f"{v:.{0 if max(values) >= 10 else 1}f}" for v in values])
 
 
-@_svg("alive", "Alive subcomponents of every site", _FULL)
+@svg("alive", "Alive subcomponents of every site", FULL)
 def alive_plot(figure: Figure, report: EvalReport) -> None:
     """Subcomponents that are ever used, against how many each site has."""
     axes = figure.subplots()
@@ -108,7 +115,7 @@ def alive_plot(figure: Figure, report: EvalReport) -> None:
     _label_bars(axes, names, totals, [f"{n:.0f}" for n in alive])
 
 
-@_svg("mean-ci", "Sorted mean causal importance per site", (10.2, 4.2))
+@svg("mean-ci", "Sorted mean causal importance per site", (10.2, 4.2))
 def mean_importance_plot(figure: Figure, report: EvalReport) -> None:
     """Mean importance of every subcomponent, sorted: one panel per kind, one line per layer."""
     names = list(report.mean_ci)
@@ -139,7 +146,7 @@ def mean_importance_plot(figure: Figure, report: EvalReport) -> None:
     figure.supxlabel("subcomponents of the site, sorted", fontsize=8.5, color=MUTED)
 
 
-@_svg("delta", "Relative size of the delta of every site", _HALF)
+@svg("delta", "Relative size of the delta of every site", HALF)
 def delta_plot(figure: Figure, report: EvalReport) -> None:
     """Relative size of every site's delta."""
     axes = figure.subplots()
@@ -150,7 +157,7 @@ def delta_plot(figure: Figure, report: EvalReport) -> None:
     axes.set(yscale="log", ylim=(min(values) / 2, max(1.0, *values)))
 
 
-@_svg("hidden", "Relative error of every site's output", _HALF)
+@svg("hidden", "Relative error of every site's output", HALF)
 def hidden_plot(figure: Figure, report: EvalReport) -> None:
     """Relative error of every site's output under CI masks (bars) and random masks (marks)."""
     axes = figure.subplots()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
@@ -11,6 +12,8 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from vpd_lens.errors import ArtefactError
+from vpd_lens.evaluation.audit import Audit, Estimate
+from vpd_lens.evaluation.verdict import findings, in_words
 
 
 class EvalReport(BaseModel):
@@ -20,7 +23,8 @@ class EvalReport(BaseModel):
         modes: For each masking mode `kl` (nats, mean per position; the mean squared error for
             models that are not language models), `ce` (nats per token) and `ce_recovered` (1: as
             good as the target, 0: as bad as ablating everything).
-        pgd: Divergence under the adversary after each step count: `mean` and `max` over starts.
+        pgd: Divergence under the adversary after each step count: `mean` and `max` over attacks,
+            and the standard `error` of the mean, if there are several.
         l0: Active subcomponents per position, by threshold, then by site, layer and `total`.
         alive: Subcomponents with mean CI above 1e-6, by site, layer and `total`.
         n_subcomponents: How many each site has.
@@ -28,12 +32,14 @@ class EvalReport(BaseModel):
         delta: Size of what the subcomponents leave over, by site and `total`.
         ci_histogram: Counts of importances in equal bins over [0, 1].
         mean_ci: Mean CI of every subcomponent of a site, sorted.
+        blind: Divergence of an output that is the target's mean prediction at every position.
         divergence: `"kl"`, `"mse"` or `"custom"`.
         n_positions: Positions evaluated, pads not counted.
         batch_shape: Shape of one batch, on which each attack of the adversary runs.
         n_pgd_runs: Attacks behind `pgd`.
         seed: Seed of masks and adversary.
         trained_steps: Training steps behind the decomposition.
+        audit: What `evaluate(..., audit=True)` found; `None` without it.
     """
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
@@ -52,6 +58,8 @@ class EvalReport(BaseModel):
     n_pgd_runs: int
     seed: int
     trained_steps: int
+    blind: float = math.inf
+    audit: Audit | None = None
 
     def to_json(self, path: str | Path) -> Path:
         """Write all figures as JSON."""
@@ -85,6 +93,21 @@ class EvalReport(BaseModel):
         path.write_text(render(self, title, beside, beside_name), encoding="utf-8")
         return path
 
+    @property
+    def worst(self) -> float:
+        """What a divergence is judged by: the smaller of ablating everything, and of `blind`.
+
+        Ablating everything may do far more than to forget all about the input.
+        """
+        return min(self.modes["zero"]["kl"], self.blind)
+
+    def verdict(self) -> str:
+        """What holds of what a good decomposition promises, what does not, and what to change.
+
+        See `vpd_lens.evaluation.verdict.PROMISES` for the bounds.
+        """
+        return in_words(self)
+
     def summary(self) -> dict[str, float]:
         """The figures one compares runs by."""
         return {
@@ -98,7 +121,18 @@ class EvalReport(BaseModel):
 
     def tables(self, beside: EvalReport | None = None, beside_name: str = "beside") -> Group:
         """The report as rich tables, with the figures of another report in a further column."""
-        return Group(self._modes_table(beside, beside_name), self._sites_table())
+        parts = [self.verdict(), "", self._promises_table(), self._modes_table(beside, beside_name)]
+        if self.audit is not None:
+            parts += audit_tables(self.audit)
+        return Group(*parts, self._sites_table())
+
+    def _promises_table(self) -> Table:
+        table = Table(title="What it promises", title_justify="left")
+        for column in ("", "", "share"):
+            table.add_column(column, justify="right" if column else "left", overflow="fold")
+        for found in findings(self):
+            table.add_row(found.status, found.promise.question, f"{found.value:.1%}")
+        return table
 
     def _modes_table(self, beside: EvalReport | None, name: str) -> Table:
         unit = "KL" if self.divergence == "kl" else "divergence"
@@ -156,3 +190,35 @@ class EvalReport(BaseModel):
     def __repr__(self) -> str:
         figures = ", ".join(f"{key}={value:.4g}" for key, value in self.summary().items())
         return f"EvalReport({figures})"
+
+
+def audit_tables(audit: Audit) -> list[Table]:
+    """An audit as rich tables."""
+
+    def table(title: str, first: str, rows: dict[str, dict[str, Estimate]]) -> Table:
+        made = Table(title=f"{title} ({audit.n_sequences} sequences)", title_justify="left")
+        columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+        made.add_column(first)
+        for column in columns:
+            made.add_column(column, justify="right")
+        for name, row in rows.items():
+            made.add_row(name, *(_with_error(row.get(column)) for column in columns))
+        return made
+
+    unused = {f"<= {t}: {audit.n_unused[t]}": row for t, row in audit.unused.items()}
+    layers = {mode: dict(row) for mode, row in audit.subsets.items()}
+    for mode, estimate in audit.parallel.items():
+        layers[mode]["parallel"] = estimate
+    return [
+        table("Switched on: what k tokens need", "whose", audit.aggregation),
+        table("Levels of what is in use", "", {"g + s (1 - g)": audit.levels}),
+        table("Deleted: never needed, others at level s", "importance", unused),
+        table("Masks on k layers", "masks", layers),
+    ]
+
+
+def _with_error(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    error = "" if estimate.error != estimate.error else f" ±{estimate.error:.2g}"
+    return f"{estimate.mean:.3g}{error}"

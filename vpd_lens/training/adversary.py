@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_lens.config import AdversaryConfig
 from vpd_lens.decomposition.masks import Layout, SourceMasks, Sources, uniform_sources
-from vpd_lens.errors import InputError
+from vpd_lens.errors import ConfigError, InputError
 from vpd_lens.training.distributed import ALONE, Processes
 from vpd_lens.training.optimiser import keep_moments
 
 # Scopes in which every sequence of the batch has sources of its own.
-PER_ROW = ("position", "sequence")
+PER_ROW = ("position", "sequence", "pool")
 
 
 class PersistentAdversary:
@@ -24,6 +25,7 @@ class PersistentAdversary:
 
     Attributes:
         sources: `[*scope, C_total]` for the subcomponents and `[*scope, n_sites]` for the deltas.
+        chosen: Which set of a pool each position has in this step, one-hot `[batch, pos, pool]`.
         optimiser: Adam, ascending.
         sharing: The processes with which this one shares its sources: all, or no other.
         per_row: The processes over which the sources are spread: all, or no other.
@@ -44,6 +46,9 @@ class PersistentAdversary:
         self.sharing, self.per_row = (ALONE, processes) if own else (processes, ALONE)
         batch, *positions = batch_shape
         scope = (batch if own else 1, *(1 if same else n for n in positions))
+        self.chosen: Tensor | None = None
+        if config.scope == "pool":
+            scope = (batch, config.pool)
         start = torch.empty(*scope, layout.total, device=device, dtype=dtype)
         self.sources = uniform_sources(start, layout, generator)
         self.sharing.first_(self.leaves())
@@ -62,6 +67,9 @@ class PersistentAdversary:
         sources = self.sources
         if rows != slice(None):
             sources = Sources(sources.components[rows], sources.delta[rows])
+        if self.chosen is not None:
+            chosen = self.chosen[rows]  # a product, whose gradient is one, too
+            sources = Sources(chosen @ sources.components, chosen @ sources.delta)
         try:
             return sources.over(importance)
         except RuntimeError as error:
@@ -70,6 +78,23 @@ class PersistentAdversary:
                 f"the adversary keeps sources for batches of shape {tuple(made)}, which do not fit "
                 f"one of shape {tuple(given)}; every batch must have the same shape."
             ) from error
+
+    def draw(self, batch_shape: tuple[int, ...]) -> None:
+        """Let every position of a batch `(batch, pos)` draw its sources from the pool, if any.
+
+        Raises:
+            ConfigError: If the batch has no positions, which a pool could serve.
+        """
+        if self.config.scope != "pool":
+            return
+        if len(batch_shape) != 2:
+            raise ConfigError(
+                'adversary.scope="pool" shares sources over the positions of a sequence, and this '
+                'data has none; use "position", "batch" or "single".'
+            )
+        device, pool = self.sources.delta.device, self.config.pool
+        index = torch.randint(pool, batch_shape, device=device, generator=self.generator)
+        self.chosen = F.one_hot(index, pool).to(self.sources.delta.dtype)
 
     def leaves(self) -> list[Tensor]:
         """The source tensors, to differentiate by."""

@@ -39,6 +39,7 @@ def budget(vpd: Decomposition, config: VPDConfig, batch: int, pos: int) -> dict[
     width = 2 if config.autocast and vpd.device.type == "cuda" else 4
     adversarial, random = config.adversary.coefficient > 0, config.stochastic
     sets = {"position": batch * pos, "sequence": batch, "batch": pos, "single": 1}
+    sets["pool"] = batch * config.adversary.pool
     passes = random.n_samples * (random.coefficient > 0) + adversarial
     passes += len(vpd.sites) * (random.layerwise_coefficient > 0)
     moments = 1 if config.optimiser.kind == "muon" else 2

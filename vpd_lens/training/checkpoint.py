@@ -1,7 +1,8 @@
 """Training checkpoints: everything needed to continue bit-identically (see `vpd_lens.storage`).
 
 `state.safetensors` holds `subcomponents/...`, `importance/...`, `optimiser/<n>/<parameter>/...`,
-`generator` (and `generator/<rank>`), `window`; with an adversary `sources/...`, `adversary/...`.
+`generator` (and `generator/<rank>`), `window`, `price`; with an adversary `sources/...` and
+`adversary/...`; with a moving average in the minimality losses `frequencies`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vpd_lens.training.sharding import sharded_like, whole
 from vpd_lens.training.step import Stepper
 
 # Fields that do not change what a step computes.
-_MAY_CHANGE = {"log_every", "checkpoint_every", "device", "shard_importance"}
+_MAY_CHANGE = {"log_every", "checkpoint_every", "device", "shard_importance", "stop_on_collapse"}
 _SOURCES = ("sources/components", "sources/delta")
 
 
@@ -64,6 +65,9 @@ def save_checkpoint(path: Path, stepper: Stepper, **progress: Any) -> None:
     states = processes.gathered(stepper.generator.get_state()[None])
     tensors |= {_generator_name(rank): state for rank, state in enumerate(states)}
     tensors["window"] = processes.gathered(stepper.window[None])
+    tensors["price"] = stepper.price.state
+    if stepper.minimality.average is not None:
+        tensors["frequencies"] = stepper.minimality.average
     if adversary is not None:
         own = dict(zip(_SOURCES, adversary.leaves(), strict=True))
         own |= _optimiser_tensors("adversary/", adversary.optimiser)
@@ -139,6 +143,10 @@ class Checkpoint:
             window = tensors["window"]
             same = len(window) == processes.world
             stepper.window = (window[processes.rank] if same else window.mean(0)).to(stepper.device)
+        if "price" in tensors:
+            stepper.price.state = tensors["price"].to(stepper.device)
+        if stepper.minimality.average is not None:
+            stepper.minimality.average = tensors["frequencies"].to(stepper.device)
         stepper.renew()
 
 
@@ -160,6 +168,10 @@ def _shapes(record: CheckpointRecord, tensors: Mapping[str, Tensor], stepper: St
         leaves = [(*lead, total), (*lead, len(record.sites))]
         shapes |= zip(_SOURCES, leaves, strict=True)
         shapes |= _moments("adversary/", leaves, tensors)
+    if "price" in tensors:
+        shapes["price"] = (3,)
+    if record.config.minimality.half_life:
+        shapes["frequencies"] = (total,)
     shapes["generator"] = ()
     shapes |= {name: tuple(t.shape) for name, t in tensors.items() if name.startswith("generator")}
     if "window" in tensors:

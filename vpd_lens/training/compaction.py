@@ -63,6 +63,9 @@ def compact(stepper: Stepper, keep: Columns) -> None:
     if stepper.adversary is not None:
         stepper.adversary.keep(keep.joined, stepper.vpd.layout)
     stepper.window = stepper.window.index_select(0, keep.joined)
+    if stepper.minimality.average is not None:
+        kept = stepper.minimality.average.index_select(0, keep.joined)
+        stepper.minimality.average = kept
     stepper.renew()
 
 

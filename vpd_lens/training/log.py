@@ -90,7 +90,8 @@ class MetricsLog:
         with disk_errors(self.path):
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
             self._file.flush()
-        shown = [n for n in ("stochastic", "adversarial", "l0", "faithfulness") if n in metrics]
+        names = ("stochastic", "adversarial", "merged", "l0", "faithfulness")
+        shown = [name for name in names if name in metrics]
         self._bar.losses = text = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
         if not self.console.is_terminal:
             seconds = metrics["seconds_per_step"]
@@ -115,6 +116,10 @@ class SilentLog:
     advance = say = write = __exit__
 
 
+# Losses that compare outputs; the larger, the more is lost.
+RECONSTRUCTION = ("stochastic", "layerwise", "adversarial", "merged")
+
+
 class TrainingWarning(UserWarning):
     """A run shows signs of a known failure."""
 
@@ -125,13 +130,18 @@ class Diagnostics:
     def __init__(self, c_total: int, steps: int) -> None:
         self.c_total, self.steps = c_total, steps
         self.gradient_norms: list[float] = []
+        self.l0: list[float] = []
+        self.reconstruction: list[float] = []
         self.given: set[str] = set()
+        self.suspicious = self.collapsed = False
 
     def look(self, step: int, metrics: dict[str, float]) -> None:
         """Compare the metrics after `step` steps with the known failures, each warned of once.
 
         Of the `metrics` it needs `l0` (mean number of subcomponents with importance above 0),
-        `ci_max` (mean over positions of the largest importance) and `grad_norm/importance`.
+        `ci_max` (mean over positions of the largest importance) and `grad_norm/importance`; of the
+        reconstruction losses what there is, and `worst`, what they are judged by. Afterwards
+        `suspicious` says that the gradient has begun to grow, `collapsed` that all is going wrong.
         """
         # In the first steps no causal importance function has learned anything yet.
         progress = step / self.steps if step >= 30 else 0.0
@@ -159,6 +169,35 @@ class Diagnostics:
                 "the importance penalty is steep near 0 once p is below 1.",
             )
         before.append(norm)
+        lost = max((metrics[name] for name in RECONSTRUCTION if name in metrics), default=0.0)
+        self._look_for_collapse(step, metrics["l0"], lost, norm / usual if usual else 0.0)
+        share = lost / metrics["worst"] if metrics.get("worst") else 0.0
+        if step == self.steps >= 200 and share > 0.1:
+            self._warn(
+                "costly",
+                f"the largest reconstruction loss is still {share:.0%} of what knowing nothing of "
+                f"the input would cost ({metrics['worst']:.3g}). Train longer, lower "
+                "minimality.coefficient, or set minimality.tolerance.",
+            )
+
+    def _look_for_collapse(self, step: int, l0: float, lost: float, growth: float) -> None:
+        """The gradient grows while less is in use and more is lost, against five lines before."""
+        self.l0.append(l0)
+        self.reconstruction.append(lost)
+        self.suspicious = growth > 3
+        if len(self.l0) <= 5:
+            return
+        falls, rises = l0 < 0.9 * self.l0[-6], lost > 1.2 * self.reconstruction[-6]
+        if growth > 10 and falls and rises:
+            self.collapsed = True
+            self._warn(
+                "collapsing",
+                f"step {step}: the importance function is collapsing. Its gradient is {growth:.0f} "
+                f"times its usual size, L0 fell from {self.l0[-6]:.0f} to {l0:.0f} and the largest "
+                f"reconstruction loss rose from {self.reconstruction[-6]:.3g} to {lost:.3g} within "
+                "five log lines. Lower minimality.coefficient, set "
+                'minimality.penalty="smooth_l0", or raise minimality.p_end.',
+            )
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self.given:

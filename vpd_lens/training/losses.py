@@ -15,10 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vpd_lens.config import MinimalityConfig
 from vpd_lens.decomposition import Divergence
-from vpd_lens.decomposition.importance import LEAK, row_blocks, upper_leaky, where_above
-from vpd_lens.decomposition.masks import Layout, SourceMasks, uniform_k_subset, uniform_sources
+from vpd_lens.decomposition.masks import Layout, SourceMasks, routed, uniform_sources
 from vpd_lens.training.distributed import Processes
 
 DivergenceOf = Callable[[SourceMasks], Tensor]
@@ -34,16 +32,41 @@ def stochastic_reconstruction(
 ) -> Float[Tensor, ""]:
     """`E_r D(f(x | masks(g, r)))`, the mean of `n_samples` draws of masks.
 
-    `divergence_of(masks)` is how far the output under them is from the target's. `routing` is
-    `"subset"`, a random one of sites at each position, or `"all"`, every site.
+    `divergence_of(masks)` is how far the output under them is from the target's. `routing` says
+    which sites are masked at a position (see `routed`).
     """
     losses = []
     for _ in range(n_samples):
         masks = uniform_sources(importance, layout, generator).over(importance)
-        if routing == "subset":
-            masks.routed = uniform_k_subset(masks.delta.shape, masks.delta.device, generator)
+        masks.routed = routed(routing, masks.delta.shape, masks.delta.device, generator)
         losses.append(divergence_of(masks))
     return torch.stack(losses).mean()
+
+
+def mixed(
+    attacked: SourceMasks,
+    share: float,
+    layout: Layout,
+    routing: str = "subset",
+    generator: torch.Generator | None = None,
+) -> SourceMasks:
+    """One pass for two losses: some positions are `attacked` on every site, the others drawn.
+
+    A position is attacked with probability `share`; else its sources are fresh and uniform, and
+    `routing` is that of the stochastic loss.
+    """
+    importance = attacked.importance
+    drawn = uniform_sources(importance, layout, generator)
+    shape = (*importance.shape[:-1], 1)
+    coin = torch.rand(shape, device=importance.device, generator=generator) < share
+    masks = SourceMasks(
+        importance,
+        torch.where(coin, attacked.components, drawn.components),
+        torch.where(coin, attacked.delta, drawn.delta),
+    )
+    others = routed(routing, masks.delta.shape, coin.device, generator)
+    masks.routed = None if others is None else coin | others
+    return masks
 
 
 def layerwise_reconstruction(
@@ -62,60 +85,20 @@ def layerwise_reconstruction(
     return torch.stack(losses).mean()
 
 
-class _PowerSum(torch.autograd.Function):
-    """`sum_{b,t} (upper_leaky(z) + eps)^p` per subcomponent; its backward is one multiplication."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, p: float, eps: float, real: Tensor | None) -> Tensor:
-        slope = torch.empty_like(z)
-        total = z.new_zeros(z.shape[-1])
-        kept = [] if real is None else [real.unsqueeze(-1).to(z.dtype).contiguous()]
-        for rows, out, *weight in row_blocks(z.contiguous(), slope, *kept):
-            g = upper_leaky(rows).add_(eps)
-            torch.pow(g, p, out=out)
-            if weight:
-                out.mul_(weight[0])
-            total += out.sum(0)
-            out.div_(g).mul_(p)
-            above_one = where_above(out, rows, 1.0)
-            out.copy_(where_above(out, rows, 0.0)).sub_(above_one, alpha=1 - LEAK)
-        ctx.save_for_backward(slope)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (slope,) = ctx.saved_tensors
-        return slope * grads[0], None, None, None
-
-
-def importance_power_sum(
-    z: Float[Tensor, "*batch C_total"],
-    p: float,
-    eps: float = 1e-12,
-    real: Bool[Tensor, "*batch"] | None = None,
-) -> Float[Tensor, " C_total"]:
-    """`s_c = sum_{b,t} (g_upper + eps)^p` of every subcomponent, over `real` positions (or all).
-
-    `g_upper` is the upper-leaky sigmoid of `z`, the pre-sigmoid importances.
-    """
-    return _PowerSum.apply(z, p, eps, real)  # type: ignore[no-any-return]
-
-
-def minimality(
-    power_sum: Float[Tensor, " C_total"], n_positions: int | Tensor, frequency: float
+def faithfulness(
+    deltas: Sequence[Float[Tensor, "_i _o"]], weights: Sequence[Tensor] | None = None
 ) -> Float[Tensor, ""]:
-    """Importance and frequency minimality: `1/(B T) sum_c (s_c + beta s_c log2(1 + s_c))`.
+    """Delta-L2: `1/N sum_l ||W_l - V_l U_l||_F^2`, N the number of decomposed parameters.
 
-    `power_sum` has `s_c` of the global batch and `n_positions` is its `B T`; `frequency` is `beta`.
+    Relative to the `weights` `W_l`, if given: the mean over sites of `||Delta_l||^2 / ||W_l||^2`.
     """
-    s = power_sum
-    return (s + frequency * s * torch.log2(1 + s)).sum() / n_positions
-
-
-def faithfulness(deltas: Sequence[Float[Tensor, "_i _o"]]) -> Float[Tensor, ""]:
-    """Delta-L2: `1/N sum_l ||W_l - V_l U_l||_F^2`, N the number of decomposed parameters."""
-    total = torch.stack([delta.square().sum() for delta in deltas]).sum()
-    return total / sum(delta.numel() for delta in deltas)
+    squares = torch.stack([delta.square().sum() for delta in deltas])
+    if weights is None:
+        return squares.sum() / sum(delta.numel() for delta in deltas)
+    sizes = torch.stack([weight.float().square().sum() for weight in weights])
+    # A matrix of zeros has no size of its own; it counts as one whose entries are 1.
+    entries = sizes.new_tensor([weight.numel() for weight in weights])
+    return (squares / torch.where(sizes > 0, sizes, entries)).mean()
 
 
 @dataclass
@@ -145,29 +128,6 @@ def cut(
     n_real = real.sum().float()
     processes.sum_([n_real])
     return [Part(r, tokens[r], real[r], real[r].sum() / n_real, n_real) for r in rows]
-
-
-def whole_minimality(
-    parts: Sequence[Part], p: float, config: MinimalityConfig, processes: Processes
-) -> tuple[Float[Tensor, ""], Callable[[Part], Float[Tensor, ""]]]:
-    """The minimality losses of the global batch, and what has their gradient, part by part.
-
-    The gradient of what the function gives for a part is that of the losses by its importances.
-    """
-
-    def power_sum(part: Part) -> Float[Tensor, " C_total"]:
-        return importance_power_sum(part.z, p, config.eps, part.real)
-
-    sums = [power_sum(part) for part in parts]
-    total = torch.stack(sums).sum(0).detach()
-    processes.sum_([total])
-    n = parts[0].n_real
-    if n is None:
-        n = sum(part.z[..., 0].numel() for part in parts) * processes.world
-    loss = minimality(total.requires_grad_(), n, config.frequency)
-    (slope,) = torch.autograd.grad(loss, total)
-    alone = sums[0] if len(parts) == 1 else None
-    return loss.detach(), lambda part: (slope * (power_sum(part) if alone is None else alone)).sum()
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """What updates U, V and the causal importance function, and how fast: AdamW (VPD), or Muon.
 
-Learning rates and the exponent p of the minimality loss are functions of the step.
+Learning rates are functions of the step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vpd_lens.config import AdversaryConfig, MinimalityConfig, OptimiserConfig
+from vpd_lens.config import AdversaryConfig, OptimiserConfig
 
 
 def optimisers(
@@ -118,8 +118,3 @@ def adversary_lr(config: AdversaryConfig, step: int, steps: int) -> float:
     """The sources' rate: linear from 0 over the first `lr_warmup` of training, then constant."""
     warmup = config.lr_warmup * steps
     return config.lr * (min(1.0, step / warmup) if warmup > 0 else 1.0)
-
-
-def exponent(config: MinimalityConfig, step: int, steps: int) -> float:
-    """The importance exponent p: linear from `p_start`, reaching `p_end` after the last step."""
-    return config.p_start + (config.p_end - config.p_start) * step / steps

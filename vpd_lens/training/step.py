@@ -24,7 +24,7 @@ from vpd_lens.config import VPDConfig
 from vpd_lens.decomposition import Decomposition, Divergence
 from vpd_lens.decomposition.call import right_padding
 from vpd_lens.decomposition.importance import lower_leaky
-from vpd_lens.decomposition.masks import SourceMasks, uniform_k_subset
+from vpd_lens.decomposition.masks import SourceMasks, routed
 from vpd_lens.errors import ConfigError, NonFiniteLossError
 from vpd_lens.training.adversary import PersistentAdversary
 from vpd_lens.training.distributed import ALONE, Processes
@@ -35,10 +35,12 @@ from vpd_lens.training.losses import (
     cut,
     faithfulness,
     layerwise_reconstruction,
+    mixed,
     stochastic_reconstruction,
-    whole_minimality,
 )
-from vpd_lens.training.optimiser import adversary_lr, exponent, learning_rate, optimisers
+from vpd_lens.training.minimality import Minimality
+from vpd_lens.training.optimiser import adversary_lr, learning_rate, optimisers
+from vpd_lens.training.price import Price
 from vpd_lens.training.sharding import is_sharded, whole
 
 Losses = dict[str, Tensor]
@@ -48,7 +50,8 @@ class Stepper:
     """What a training step carries forward, and the step itself, on one of `processes`.
 
     Attributes:
-        coefficients: Weight of every loss in the total.
+        coefficients: Weight of every loss in the total but minimality.
+        price: The weight of minimality.
         parameters: Those of `"subcomponents"`, U and V, and of the `"importance"` function.
         optimisers: What updates them.
         adversary: The persistent sources; made at the first batch, whose shape they take.
@@ -71,13 +74,21 @@ class Stepper:
             )
         self.autocast = config.autocast and self.device.type == "cuda"
         self.mask_dtype = getattr(torch, config.mask_dtype)
+        random, adversary = config.stochastic.coefficient, config.adversary.coefficient
+        merged = config.adversary.merge > 0 and adversary > 0
         self.coefficients = {
-            "stochastic": config.stochastic.coefficient,
+            "stochastic": 0.0 if merged else random,
             "layerwise": config.stochastic.layerwise_coefficient,
-            "adversarial": config.adversary.coefficient,
-            "minimality": config.minimality.coefficient,
+            "adversarial": 0.0 if merged else adversary,
+            "merged": random + adversary if merged else 0.0,
             "faithfulness": config.faithfulness.coefficient,
         }
+        # The weight of the loss through which the sources get the last gradient of a step.
+        self.attack = self.coefficients["merged" if merged else "adversarial"]
+        self.price = Price(config.minimality, self.device)
+        self.minimality = Minimality(
+            config.minimality, torch.zeros(vpd.layout.total, device=self.device)
+        )
         self.renew()
         self.generator = processes.generator(config.seed, self.device)
         self.adversary: PersistentAdversary | None = None
@@ -103,7 +114,7 @@ class Stepper:
 
         Args:
             batch: Tokens `[batch, pos]` (or whatever the model takes): this process's rows.
-            step: The step, from 0; it decides learning rates and the exponent.
+            step: The step, from 0; it decides learning rates and the penalty.
             real: Positions that are no padding, `[batch, pos]`; `None`: all.
 
         Returns:
@@ -119,8 +130,10 @@ class Stepper:
         with self.vpd.undisturbed():
             with self._autocast():
                 for part in parts:
-                    self._look(part, gradient=len(parts) == 1)
-                if self.coefficients["adversarial"] > 0:
+                    self._look(part, gradient=len(parts) == 1, first=step == 0)
+                if step == 0:
+                    self.price.begin(self._worst(parts))
+                if self.attack > 0:
                     self._refine_adversary(parts, batch.shape[0], step)
             losses = self._backward(parts, step)
         importance = StepImportance([(part.z.detach(), part.real) for part in parts])
@@ -128,16 +141,35 @@ class Stepper:
             self._update(losses, parts, step)
         return losses, importance
 
-    def _look(self, part: Part, gradient: bool) -> None:
+    def _look(self, part: Part, gradient: bool, first: bool = False) -> None:
         """1 and 2: the target's output on a part, and its importances."""
         if part.real is not None:
             part.arguments = right_padding(self.vpd.model, part.real)
         with record_function("vpd::target"):
             output, part.inputs = self.vpd.target(part.tokens, **part.arguments)
             part.divergence = Divergence(output, self.vpd.divergence, part.real)
+        if first and (own := getattr(self.vpd.importance, "conditioning", None)) is not None:
+            own.calibrate(self.vpd.subcomponents.acts(part.inputs))
+            self.processes.first_(list(own.parameters()))
         # With several parts the graph of the importances is rebuilt part by part later.
         with record_function("vpd::importance"), torch.set_grad_enabled(gradient):
             part.z = self.vpd.pre_importance(part.inputs, part.real)
+
+    @torch.no_grad()
+    def _worst(self, parts: list[Part]) -> Tensor:
+        """The divergence of ablating everything, or of predicting the same everywhere, if smaller.
+
+        Of the global batch: what divergences are measured by.
+        """
+        total = torch.zeros((), device=self.device)
+        for part in parts:
+            nothing = torch.zeros_like(part.z)
+            masks = SourceMasks(nothing, nothing, nothing[..., : len(self.vpd.sites)])
+            output = self.vpd.run(masks, part.tokens, **part.arguments)
+            divergence = part.divergence
+            total += part.share * torch.minimum(divergence(output), divergence.blind())
+        self.processes.sum_([total])
+        return total
 
     def new_adversary(self, batch_shape: tuple[int, ...]) -> PersistentAdversary:
         """Fresh sources for batches of this leading shape."""
@@ -146,8 +178,10 @@ class Stepper:
 
     def _refine_adversary(self, parts: list[Part], n_rows: int, step: int) -> None:
         """3: the inner updates of the sources."""
+        shape = (n_rows, *parts[0].z.shape[1:-1])
         if self.adversary is None:
-            self.adversary = self.new_adversary((n_rows, *parts[0].z.shape[1:-1]))
+            self.adversary = self.new_adversary(shape)
+        self.adversary.draw(shape)
         self.adversary.set_lr(adversary_lr(self.config.adversary, step, self.config.steps))
         with record_function("vpd::adversary"), self.vpd.frozen_subcomponents():
             importances = [part.z.detach().clamp(0, 1).to(self.mask_dtype) for part in parts]
@@ -155,21 +189,21 @@ class Stepper:
                 for part, g in zip(parts, importances, strict=True):
                     # On every site, whatever the routing of the loss.
                     loss = self._divergence(part, self.adversary.masks(g, part.rows)) * part.share
-                    loss = self.coefficients["adversarial"] * loss
+                    loss = self.attack * loss
                     loss.backward(inputs=self.adversary.leaves())
                 self.adversary.ascend(self._scale(parts))
 
     def _backward(self, parts: list[Part], step: int) -> Losses:
         """4: gradients of the total, and every loss of the global batch."""
-        p = exponent(self.config.minimality, step, self.config.steps)
-        minimal, minimal_of = whole_minimality(parts, p, self.config.minimality, self.processes)
+        minimal, minimal_of = self.minimality.of(parts, step, self.config.steps, self.processes)
         losses: Losses = {}
+        weights = {**self.coefficients, "minimality": self.price.coefficient}
         for index, part in enumerate(parts):
             with record_function("vpd::losses"), self._autocast():
                 if len(parts) > 1:
                     part.z = self.vpd.pre_importance(part.inputs, part.real)
                 own = self._losses(part, minimal_of, index)
-                total = torch.stack([self.coefficients[name] * own[name] for name in own]).sum()
+                total = torch.stack([weights[name] * own[name] for name in own]).sum()
             with record_function("vpd::backward"):
                 total.backward()
             for name, loss in own.items():
@@ -181,9 +215,16 @@ class Stepper:
             # The minimality loss is that of the global batch already, on every process.
             shares = [loss for name, loss in losses.items() if name != "minimality"]
             self.processes.sum_(gradients + shares)
-        weighted = [self.coefficients[name] * loss for name, loss in losses.items()]
+        weighted = [weights[name] * loss for name, loss in losses.items()]
         losses["total"] = torch.stack(weighted).sum()
+        self.price.see(self._reconstruction(losses), step, self.config.steps)
         return losses
+
+    def _reconstruction(self, losses: Losses) -> Tensor:
+        """The mean of the reconstruction losses by their weights."""
+        names = [n for n in ("stochastic", "layerwise", "adversarial", "merged") if n in losses]
+        weights = [self.coefficients[name] for name in names]
+        return sum(w * losses[n] for w, n in zip(weights, names, strict=True)) / sum(weights)
 
     def _losses(self, part: Part, minimal_of: Callable[[Part], Tensor], index: int) -> Losses:
         """The five losses on one part, each by its share of the global batch."""
@@ -197,15 +238,21 @@ class Stepper:
             )
         if self.coefficients["layerwise"] > 0:
             losses["layerwise"] = part.share * layerwise_reconstruction(under, g, layout, draws)
-        if self.adversary is not None:
+        if self.adversary is not None and self.config.adversary.merge:
+            attacked = self.adversary.masks(g, part.rows)
+            share = self.config.adversary.merge
+            masks = mixed(attacked, share, layout, config.routing, draws)
+            losses["merged"] = part.share * under(masks)
+        elif self.adversary is not None:
             masks = self.adversary.masks(g, part.rows)
-            if self.config.adversary.routing == "subset":
-                masks.routed = uniform_k_subset(masks.delta.shape, self.device, draws)
+            routing = self.config.adversary.routing
+            masks.routed = routed(routing, masks.delta.shape, self.device, draws)
             losses["adversarial"] = part.share * under(masks)
         losses["minimality"] = minimal_of(part)
         if index == 0:  # it is of the weights, not of the data
             with self._autocast(False):
-                loss = faithfulness(self.vpd.subcomponents.deltas(self.weights))
+                relative = self.weights if self.config.faithfulness.relative else None
+                loss = faithfulness(self.vpd.subcomponents.deltas(self.weights), relative)
             world = self.processes.world
             losses["faithfulness"] = loss if world == 1 else loss / world
         return losses
@@ -240,7 +287,7 @@ class Stepper:
     def _scale(self, parts: list[Part]) -> float:
         """What the sources' gradients are, relative to those of a sum over positions."""
         n_positions = sum(part.z[..., 0].numel() for part in parts) * self.processes.world
-        return self.coefficients["adversarial"] / n_positions
+        return self.attack / n_positions
 
     def _autocast(self, on: bool = True) -> AbstractContextManager[Any]:
         if not self.autocast:

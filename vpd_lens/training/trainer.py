@@ -21,7 +21,7 @@ from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.attach import attach, removed_if_untrained
 from vpd_lens.decomposition.saving import base_model_record, save
 from vpd_lens.decomposition.subcomponents import align
-from vpd_lens.errors import ArtefactError, ConfigError, TrainingInterrupted
+from vpd_lens.errors import ArtefactError, CollapseError, ConfigError, TrainingInterrupted
 from vpd_lens.models import usable_device
 from vpd_lens.storage import disk_errors, existing_folder
 from vpd_lens.training.budget import budget, explained_out_of_memory, warn_if_short
@@ -103,6 +103,7 @@ def train(
         ArtefactError: If the checkpoint is damaged or of another run, or `output` cannot be
             written.
         DataError: If the data cannot be read or does not fit the model.
+        CollapseError: If the importance function collapses and `stop_on_collapse` is set.
         NonFiniteLossError: If a loss becomes NaN or infinite; the last checkpoint is kept.
         OutOfMemoryError: If the run runs out of memory; `MemoryWarning` comes before that.
         ProcessError: If another process died, or has other arguments.
@@ -231,7 +232,11 @@ class _Run:
                         diagnostics.look(done, self.history[-1])
                     log.write(done, self.history[-1])
                     window = _Window()
+                watched = config.stop_on_collapse
+                if self.processes.largest([watched and diagnostics.collapsed])[0]:
+                    raise CollapseError(self._collapsed(done))
                 stop, due = self._agree(requests, done)
+                due = due and not (watched and diagnostics.suspicious)
                 if due or done == config.steps or stop:
                     require_finite(window.sums)
                     self._save(done)
@@ -241,6 +246,14 @@ class _Run:
                         f"in {self.checkpoint}. To go on: train(..., output={str(self.folder)!r}, "
                         "resume=True), or vpd-lens train with --resume."
                     )
+
+    def _collapsed(self, done: int) -> str:
+        kept = f"the one after step {self.saved} is" if self.saved else "there is none"
+        return (
+            f"stopped after step {done}: the importance function is collapsing (see the warning). "
+            f"No checkpoint was written since the first sign; {kept} in {self.checkpoint}. Start "
+            "anew with a lower minimality.coefficient or minimality.penalty='smooth_l0'."
+        )
 
     def _agree(self, requests: list[signal.Signals], done: int) -> tuple[str, bool]:
         """The signal that any process has received, and whether a checkpoint is due."""
@@ -293,6 +306,8 @@ class _Window:
             "l0": float(importance.mean((g > 0).sum(-1))),
             "ci_max": float(importance.mean(g.amax(-1))),
             "lr": stepper.optimisers[0].param_groups[0]["lr"],
+            "coefficient": float(stepper.price.coefficient),
+            "worst": float(stepper.price.worst),
             "seconds_per_step": (time.perf_counter() - self.since) / self.count,
         }
         every = stepper.processes.all(figures)
