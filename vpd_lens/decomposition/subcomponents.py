@@ -97,7 +97,11 @@ def resolve_counts(sites: Sequence[NamedMatrix], spec: CountSpec) -> tuple[int, 
         ConfigError: If a count is below 1 or a pattern of the mapping matches no site.
     """
     if isinstance(spec, str):
-        rules = {"paper": paper_count, "faithful": faithful_count, "2x-rank": rank_count}
+        rules: dict[str, Callable[[Any], int]] = {
+            "paper": paper_count,
+            "faithful": faithful_count,
+            "2x-rank": rank_count,
+        }
         if spec not in rules:
             raise ConfigError(
                 f"n_subcomponents={spec!r} is not known; give 'paper', 'faithful', '2x-rank', an "

@@ -223,8 +223,8 @@ class Stepper:
     def _reconstruction(self, losses: Losses) -> Tensor:
         """The mean of the reconstruction losses by their weights."""
         names = [n for n in ("stochastic", "layerwise", "adversarial", "merged") if n in losses]
-        weights = [self.coefficients[name] for name in names]
-        return sum(w * losses[n] for w, n in zip(weights, names, strict=True)) / sum(weights)
+        weighted = [self.coefficients[name] * losses[name] for name in names]
+        return torch.stack(weighted).sum() / sum(self.coefficients[name] for name in names)
 
     def _losses(self, part: Part, minimal_of: Callable[[Part], Tensor], index: int) -> Losses:
         """The five losses on one part, each by its share of the global batch."""
