@@ -1,12 +1,14 @@
 """The step and the loop: gradients, micro-batches, resuming, interruption, failures."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.masks import uniform_sources
 from vpd_lens.decomposition.subcomponents import align
-from vpd_lens.errors import ArtefactError, ConfigError, NonFiniteLossError
+from vpd_lens.errors import ArtefactError, CollapseError, ConfigError, NonFiniteLossError
 from vpd_lens.training import train
 from vpd_lens.training.checkpoint import CheckpointRecord
 from vpd_lens.training.distributed import ALONE
@@ -28,6 +30,7 @@ from vpd_lens.training.log import Diagnostics, TrainingWarning
 from vpd_lens.training.losses import cut, faithfulness
 from vpd_lens.training.minimality import Power, minimality, penalty_sum
 from vpd_lens.training.optimiser import optimisers
+from vpd_lens.training.price import Price
 from vpd_lens.training.step import Stepper, warm_up_faithfulness
 
 IMPORTANCE = CausalImportanceConfig(d_model=16, n_blocks=1, n_heads=2, d_ffn=32)
@@ -565,6 +568,28 @@ class TestWarnings:
         assert not recwarn
         with pytest.warns(TrainingWarning, match="still 50% of what knowing nothing"):
             self.look(1000, adversarial=0.5, worst=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_collapse_ends_a_run_that_asked_for_it(tokens, tmp_path, monkeypatch, stop):
+    """Brought about by a price that rises a thousandfold in the middle of the run."""
+    see = Price.see
+
+    def dearer(self, divergence, step, steps):
+        see(self, divergence, step, steps)
+        if step == 60:
+            self.state = self.state + torch.tensor([math.log(3000.0), 0.0, 0.0])
+
+    monkeypatch.setattr(Price, "see", dearer)
+    run = VPDConfig.small(steps=100, batch_size=4, seq_len=8, log_every=5, checkpoint_every=10)
+    changes = {"minimality.coefficient": 1e-4, "stop_on_collapse": stop, "n_subcomponents": 12}
+    rates = {"kind": "adamw", "lr": 1e-2, "schedule": "constant", "clip_importance": None}
+    run = run.replaced({**changes, "importance": IMPORTANCE.model_dump(), "optimiser": rates})
+    ends = pytest.raises(CollapseError, match="after step 60 is in") if stop else nullcontext()
+    with pytest.warns(TrainingWarning, match="is collapsing"), ends:
+        train(tiny_bridge(), tokens, run, output=tmp_path / "run", progress=False)
+    assert checkpoint_of(tmp_path / "run").step == (60 if stop else 100)
 
 
 @pytest.mark.slow
