@@ -72,7 +72,8 @@ def main() -> None:
     console.print(model.vpd)
 
     console.rule("3. Is it any good?")
-    report = vpd_lens.evaluate(model, held_out[:64], pgd_steps=(20, 40, 80, 160), pgd_restarts=2)
+    attacks = {"pgd_steps": (20, 40, 80, 160), "pgd_restarts": 2, "audit": True}
+    report = vpd_lens.evaluate(model, held_out[:64], **attacks)
     report.to_json(folder / "report.json")
     show(report, model, held_out, folder)
     console.print(f"\nDone in {(time.perf_counter() - begun) / 60:.1f} minutes.")

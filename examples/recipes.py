@@ -52,7 +52,7 @@ def target_s(folder: Path, _output: Path) -> tuple[Target, dict]:
         config = HookedTransformerConfig(
             n_layers=2, d_model=64, n_ctx=64, d_head=16, n_heads=4, d_mlp=256, d_vocab=512,
             act_fn="gelu_new", normalization_type="RMS", positional_embedding_type="rotary",
-            rotary_dim=16, device="cpu",
+            rotary_dim=16, eps=1e-6, device="cpu",
         )  # fmt: skip
         model = HookedTransformer(config)
         model.load_state_dict(in_transformer_lens(load_file(folder / "model.safetensors")), False)

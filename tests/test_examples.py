@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import shared_folder
@@ -70,6 +71,39 @@ def test_stories260k_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stories, "story", lambda *_: "")
     stories.main()
     assert path.stat().st_mtime_ns == written
+
+
+def test_target_s_is_what_others_trained():
+    """Its logits are those that came with its weights."""
+    pytest.importorskip("transformer_lens.HookedTransformer", reason="needs HookedTransformer")
+    folder = shared_folder("targets")
+    target, _ = script("recipes").target_s(folder, folder)
+    tokens = torch.from_numpy(np.load(folder / "S" / "ref_tokens.npy").astype("int64"))
+    expected = torch.from_numpy(np.load(folder / "S" / "ref_logits.npy"))
+    with torch.no_grad():
+        logits = target.load()(tokens.view(-1, tokens.shape[-1]))
+    torch.testing.assert_close(logits.view_as(expected), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
+def test_a_recipe_from_the_command_line(tmp_path, monkeypatch):
+    """With two small steps; what `--set` says is in the record."""
+    pytest.importorskip("transformer_lens.HookedTransformer", reason="needs HookedTransformer")
+    recipes = script("recipes")
+    folder = shared_folder("targets")
+    monkeypatch.setattr(vpd_lens.EvalReport, "to_html", lambda *_: None)
+    small = ["n_subcomponents=8", "importance.d_model=16", "batch_size=2", "adversary.merge=0.5"]
+    small += ["faithfulness.warmup_steps=2"]
+    arguments = ["s", "--data", str(folder), "--output", str(tmp_path), "--name", "tiny"]
+    arguments += ["--steps", "2", "--rows", "2", "--attack", "1", "2"]
+    sets = [part for pair in small for part in ("--set", pair)]
+    monkeypatch.setattr("sys.argv", ["recipes.py", *arguments, *sets])
+    recipes.main()
+    record = RunRecord.read(tmp_path / "records" / "s,tiny,steps=2,seed=0.json")
+    assert record.config.adversary.merge == 0.5
+    assert record.config.minimality.coefficient == 1.1e-3  # the target's own
+    assert list(record.report.pgd) == ["1", "2"]
+    assert record.report.n_positions == 2 * 64
 
 
 def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
