@@ -44,8 +44,7 @@ class Price:
     @property
     def coefficient(self) -> Float[Tensor, ""]:
         """What the minimality losses are multiplied by."""
-        unit = self.worst if self.config.relative else 1.0
-        return self.config.coefficient * unit * self.state[0].exp()
+        return self.config.coefficient * self._unit() * self.state[0].exp()
 
     def begin(self, worst: Float[Tensor, ""]) -> None:
         """Take note of the worst divergence."""
@@ -59,11 +58,14 @@ class Price:
         decay = 0.5 ** (1 / max(1.0, HALF_LIFE * steps))
         log_d = divergence.detach().clamp(min=1e-12).log()
         average = self.state[1].lerp(log_d, 1 - decay if step else 1.0)
-        tolerated = (config.tolerance * (self.worst if config.relative else 1.0)) + 0 * average
-        wanted = tolerated.log() + math.log(allowance(step / steps, config.slack))
+        allowed = config.tolerance * allowance(step / steps, config.slack)
+        wanted = (allowed * self._unit()).log()
         price = self.state[0] + config.rate / steps * (wanted - average)
         bound = math.log(BOUND)
         self.state = torch.stack([price.clamp(-bound, bound), average, self.worst])
+
+    def _unit(self) -> Float[Tensor, ""]:
+        return self.worst if self.config.relative else torch.ones_like(self.worst)
 
 
 def allowance(progress: float, slack: float) -> float:

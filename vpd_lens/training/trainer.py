@@ -232,11 +232,7 @@ class _Run:
                         diagnostics.look(done, self.history[-1])
                     log.write(done, self.history[-1])
                     window = _Window()
-                watched = config.stop_on_collapse
-                if self.processes.largest([watched and diagnostics.collapsed])[0]:
-                    raise CollapseError(self._collapsed(done))
-                stop, due = self._agree(requests, done)
-                due = due and not (watched and diagnostics.suspicious)
+                stop, due = self._agree(requests, done, diagnostics)
                 if due or done == config.steps or stop:
                     require_finite(window.sums)
                     self._save(done)
@@ -255,12 +251,21 @@ class _Run:
             "anew with a lower minimality.coefficient or minimality.penalty='smooth_l0'."
         )
 
-    def _agree(self, requests: list[signal.Signals], done: int) -> tuple[str, bool]:
-        """The signal that any process has received, and whether a checkpoint is due."""
+    def _agree(
+        self, requests: list[signal.Signals], done: int, seen: Diagnostics
+    ) -> tuple[str, bool]:
+        """The signal that any process has received, and whether a checkpoint is due.
+
+        What the first process has `seen` stops all of them, or keeps them from writing one.
+        """
         every = self.config.checkpoint_every
         due = done % every == 0 if every else time.monotonic() > self.next_save
-        number, due = self.processes.largest([requests[0] if requests else 0, due])
-        return (signal.Signals(number).name if number else ""), bool(due)
+        signs = [self.config.stop_on_collapse and s for s in (seen.collapsed, seen.suspicious)]
+        agreed = self.processes.largest([requests[0] if requests else 0, due, *signs])
+        number, due, collapsed, suspicious = agreed
+        if collapsed:
+            raise CollapseError(self._collapsed(done))
+        return (signal.Signals(number).name if number else ""), bool(due and not suspicious)
 
     def _data_state(self) -> dict[str, Any]:
         state = self.batches.state_dict()
