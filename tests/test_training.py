@@ -563,11 +563,11 @@ class TestWarnings:
         assert not recwarn
 
     def test_what_is_still_lost_at_the_end(self, recwarn):
-        self.look(1000, adversarial=0.09, stochastic=0.01, worst=1.0)
-        self.look(999, adversarial=0.5, worst=1.0)
+        self.look(1000, adversarial=0.5, stochastic=0.09, worst=1.0)
+        self.look(999, stochastic=0.5, worst=1.0)
         assert not recwarn
         with pytest.warns(TrainingWarning, match="still 50% of what knowing nothing"):
-            self.look(1000, adversarial=0.5, worst=1.0)
+            self.look(1000, stochastic=0.5, worst=1.0)
 
 
 @pytest.mark.slow

@@ -117,7 +117,8 @@ class SilentLog:
 
 
 # Losses that compare outputs; the larger, the more is lost.
-RECONSTRUCTION = ("stochastic", "layerwise", "adversarial", "merged")
+RANDOM = ("stochastic", "layerwise", "merged")  # merged: at some positions
+RECONSTRUCTION = (*RANDOM, "adversarial")
 
 
 class TrainingWarning(UserWarning):
@@ -171,12 +172,13 @@ class Diagnostics:
         before.append(norm)
         lost = max((metrics[name] for name in RECONSTRUCTION if name in metrics), default=0.0)
         self._look_for_collapse(step, metrics["l0"], lost, norm / usual if usual else 0.0)
-        share = lost / metrics["worst"] if metrics.get("worst") else 0.0
+        random = max((metrics[name] for name in RANDOM if name in metrics), default=0.0)
+        share = random / metrics["worst"] if metrics.get("worst") else 0.0
         if step == self.steps >= 200 and share > 0.1:
             self._warn(
                 "costly",
-                f"the largest reconstruction loss is still {share:.0%} of what knowing nothing of "
-                f"the input would cost ({metrics['worst']:.3g}). Train longer, lower "
+                f"the divergence under random masks is still {share:.0%} of what knowing nothing "
+                f"of the input would cost ({metrics['worst']:.3g}). Train longer, lower "
                 "minimality.coefficient, or set minimality.tolerance.",
             )
 
