@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -28,9 +29,9 @@ def model(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> nn
     return attach(build(request.param), n_subcomponents=5)
 
 
-@pytest.fixture
-def logits(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Logits of the last position of every masked forward, in order."""
+@contextmanager
+def noted(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Logits of the last position of every masked forward in the block, in order."""
     seen: list[Tensor] = []
 
     def note(_module: nn.Module, _args: tuple, out: Tensor) -> None:
@@ -39,8 +40,16 @@ def logits(model: nn.Module) -> Iterator[list[Tensor]]:
             seen.append(out[:, -1].clone())
 
     handle = model.unembed.register_forward_hook(note)
-    yield seen
-    handle.remove()
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@pytest.fixture
+def logits(model: nn.Module) -> Iterator[list[Tensor]]:
+    with noted(model) as seen:
+        yield seen
 
 
 def generate(model: nn.Module, prompt: Any, cached: bool, **kwargs: Any) -> Any:
@@ -96,17 +105,9 @@ def test_with_causal_importances_generation_is_one_forward_on_its_text(
     causal: nn.Module, mode: str
 ) -> None:
     """What was masked token by token, with a cache, is what the whole text would be."""
-    seen: list[Tensor] = []
-
-    def note(_module: nn.Module, _args: tuple, out: Tensor) -> None:
-        current = causal.vpd.forwards.state.current
-        if current is not None and current.masks is not None:
-            seen.append(out[:, -1].clone())
-
-    handle = causal.unembed.register_forward_hook(note)
     with causal.vpd.masked(mode):
-        text = generate(causal, tokens(length=5), cached=has_cache(causal))
-        handle.remove()
+        with noted(causal) as seen:
+            text = generate(causal, tokens(length=5), cached=has_cache(causal))
         whole = causal(text)
     for position, logits in enumerate(seen, 4):
         torch.testing.assert_close(logits, whole[:, position], rtol=1e-4, atol=1e-4)

@@ -27,8 +27,8 @@ class Promise:
         holds: Largest value at which it holds.
         fails: Value above which it does not.
         advice: What to change if it does not.
-        value: The figure of a report that decides, or `None` where it was not measured.
-        of_worst: Whether the figure is a share of `report.worst`; else of all subcomponents.
+        value: The share that decides, of `report.worst` or of all subcomponents; `None` where it
+            was not measured.
     """
 
     name: str
@@ -37,7 +37,6 @@ class Promise:
     fails: float
     advice: str
     value: Callable[[EvalReport], float | None]
-    of_worst: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,6 @@ class Finding:
     promise: Promise
     status: Status
     value: float
-
-    def __str__(self) -> str:
-        what = "of knowing nothing" if self.promise.of_worst else "of all"
-        return f"{self.promise.question} {self.status}: {self.value:.1%} {what}"
 
 
 def _mode(name: str) -> Callable[[EvalReport], float | None]:
@@ -127,7 +122,6 @@ PROMISES = (
         0.5,
         "raise minimality.coefficient, or train longer.",
         _share_in_use,
-        of_worst=False,
     ),
 )
 

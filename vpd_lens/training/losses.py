@@ -95,10 +95,10 @@ def faithfulness(
     squares = torch.stack([delta.square().sum() for delta in deltas])
     if weights is None:
         return squares.sum() / sum(delta.numel() for delta in deltas)
-    sizes = torch.stack([weight.float().square().sum() for weight in weights])
+    sizes = [weight.float().square().sum() for weight in weights]
     # A matrix of zeros has no size of its own; it counts as one whose entries are 1.
-    entries = sizes.new_tensor([weight.numel() for weight in weights])
-    return (squares / torch.where(sizes > 0, sizes, entries)).mean()
+    sizes = [torch.where(s > 0, s, w.numel()) for s, w in zip(sizes, weights, strict=True)]
+    return (squares / torch.stack(sizes)).mean()
 
 
 @dataclass
