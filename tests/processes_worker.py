@@ -98,6 +98,7 @@ def same_step():
     assert processes.world == 2
     for scope in ("position", "sequence", "batch", "single"):
         base = {"adversary": {"scope": scope, "routing": "subset", "lr_warmup": 0.0}}
+        base["locality"] = {"coefficient": 1.0}
         expected = one_step(base, ALONE)
         cases = [{}, {"shard_importance": True}]
         if scope == "sequence":

@@ -146,8 +146,10 @@ class FailOnSync(TorchDispatchMode):
         {"adversary.restart": 0.0, "optimiser.kind": "adamw", "adversary.routing": "subset"},
         {"recompute": True, "mask_dtype": "bfloat16"},
         {"micro_batches": 2},
+        {"faithfulness.relative": True, "locality.coefficient": 1e-3, "stochastic.donors": 0.1},
+        {"adversary.merge": 0.5, "stochastic.donors": 0.1, "minimality.tolerance": 0.1},
     ],
-    ids=["small", "paper", "recompute", "micro-batches"],
+    ids=["small", "paper", "recompute", "micro-batches", "locality", "merged"],
 )
 def test_a_step_never_waits_for_the_device(
     kind: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch

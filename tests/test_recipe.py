@@ -9,16 +9,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpd_lens import VPDConfig, decompose, load, train
-from vpd_lens.config import AdversaryConfig, CausalImportanceConfig, MinimalityConfig
+from vpd_lens.config import (
+    AdversaryConfig,
+    CausalImportanceConfig,
+    LocalityConfig,
+    MinimalityConfig,
+    StochasticConfig,
+)
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.conditioning import Conditioning, two_sided_leaky
 from vpd_lens.decomposition.folding import Columns, fold, unfold
 from vpd_lens.decomposition.importance import first_of_each_block, upper_leaky
-from vpd_lens.decomposition.masks import Layout, SourceMasks, routed
+from vpd_lens.decomposition.masks import Layout, SourceMasks, routed, uniform_sources
 from vpd_lens.decomposition.subcomponents import numerical_rank
 from vpd_lens.errors import ConfigError
+from vpd_lens.training import losses as losses_module
 from vpd_lens.training.adversary import PersistentAdversary
-from vpd_lens.training.losses import faithfulness, mixed
+from vpd_lens.training.locality import Locality, soft_count, units_of
+from vpd_lens.training.log import Diagnostics, TrainingWarning
+from vpd_lens.training.losses import (
+    aggregate,
+    faithfulness,
+    mixed,
+    squared_sizes,
+    stochastic_reconstruction,
+)
 from vpd_lens.training.minimality import (
     Minimality,
     Power,
@@ -32,6 +47,7 @@ from vpd_lens.training.step import Stepper
 
 IMPORTANCE = {"d_model": 16, "n_blocks": 1, "n_heads": 2, "d_ffn": 32}
 LAYOUT = Layout(("a", "b"), (3, 4))
+DRAWN_DONORS = losses_module._drawn_donors
 CPU = torch.device("cpu")
 
 
@@ -135,8 +151,129 @@ def test_what_is_stuck_above_one_feels_the_whole_slope_with_a_leak_of_one():
 def test_relative_faithfulness_is_a_mean_over_sites_of_shares():
     weights = [torch.full((2, 3), 2.0), torch.full((5, 5), 0.1), torch.zeros(2, 2)]
     deltas = [0.5 * weights[0], 0.1 * weights[1], torch.full((2, 2), 0.1)]
-    found = float(faithfulness(deltas, weights))
+    found = float(faithfulness(deltas, squared_sizes(weights)))
     assert found == pytest.approx((0.25 + 0.01 + 0.01) / 3)  # of zeros: per entry
+
+
+def test_the_sizes_of_fixed_weights_are_computed_once(tokens, monkeypatch):
+    one = stepper(**{"faithfulness.relative": True})
+    expected = torch.stack([site.weight.square().sum() for site in one.vpd.sites])
+    torch.testing.assert_close(one.sizes, expected)
+    monkeypatch.setattr("vpd_lens.training.step.squared_sizes", None)
+    losses, _ = one.step(tokens[:4], 0)
+    assert losses["faithfulness"] > 0
+
+
+# ------------------------------------------------------------------------------- locality
+
+
+def written_out(directions, n_units, t):
+    """The soft count of the formula, unit by unit."""
+    counts = []
+    for row in directions.tolist():
+        size = len(row) // n_units
+        squares = [
+            sum(x * x for x in row[u * size : (u + 1) * size]) / sum(x * x for x in row)
+            for u in range(n_units)
+        ]
+        counts.append((1 + t / n_units) * sum(f / (f + t / n_units) for f in squares))
+    return torch.tensor(counts, dtype=directions.dtype)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    n_units=st.sampled_from([1, 2, 6, 12]),
+    threshold=st.floats(0.1, 10),
+    length=st.floats(1e-6, 1e6),
+)
+def test_the_soft_count_is_its_formula_whatever_the_length(seed, n_units, threshold, length):
+    directions = torch.randn(3, 12, dtype=torch.float64, generator=generator(seed))
+    expected = written_out(directions, n_units, threshold)
+    torch.testing.assert_close(soft_count(length * directions, n_units, threshold), expected)
+    assert (expected <= (n_units + threshold) / (1 + threshold) + 1e-9).all()
+
+
+def test_the_soft_count_s_gradient_is_that_of_finite_differences():
+    directions = torch.randn(3, 12, dtype=torch.float64, generator=generator(), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda d: soft_count(d, 4, 2.0), (directions,))
+
+
+def test_one_unit_counts_1_some_equal_ones_about_their_number_and_none_0():
+    directions = torch.zeros(4, 4096, requires_grad=True)
+    with torch.no_grad():
+        for row, n in enumerate((1, 10, 30)):
+            directions[row, :n] = 1e-3
+    counts = soft_count(directions, 4096, 2.0)
+    assert counts.tolist() == pytest.approx([1, 10, 30, 0], rel=0.02)
+    counts.sum().backward()
+    assert directions.grad[3].eq(0).all()
+    heads = torch.zeros(2, 32)
+    heads[0, 8:16], heads[1, [0, 9, 17, 25]] = 1.0, 1.0  # one of four heads, and all of them
+    assert soft_count(heads, 4, 1e-3).tolist() == pytest.approx([1, 4], rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["bridge", "grouped", "hooked", "single"])
+def test_locality_is_a_mean_over_neurons_and_one_over_heads(kind):
+    from compat.builders import has_hooked_transformer, hooked, native
+
+    if kind == "hooked" and not has_hooked_transformer():
+        pytest.skip("TransformerLens 4 has no HookedTransformer")
+    make = {
+        "bridge": tiny_bridge,
+        "grouped": lambda: native("grouped"),
+        "hooked": lambda: hooked("rms"),
+        "single": lambda: tiny_bridge(n_heads=1, d_head=16),
+    }
+    model = make[kind]()
+    attach(model, n_subcomponents={"attn.q": 3, "mlp.in": 5, ".": 6})
+    vpd, cfg = model.vpd, model.cfg
+    neurons, heads = [], []
+    for name in vpd.layout.names:
+        part = name.rpartition(".")[2]
+        directions = (vpd.v(name).T if part in ("o", "out") else vpd.u(name)).double()
+        if ".mlp." in name:
+            neurons.append(written_out(directions, cfg.d_mlp, 8 - 6 * 0.5))
+            continue
+        n_heads = vpd.sites[vpd.layout.names.index(name)].shape[part != "o"] // cfg.d_head
+        heads.append(cfg.n_heads / n_heads * written_out(directions, n_heads, 8 - 6 * 0.5))
+    expected = torch.cat(neurons).mean() + torch.cat(heads).mean()
+    own = Locality(LocalityConfig(coefficient=1.0), vpd)
+    torch.testing.assert_close(own(0.5).double(), expected.detach(), rtol=1e-5, atol=0)
+    if kind == "single":
+        torch.testing.assert_close(torch.cat(heads), torch.ones(len(torch.cat(heads))).double())
+
+
+def test_training_with_locality_lowers_the_count_and_compacts(tokens, tmp_path):
+    changes = {"steps": 12, "log_every": 1, "compaction.window": 4, "compaction.threshold": 0.5}
+    changes |= {"optimiser.kind": "adamw", "optimiser.lr": 0.05, "faithfulness.coefficient": 1.0}
+    cfg = config(**changes, initialisation="random")
+    ends = []
+    for coefficient in (0.0, 10.0):
+        model = tiny_bridge()
+        run = cfg.replaced({"locality.coefficient": coefficient})
+        result = train(model, tokens, run, output=tmp_path / f"{coefficient}", progress=False)
+        ends.append(Locality(LocalityConfig(threshold_end=2.0), model.vpd)(1.0).item())
+        assert ("locality" in result.metrics) == (coefficient > 0)
+    assert ends[1] < 0.8 * ends[0]
+    assert model.vpd.layout.total < 72  # something was folded on the way
+    assert result.metrics["locality"] == pytest.approx(ends[1], rel=0.1)
+
+
+def test_without_a_coefficient_locality_is_never_computed(tokens):
+    one = stepper()
+    losses, _ = one.step(tokens[:4], 0)
+    assert one.locality is None
+    assert "locality" not in losses
+
+
+def test_locality_needs_neurons_or_heads():
+    toy = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    importance = CausalImportanceConfig(kind="mlp")
+    attach(toy, n_subcomponents=4, importance=importance, example=torch.zeros(2, 4))
+    assert units_of(toy.vpd, 0) is None
+    with pytest.raises(ConfigError, match=r"locality.coefficient=1, but none .*\(0\)"):
+        Stepper(toy.vpd, config(**{"locality.coefficient": 1.0}))
 
 
 # ---------------------------------------------------------------------------- merged pass
@@ -196,6 +333,130 @@ def test_mixed_routing_is_all_sites_at_every_second_position():
     assert some.float().mean().item() == pytest.approx(0.5, abs=0.01)
 
 
+# ---------------------------------------------------------------------------------- donors
+
+
+def drawn(shape=(5, 40), seed=0, **changes):
+    """Importances at 0 and between 0.05 and 1, and uniform masks over them."""
+    g = torch.rand(*shape, LAYOUT.total, generator=generator(seed))
+    g = torch.where(g < 0.8, 0.0, g).mul(0.95).add(0.05)
+    masks = uniform_sources(g, LAYOUT, generator(seed)).over(g)
+    masks.routed = routed("subset", masks.delta.shape, CPU, generator(seed))
+    return masks
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
+def test_donors_masks_are_a_brute_force_union(share, padded, monkeypatch):
+    seen = {}
+
+    def spy(*args):
+        seen["attacked"], seen["donors"] = DRAWN_DONORS(*args)
+        return seen["attacked"], seen["donors"]
+
+    monkeypatch.setattr(losses_module, "_drawn_donors", spy)
+    masks, before = drawn(), drawn()
+    real = None
+    if padded:
+        real = torch.ones(5, 40, dtype=torch.bool)
+        real[0, 3:] = real[3, 20:] = False
+    aggregate(masks, share, real, generator())
+    attacked, donors = seen["attacked"].tolist(), seen["donors"]
+    assert len(set(attacked)) == len(attacked) == math.ceil(share * 200)
+    needs = before.importance.flatten(0, 1) > 0.1
+    got, old, g = masks.computed(), before.computed(), before.importance.flatten(0, 1)
+    numbers = []
+    for row in range(200):
+        same = [t.flatten(0, 1)[row] for t in (got.components, got.delta, got.routed)]
+        if row not in attacked:
+            kept = [t.flatten(0, 1)[row] for t in (old.components, old.delta, old.routed)]
+            assert all(map(torch.equal, same, kept))
+            continue
+        place = attacked.index(row)
+        numbers.append(
+            int(sum(round(len(attacked) * (1 - math.log(i + 1, 65))) > place for i in range(64)))
+        )
+        own = donors[: numbers[-1], place]
+        assert row not in own
+        assert real is None or real.flatten()[own].all()
+        union = needs[own].any(0)
+        assert torch.equal(same[0], torch.where(union, 1.0, g[row]))
+        assert same[1].eq(0).all()
+        assert same[2].all()
+    if share == 1:  # log-uniform: as many from 1 to 8 as from 8 to 64
+        assert min(numbers) == 1
+        assert 48 <= max(numbers) <= 64
+        assert sum(n < 8 for n in numbers) == pytest.approx(100, abs=5)
+
+
+def test_every_other_real_position_is_a_donor_equally_often():
+    real = torch.tensor([[True] * 6 + [False] * 2])
+    counts = torch.zeros(8, 8)
+    for seed in range(300):
+        attacked, donors = DRAWN_DONORS(8, 1.0, real, CPU, generator(seed))
+        for place, row in enumerate(attacked.tolist()):
+            counts[row] += torch.bincount(donors[:, place], minlength=8)
+    shares = counts / counts.sum(1, keepdim=True)
+    assert shares[:, 6:].eq(0).all()
+    assert shares[:6, :6].diagonal().eq(0).all()
+    others = shares[:6, :6][~torch.eye(6, dtype=torch.bool)]
+    torch.testing.assert_close(others, torch.full((30,), 0.2), atol=0.02, rtol=0)
+
+
+def test_a_lonely_position_has_nobody_but_itself():
+    for real in (torch.tensor([[True, False, False]]), torch.zeros(1, 3, dtype=torch.bool)):
+        _, donors = DRAWN_DONORS(3, 1.0, real, CPU, generator())
+        assert donors.eq(0).all()
+
+
+def test_the_gradient_of_an_attacked_position_reaches_its_own_importances():
+    masks = drawn((2, 3))
+    g = masks.importance.requires_grad_()
+    aggregate(masks, 1.0, None, generator())
+    (gradient,) = torch.autograd.grad(masks.computed().components.sum(), g)
+    assert torch.equal(gradient, 1 - masks.components)
+
+
+def test_a_share_of_no_donors_changes_nothing_bit_for_bit(tokens, monkeypatch):
+    monkeypatch.setattr(losses_module, "aggregate", None)  # never called
+    g = torch.rand(3, 4, LAYOUT.total, generator=generator())
+    found = []
+    mask = lambda masks: found.append(masks) or masks.delta.sum()  # noqa: E731
+    stochastic_reconstruction(mask, g, LAYOUT, "subset", 1, generator())
+    expected = uniform_sources(g, LAYOUT, random := generator()).over(g)
+    assert torch.equal(found[0].components, expected.components)
+    assert torch.equal(found[0].routed, routed("subset", (3, 4, 2), CPU, random))
+    stepper(**{"adversary.merge": 0.5}).step(tokens[:4], 0)
+
+
+def test_donors_act_in_the_merged_pass_where_the_adversary_does_not():
+    g = attacked()
+    masks = mixed(g, 0.3, LAYOUT, "subset", generator(), donors=0.5)
+    adversary = masks.components[..., 0] == 2.0
+    assert adversary.float().mean().item() == pytest.approx(0.3, abs=0.01)
+    donors = masks.delta.eq(0).all(-1)  # all importances are 0: the unions are empty
+    assert donors.float().mean().item() == pytest.approx(0.7 * 0.5, abs=0.01)
+    assert masks.components[donors].eq(0).all()
+    assert masks.routed[donors].all()
+    assert mixed(attacked((2, 2)), 0.5, LAYOUT, "all", generator(), donors=0.5).routed is None
+
+
+@pytest.mark.parametrize("merge", [0.0, 0.5])
+def test_training_with_donors_sees_other_masks(merge, tokens):
+    losses = []
+    for donors in (0.0, 0.5):
+        one = stepper(**{"adversary.merge": merge, "stochastic.donors": donors})
+        losses.append(one.step(tokens[:4], 0)[0]["merged" if merge else "stochastic"])
+    assert losses[0] != losses[1]
+
+
+def test_donors_without_a_pass_are_refused():
+    with pytest.raises(ConfigError, match=r"stochastic.donors=0.1 .* there is neither"):
+        VPDConfig(stochastic=StochasticConfig(coefficient=0.0, donors=0.1))
+    merged = AdversaryConfig(merge=0.5)
+    VPDConfig(stochastic=StochasticConfig(coefficient=0.0, donors=0.1), adversary=merged)
+
+
 # ----------------------------------------------------------------------------------- pools
 
 
@@ -251,7 +512,25 @@ def test_a_pool_needs_positions():
         adversary.draw((2,))
 
 
+def test_a_pool_has_no_more_sets_than_positions():
+    pool(size=5)
+    with pytest.raises(ConfigError, match=r"adversary.pool=6 .* the 5 positions"):
+        pool(size=6)
+
+
 # ------------------------------------------------------------------- importance function
+
+
+def test_a_causal_importance_is_refused_for_an_encoder():
+    importance = CausalImportanceConfig(**IMPORTANCE, causal=True)
+    model = tiny_bridge(attention_dir="bidirectional")
+    with pytest.raises(ConfigError, match=r"importance.causal=True .* is an encoder"):
+        attach(model, n_subcomponents=6, importance=importance)
+    attach(model, n_subcomponents=6, importance=CausalImportanceConfig(**IMPORTANCE))
+    causal = tiny_bridge()
+    causal.adapter.supports_generation = False  # all that BERT's says
+    with pytest.raises(ConfigError, match="is an encoder"):
+        attach(causal, n_subcomponents=6, importance=importance)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -420,6 +699,41 @@ def test_what_is_allowed_ends_at_the_tolerance():
     assert allowance(0.8, 4.0) == allowance(1.0, 4.0) == 1.0
 
 
+METRICS = {"l0": 5.0, "ci_max": 1.0, "grad_norm/importance": 1.0, "worst": 2.0}
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_tolerance_that_the_subcomponents_alone_exceed_is_warned_of(relative, recwarn):
+    own = MinimalityConfig(tolerance=0.1, relative=relative)
+    allowed = 0.2 if relative else 0.1
+    reachable = METRICS | {"unmasked": 0.99 * allowed}
+    Diagnostics(72, 100, own).look(60, METRICS)
+    Diagnostics(72, 100, own).look(60, reachable)
+    Diagnostics(72, 100).look(60, METRICS | {"unmasked": 9.0})
+    assert not recwarn.list
+    with pytest.warns(TrainingWarning, match=r"minimality.tolerance=0.1 .* are at 0.4"):
+        Diagnostics(72, 100, own).look(60, METRICS | {"unmasked": 0.4})
+
+
+def test_training_measures_once_what_no_tolerance_can_be_below(tokens, tmp_path):
+    # One subcomponent per matrix explains nearly nothing.
+    changes = {"minimality.tolerance": 1e-4, "n_subcomponents": 1, "log_every": 10, "steps": 40}
+    model = tiny_bridge()
+    with pytest.warns(TrainingWarning, match=r"step 30: minimality.tolerance=0.0001"):
+        found = train(
+            model, tokens, config(**changes), output=tmp_path / "run", progress=False
+        ).history
+    assert ["unmasked" in line for line in found] == [False, False, True, True]
+    one = stepper(**{"minimality.tolerance": 0.1, "micro_batches": 2})
+    one.config = one.config.replaced({"steps": 1})
+    with one.vpd.masked("unmasked"):
+        alone = one.vpd.model(tokens[:4])
+    p = one.vpd.target(tokens[:4])[0].log_softmax(-1)
+    one.step(tokens[:4], 0)
+    expected = (p.exp() * (p - alone.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(one.price.unmasked, expected, rtol=1e-4, atol=1e-6)
+
+
 # ----------------------------------------------------------------------------- everything
 
 EVERYTHING = {
@@ -432,6 +746,8 @@ EVERYTHING = {
     "minimality.tolerance": 0.1,
     "minimality.relative": True,
     "faithfulness.relative": True,
+    "locality.coefficient": 1e-3,
+    "stochastic.donors": 0.2,
     "importance.causal": True,
     "importance.conditioning": True,
     "importance.reads": "blocks",
@@ -476,6 +792,8 @@ def test_the_recent_preset_is_the_authors_later_recipe():
     assert total == pytest.approx(1)
     assert recent.adversary.coefficient / total == pytest.approx(recent.adversary.merge)
     assert recent.minimality.coefficient * recent.minimality.frequency == pytest.approx(4.2e-5)
+    own = recent.locality
+    assert (own.coefficient, own.threshold_start, own.threshold_end) == (3e-5, 8.0, 2.0)
     assert VPDConfig.from_mapping({"preset": "recent"}) == recent
     model = tiny_bridge()
     small = {"d_model": 16, "n_blocks": 1, "n_heads": 2, "d_ffn": 32}

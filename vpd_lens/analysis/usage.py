@@ -13,6 +13,7 @@ from vpd_lens.data import Batch
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.errors import InputError
 from vpd_lens.evaluation.metrics import ALIVE
+from vpd_lens.sites.discovery import head_count
 
 # By site; sizes differ from one to the next, so their names are not checked against each other.
 Alive = Mapping[str, Int[Tensor, " _n_alive"]]
@@ -72,10 +73,8 @@ def head_shares(vpd: Decomposition, name: str) -> Float[Tensor, "C heads"]:
     kind = name.rpartition(".")[2]
     if ".attn." not in name or kind not in ("q", "k", "v", "o"):
         raise InputError(f"{name!r} is not the q, k, v or o matrix of an attention layer.")
-    cfg = vpd.model.cfg
     vectors = vpd.v(name).T if kind == "o" else vpd.u(name)  # [C, heads * d_head]
-    grouped = getattr(cfg, "n_key_value_heads", None) if kind in ("k", "v") else None
-    n_heads = grouped or cfg.n_heads
+    n_heads = head_count(vpd.model.cfg, kind)
     squares = vectors.double().square()  # fp32 squares of small directions would be 0
     squared = reduce(squares, "c (head d_head) -> c head", "sum", head=n_heads)
     total = squared.sum(-1, keepdim=True)

@@ -62,6 +62,10 @@ class StochasticConfig(Config):
     `"mixed"`: all at every second position, by a fair coin, and a subset at the others."""
     n_samples: Count = 1
     """Mask draws per step, averaged."""
+    donors: Fraction = 0.0
+    """Share of the positions at which no mask is random: what 1 to 64 other positions of the batch
+    need is fully on, all else at its importance, the deltas are off and every site is masked (the
+    attack of the audit). So also in the merged pass, where the adversary is not; 0: the paper."""
     layerwise_coefficient: NonNegative = 0.0
     """Weight of the same loss, one site masked at a time, mean over sites (SPD): a forward each."""
 
@@ -162,6 +166,19 @@ class FaithfulnessConfig(Config):
     """Learning rate of the warm-up."""
     warmup_weight_decay: NonNegative = 0.0
     """Weight decay of the warm-up."""
+
+
+class LocalityConfig(Config):
+    """Nonlinearity locality: a subcomponent should touch few neurons, or few attention heads."""
+
+    coefficient: NonNegative = 0.0
+    """Weight of the mean soft count of the neurons plus that of the heads which a subcomponent
+    writes to or reads from; 0: none (the paper)."""
+    threshold_start: Positive = 8.0
+    """Share of a direction's squared norm at which a neuron or head counts half, as a multiple of
+    the share that each has where all have the same; at the first step."""
+    threshold_end: Positive = 2.0
+    """The threshold that is reached, linearly."""
 
 
 class OptimiserConfig(Config):

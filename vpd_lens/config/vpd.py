@@ -14,6 +14,7 @@ from vpd_lens.config.sections import (
     CausalImportanceConfig,
     CompactionConfig,
     FaithfulnessConfig,
+    LocalityConfig,
     MinimalityConfig,
     OptimiserConfig,
     StochasticConfig,
@@ -56,6 +57,8 @@ class VPDConfig(Config):
     """Importance and frequency minimality."""
     faithfulness: FaithfulnessConfig = FaithfulnessConfig()
     """Delta-L2 and its warm-up."""
+    locality: LocalityConfig = LocalityConfig()
+    """Nonlinearity locality (not the paper's)."""
     optimiser: OptimiserConfig = OptimiserConfig()
     """Optimiser and schedule."""
     compaction: CompactionConfig = CompactionConfig()
@@ -100,6 +103,13 @@ class VPDConfig(Config):
                 "no reconstruction loss is on: give stochastic.coefficient or "
                 "adversary.coefficient a positive value"
             )
+        merged = adversary.merge > 0 and adversary.coefficient > 0
+        if random.donors and not (random.coefficient or merged):
+            raise ValueError(
+                f"stochastic.donors={random.donors:g} is a share of the positions of the "
+                "stochastic or merged pass, and there is neither; give stochastic.coefficient a "
+                "positive value, or set stochastic.donors=0"
+            )
         if self.compile and self.recompute:
             raise ValueError("compile and recompute cannot both be on; choose one")
         if self.compaction.window and self.shard_importance:
@@ -135,8 +145,9 @@ class VPDConfig(Config):
         """The authors' later recipe for the paper's model, every value stated; `changes` replace.
 
         An exact start along neurons and head dimensions, Muon, a smooth penalty with a frequency
-        term of its own, one merged masked pass with pooled sources, relative faithfulness, and a
-        causal importance function that reads the stream before every block.
+        term of its own, one merged masked pass with pooled sources, relative faithfulness, locality
+        in neurons and heads, and a causal importance function that reads the stream before every
+        block.
         """
         base: dict[str, Any] = {
             "n_subcomponents": "faithful",
@@ -159,6 +170,7 @@ class VPDConfig(Config):
                 half_life=200,
             ),
             "faithfulness": FaithfulnessConfig(coefficient=1e3, relative=True, warmup_steps=0),
+            "locality": LocalityConfig(coefficient=3e-5),
             "optimiser": OptimiserConfig(
                 kind="muon", lr=2.8e-4, clip_subcomponents=1.0, clip_importance=1.0
             ),

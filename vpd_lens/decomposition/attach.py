@@ -22,9 +22,9 @@ from vpd_lens.decomposition.divergence import CustomDivergence, DivergenceKind
 from vpd_lens.decomposition.forward import Forwards
 from vpd_lens.decomposition.handle import Decomposition
 from vpd_lens.decomposition.subcomponents import CountSpec, resolve_counts
-from vpd_lens.errors import AttachError
+from vpd_lens.errors import AttachError, ConfigError
 from vpd_lens.sites import find_sites, model_kind, self_check
-from vpd_lens.sites.discovery import SiteSelection
+from vpd_lens.sites.discovery import SiteSelection, attends_both_ways
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,6 +41,13 @@ def attach(
 ) -> Model:
     """Attach an untrained decomposition; see `vpd_lens.decompose`."""
     _require_attachable(model)
+    importance = importance or CausalImportanceConfig()
+    if importance.kind == "transformer" and importance.causal and attends_both_ways(model):
+        raise ConfigError(
+            "importance.causal=True keeps importances from looking at later positions, but this "
+            f"{type(model).__name__} is an encoder, whose own attention does; set "
+            "importance.causal=False."
+        )
     chosen = find_sites(model, sites)
     weight = chosen[0].weight
     devices = {site.weight.device for site in chosen}
@@ -55,7 +62,6 @@ def attach(
     counts = resolve_counts(chosen, n_subcomponents)
     divergence = divergence or ("mse" if model_kind(model) == "module" else "kl")
     with torch.inference_mode(False):
-        importance = importance or CausalImportanceConfig()
         vpd = Decomposition(model, chosen, counts, importance, divergence, seed)
         vpd.__dict__["attachment"] = Attachment(vpd.to(weight.device))
     return model

@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+NEEDED = 0.1  # importance above which a position needs a subcomponent
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -15,6 +15,9 @@ from vpd_lens.decomposition.masks import Layout
 from vpd_lens.errors import ConfigError
 from vpd_lens.sites import Site
 
+# Matrices that write to neurons or heads, and those that read from them.
+WRITES, READS = ("q", "k", "v", "in", "gate"), ("o", "out")
+
 # Size of subcomponents for which the aligned start has no axis, relative to those that have one.
 SURPLUS = 0.1
 
@@ -226,9 +229,9 @@ def align(subcomponents: Subcomponents, sites: Sequence[Site]) -> None:
     """
     for site, v, u in zip(sites, subcomponents.v, subcomponents.u, strict=True):
         weight, part = site.weight.to(v), site.name.rsplit(".", 1)[-1]
-        if part in ("q", "k", "v", "in", "gate"):
+        if part in WRITES:
             _along_columns(v, u, weight)
-        elif part in ("o", "out"):
+        elif part in READS:
             _along_columns(u.T, v.T, weight.T)
 
 

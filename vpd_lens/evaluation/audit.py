@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from vpd_lens.data import Batch
 from vpd_lens.decomposition import Decomposition, Divergence, Layout
-from vpd_lens.decomposition.masks import Masks, uniform_sources
+from vpd_lens.decomposition.masks import NEEDED, Masks, uniform_sources
 
 DONORS = (1, 2, 4, 8, 16, 32, 64)
-NEEDED = 0.1  # importance above which a donor token needs a subcomponent
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 UNUSED = (0.0, 0.01, 0.1)
 SETS = ("donors", "same text", "frequency", "random")

@@ -20,6 +20,7 @@ from vpd_lens.data import Batch
 from vpd_lens.decomposition import Decomposition, Divergence, Layout
 from vpd_lens.decomposition.adversary import ascend, shared_sources
 from vpd_lens.decomposition.masks import AnyMasks
+from vpd_lens.sites.discovery import attends_both_ways
 
 ALIVE = 1e-6
 HISTOGRAM_BINS = 50
@@ -59,12 +60,11 @@ def predicts_next_token(model: nn.Module, tokens: Tensor, output: Tensor) -> boo
     The model must be causal, `tokens` integers `[batch, pos]`, and `output` `[batch, pos, vocab]`
     with a logit for every token.
     """
-    cfg = getattr(model, "cfg", None)
-    if getattr(cfg, "attention_dir", "causal") != "causal":
+    if attends_both_ways(model) or tokens.is_floating_point():
         return False
-    if tokens.is_floating_point() or tokens.ndim != 2 or output.shape[:-1] != tokens.shape:
+    if tokens.ndim != 2 or output.shape[:-1] != tokens.shape:
         return False
-    d_vocab = getattr(cfg, "d_vocab", 0)
+    d_vocab = getattr(getattr(model, "cfg", None), "d_vocab", 0)
     return output.shape[-1] >= (d_vocab if d_vocab > 0 else int(tokens.max()) + 1)
 
 

@@ -27,6 +27,19 @@ def model_kind(model: nn.Module) -> str:
     return "hooked_transformer" if blocks and hasattr(model, "hook_dict") else "module"
 
 
+def attends_both_ways(model: nn.Module) -> bool:
+    """Whether a position sees later ones, as in an encoder, by what the model says of itself."""
+    adapter, cfg = getattr(model, "adapter", None), getattr(model, "cfg", None)
+    generates = getattr(adapter, "supports_generation", True)  # BERT's says no more than that
+    return not generates or getattr(cfg, "attention_dir", "causal") != "causal"
+
+
+def head_count(cfg: Any, part: str) -> int:
+    """Heads of a model's `"q"`, `"k"`, `"v"` or `"o"` matrices; of k and v the key-value heads."""
+    grouped = getattr(cfg, "n_key_value_heads", None) if part in ("k", "v") else None
+    return int(grouped or cfg.n_heads)
+
+
 def find_sites(model: nn.Module, select: SiteSelection = "all") -> list[Site]:
     """The sites of `model` that `select` names, in forward order.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +31,9 @@ class PersistentAdversary:
         optimiser: Adam, ascending.
         sharing: The processes with which this one shares its sources: all, or no other.
         per_row: The processes over which the sources are spread: all, or no other.
+
+    Raises:
+        ConfigError: If a pool has more sets than a sequence has positions.
     """
 
     def __init__(
@@ -48,6 +53,12 @@ class PersistentAdversary:
         scope = (batch if own else 1, *(1 if same else n for n in positions))
         self.chosen: Tensor | None = None
         if config.scope == "pool":
+            if config.pool > (served := math.prod(positions)):
+                raise ConfigError(
+                    f"adversary.pool={config.pool} sets of sources are more than the {served} "
+                    "positions of a sequence that draw from them; give fewer sets, or a set to "
+                    'every position by adversary.scope="position".'
+                )
             scope = (batch, config.pool)
         start = torch.empty(*scope, layout.total, device=device, dtype=dtype)
         self.sources = uniform_sources(start, layout, generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import warnings
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from rich import progress as bars
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from vpd_lens.config import MinimalityConfig
 from vpd_lens.storage import disk_errors, write_text
 
 
@@ -126,10 +128,16 @@ class TrainingWarning(UserWarning):
 
 
 class Diagnostics:
-    """Watches the logged metrics of a run of `steps` steps on `c_total` subcomponents."""
+    """Watches the logged metrics of a run of `steps` steps on `c_total` subcomponents.
 
-    def __init__(self, c_total: int, steps: int) -> None:
+    `minimality` says what tolerance the run has, if any.
+    """
+
+    def __init__(
+        self, c_total: int, steps: int, minimality: MinimalityConfig | None = None
+    ) -> None:
         self.c_total, self.steps = c_total, steps
+        self.minimality = minimality or MinimalityConfig()
         self.gradient_norms: list[float] = []
         self.l0: list[float] = []
         self.reconstruction: list[float] = []
@@ -141,8 +149,9 @@ class Diagnostics:
 
         Of the `metrics` it needs `l0` (mean number of subcomponents with importance above 0),
         `ci_max` (mean over positions of the largest importance) and `grad_norm/importance`; of the
-        reconstruction losses what there is, and `worst`, what they are judged by. Afterwards
-        `suspicious` says that the gradient has begun to grow, `collapsed` that all is going wrong.
+        reconstruction losses what there is, and `worst`, what they are judged by; `unmasked` once
+        it is known. Afterwards `suspicious` says that the gradient has begun to grow, `collapsed`
+        that all is going wrong.
         """
         # In the first steps no causal importance function has learned anything yet.
         progress = step / self.steps if step >= 30 else 0.0
@@ -172,6 +181,16 @@ class Diagnostics:
         before.append(norm)
         lost = max((metrics[name] for name in RECONSTRUCTION if name in metrics), default=0.0)
         self._look_for_collapse(step, metrics["l0"], lost, norm / usual if usual else 0.0)
+        tolerance, alone = self.minimality.tolerance or math.inf, metrics.get("unmasked", 0.0)
+        tolerated = tolerance * (metrics["worst"] if self.minimality.relative else 1)
+        if progress and alone > tolerated:
+            self._warn(
+                "out of reach",
+                f"step {step}: minimality.tolerance={tolerance:g} allows a divergence of "
+                f"{tolerated:.3g}, but the subcomponents alone are at {alone:.3g} with nothing "
+                "ablated, which no coefficient can change. Raise faithfulness.coefficient or the "
+                'tolerance, or set n_subcomponents="faithful".',
+            )
         random = max((metrics[name] for name in RANDOM if name in metrics), default=0.0)
         share = random / metrics["worst"] if metrics.get("worst") else 0.0
         if step == self.steps >= 200 and share > 0.1:

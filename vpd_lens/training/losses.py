@@ -7,19 +7,21 @@ micro-batches and shared between processes: losses and gradients are those of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vpd_lens.decomposition import Divergence
-from vpd_lens.decomposition.masks import Layout, SourceMasks, routed, uniform_sources
+from vpd_lens.decomposition.masks import NEEDED, Layout, SourceMasks, routed, uniform_sources
 from vpd_lens.training.distributed import Processes
 
 DivergenceOf = Callable[[SourceMasks], Tensor]
+MOST_DONORS = 64
 
 
 def stochastic_reconstruction(
@@ -29,16 +31,21 @@ def stochastic_reconstruction(
     routing: str = "subset",
     n_samples: int = 1,
     generator: torch.Generator | None = None,
+    donors: float = 0.0,
+    real: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, ""]:
     """`E_r D(f(x | masks(g, r)))`, the mean of `n_samples` draws of masks.
 
     `divergence_of(masks)` is how far the output under them is from the target's. `routing` says
-    which sites are masked at a position (see `routed`).
+    which sites are masked at a position (see `routed`). A share `donors` of the positions is
+    attacked by what others need instead (see `aggregate`).
     """
     losses = []
     for _ in range(n_samples):
         masks = uniform_sources(importance, layout, generator).over(importance)
         masks.routed = routed(routing, masks.delta.shape, masks.delta.device, generator)
+        if donors:
+            aggregate(masks, donors, real, generator)
         losses.append(divergence_of(masks))
     return torch.stack(losses).mean()
 
@@ -49,24 +56,74 @@ def mixed(
     layout: Layout,
     routing: str = "subset",
     generator: torch.Generator | None = None,
+    donors: float = 0.0,
+    real: Bool[Tensor, "*batch"] | None = None,
 ) -> SourceMasks:
     """One pass for two losses: some positions are `attacked` on every site, the others drawn.
 
     A position is attacked with probability `share`; else its sources are fresh and uniform, and
-    `routing` is that of the stochastic loss.
+    `routing` and `donors` are those of the stochastic loss.
     """
     importance = attacked.importance
-    drawn = uniform_sources(importance, layout, generator)
+    drawn = uniform_sources(importance, layout, generator).over(importance)
     shape = (*importance.shape[:-1], 1)
     coin = torch.rand(shape, device=importance.device, generator=generator) < share
-    masks = SourceMasks(
+    drawn.routed = routed(routing, drawn.delta.shape, coin.device, generator)
+    if donors:
+        aggregate(drawn, donors, real, generator)
+    return SourceMasks(
         importance,
         torch.where(coin, attacked.components, drawn.components),
         torch.where(coin, attacked.delta, drawn.delta),
+        None if drawn.routed is None else coin | drawn.routed,
     )
-    others = routed(routing, masks.delta.shape, coin.device, generator)
-    masks.routed = None if others is None else coin | others
-    return masks
+
+
+@torch.no_grad()
+def aggregate(
+    masks: SourceMasks,
+    share: float,
+    real: Bool[Tensor, "*batch"] | None = None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Switch on, at a random share of positions, all that some others need together, in place.
+
+    The attack of the audit as sources: 1 for what any of k other positions needs (importance above
+    0.1), 0 for the rest and the deltas, on every site. The donors are any `real` positions of the
+    batch, drawn with replacement; k is spread log-uniformly from 1 to 64 over the attacked
+    positions, whose number is `share` of all, rounded up.
+    """
+    needs = masks.importance.detach().flatten(0, -2) > NEEDED
+    attacked, donors = _drawn_donors(len(needs), share, real, needs.device, generator)
+    # Every shape is known to the host: the i-th donor is that of so many positions.
+    union = needs.index_select(0, donors[0])
+    for index in range(1, MOST_DONORS):
+        n = round(len(union) * (1 - math.log(index + 1, MOST_DONORS + 1)))
+        union[:n] |= needs.index_select(0, donors[index, :n])
+    flat = masks.components.flatten(0, -2), masks.delta.flatten(0, -2)
+    flat[0].index_copy_(0, attacked, union.to(flat[0].dtype))
+    flat[1].index_fill_(0, attacked, 0)
+    if masks.routed is not None:
+        masks.routed.flatten(0, -2).index_fill_(0, attacked, True)
+
+
+def _drawn_donors(
+    n: int,
+    share: float,
+    real: Bool[Tensor, "*batch"] | None,
+    device: torch.device,
+    generator: torch.Generator | None,
+) -> tuple[Int[Tensor, " attacked"], Int[Tensor, "donors attacked"]]:
+    """Which of `n` positions are attacked, in random order, and the others that they draw."""
+    attacked = torch.rand(n, device=device, generator=generator).argsort()[: math.ceil(share * n)]
+    shape = (MOST_DONORS, len(attacked))
+    ahead = torch.rand(shape, device=device, generator=generator)
+    # Real positions stand first in a ring of their own; a donor is so many places ahead in it.
+    pads = torch.zeros(n, device=device) if real is None else (~real).flatten().float()
+    ring = pads.argsort(stable=True)
+    n_real = (n - pads.sum()).clamp(min=1).long()
+    place = ring.argsort()[attacked]
+    return attacked, ring[(place + 1 + (ahead * (n_real - 1)).long()) % n_real]
 
 
 def layerwise_reconstruction(
@@ -86,19 +143,24 @@ def layerwise_reconstruction(
 
 
 def faithfulness(
-    deltas: Sequence[Float[Tensor, "_i _o"]], weights: Sequence[Tensor] | None = None
+    deltas: Sequence[Float[Tensor, "_i _o"]], sizes: Float[Tensor, " n_sites"] | None = None
 ) -> Float[Tensor, ""]:
     """Delta-L2: `1/N sum_l ||W_l - V_l U_l||_F^2`, N the number of decomposed parameters.
 
-    Relative to the `weights` `W_l`, if given: the mean over sites of `||Delta_l||^2 / ||W_l||^2`.
+    Relative to the `squared_sizes` of the `W_l`, if given: the mean over sites of
+    `||Delta_l||^2 / ||W_l||^2`.
     """
     squares = torch.stack([delta.square().sum() for delta in deltas])
-    if weights is None:
+    if sizes is None:
         return squares.sum() / sum(delta.numel() for delta in deltas)
-    sizes = [weight.float().square().sum() for weight in weights]
+    return (squares / sizes).mean()
+
+
+def squared_sizes(weights: Sequence[Float[Tensor, "_i _o"]]) -> Float[Tensor, " n_sites"]:
+    """`||W_l||_F^2` of every site, which never changes in training."""
+    sizes = torch.stack([weight.float().square().sum() for weight in weights])
     # A matrix of zeros has no size of its own; it counts as one whose entries are 1.
-    sizes = [torch.where(s > 0, s, w.numel()) for s, w in zip(sizes, weights, strict=True)]
-    return (squares / torch.stack(sizes)).mean()
+    return torch.where(sizes > 0, sizes, sizes.new_tensor([w.numel() for w in weights]))
 
 
 @dataclass

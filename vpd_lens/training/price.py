@@ -30,11 +30,14 @@ class Price:
     Attributes:
         state: `[log(lambda / coefficient), average of log D, worst]`, on the device: what a
             checkpoint keeps.
+        unmasked: With a tolerance, from the middle of training on: the divergence of the
+            subcomponents alone with nothing ablated, below which none can be expected.
     """
 
     def __init__(self, config: MinimalityConfig, device: torch.device) -> None:
         self.config = config
         self.state = torch.zeros(3, device=device)
+        self.unmasked: Tensor | None = None
 
     @property
     def worst(self) -> Float[Tensor, ""]:

@@ -29,6 +29,7 @@ from vpd_lens.errors import ConfigError, NonFiniteLossError
 from vpd_lens.training.adversary import PersistentAdversary
 from vpd_lens.training.distributed import ALONE, Processes
 from vpd_lens.training.forwards import CompiledForwards, recomputed
+from vpd_lens.training.locality import Locality
 from vpd_lens.training.losses import (
     Part,
     StepImportance,
@@ -36,6 +37,7 @@ from vpd_lens.training.losses import (
     faithfulness,
     layerwise_reconstruction,
     mixed,
+    squared_sizes,
     stochastic_reconstruction,
 )
 from vpd_lens.training.minimality import Minimality
@@ -58,6 +60,8 @@ class Stepper:
         generator: Source of all randomness of the steps.
         run: Masked forwards of the model, compiled if the configuration says so.
         weights: What `V U` should add up to: the base weights, less what was folded.
+        sizes: What their deltas are relative to, if to anything.
+        locality: The locality loss at a fraction of training, if it has a weight.
         window: Sum over steps, since compaction last looked, of the mean importance `[C_total]`.
 
     Raises:
@@ -82,6 +86,7 @@ class Stepper:
             "adversarial": 0.0 if merged else adversary,
             "merged": random + adversary if merged else 0.0,
             "faithfulness": config.faithfulness.coefficient,
+            "locality": config.locality.coefficient,
         }
         # The weight of the loss through which the sources get the last gradient of a step.
         self.attack = self.coefficients["merged" if merged else "adversarial"]
@@ -89,6 +94,7 @@ class Stepper:
         self.minimality = Minimality(
             config.minimality, torch.zeros(vpd.layout.total, device=self.device)
         )
+        self.locality = Locality(config.locality, vpd) if config.locality.coefficient else None
         self.renew()
         self.generator = processes.generator(config.seed, self.device)
         self.adversary: PersistentAdversary | None = None
@@ -106,6 +112,7 @@ class Stepper:
         elif config.recompute:
             self.run = recomputed(vpd)
         self.weights = vpd.subcomponents.references([site.weight for site in vpd.sites])
+        self.sizes = squared_sizes(self.weights) if config.faithfulness.relative else None
 
     def step(
         self, batch: Tensor, step: int, real: Tensor | None = None
@@ -133,6 +140,8 @@ class Stepper:
                     self._look(part, gradient=len(parts) == 1, first=step == 0)
                 if step == 0:
                     self.price.begin(self._worst(parts))
+                if step == self.config.steps // 2 and self.config.minimality.tolerance:
+                    self.price.unmasked = self._unmasked(parts)
                 if self.attack > 0:
                     self._refine_adversary(parts, batch.shape[0], step)
             losses = self._backward(parts, step)
@@ -161,13 +170,23 @@ class Stepper:
 
         Of the global batch: what divergences are measured by.
         """
-        total = torch.zeros((), device=self.device)
-        for part in parts:
-            nothing = torch.zeros_like(part.z)
-            masks = SourceMasks(nothing, nothing, nothing[..., : len(self.vpd.sites)])
-            output = self.vpd.run(masks, part.tokens, **part.arguments)
-            divergence = part.divergence
-            total += part.share * torch.minimum(divergence(output), divergence.blind())
+        worst = [torch.minimum(self._all_at(0.0, p), p.divergence.blind()) for p in parts]
+        return self._mean(parts, worst)
+
+    @torch.no_grad()
+    def _unmasked(self, parts: list[Part]) -> Tensor:
+        """The divergence of all subcomponents together without the deltas, of the global batch."""
+        return self._mean(parts, [self._all_at(1.0, part) for part in parts])
+
+    def _all_at(self, mask: float, part: Part) -> Tensor:
+        """The divergence of a part where every subcomponent has the same mask, 0 or 1."""
+        g = torch.full_like(part.z, mask)
+        masks = SourceMasks(g, g, torch.zeros_like(g[..., : len(self.vpd.sites)]))
+        return part.divergence(self.vpd.run(masks, part.tokens, **part.arguments))
+
+    def _mean(self, parts: list[Part], of_parts: list[Tensor]) -> Tensor:
+        """The mean over the global batch of what each part has a mean of."""
+        total = torch.stack([p.share * mean for p, mean in zip(parts, of_parts, strict=True)]).sum()
         self.processes.sum_([total])
         return total
 
@@ -202,7 +221,7 @@ class Stepper:
             with record_function("vpd::losses"), self._autocast():
                 if len(parts) > 1:
                     part.z = self.vpd.pre_importance(part.inputs, part.real)
-                own = self._losses(part, minimal_of, index)
+                own = self._losses(part, minimal_of, index, step)
                 total = torch.stack([weights[name] * own[name] for name in own]).sum()
             with record_function("vpd::backward"):
                 total.backward()
@@ -226,22 +245,25 @@ class Stepper:
         weighted = [self.coefficients[name] * losses[name] for name in names]
         return torch.stack(weighted).sum() / sum(self.coefficients[name] for name in names)
 
-    def _losses(self, part: Part, minimal_of: Callable[[Part], Tensor], index: int) -> Losses:
-        """The five losses on one part, each by its share of the global batch."""
+    def _losses(
+        self, part: Part, minimal_of: Callable[[Part], Tensor], index: int, step: int
+    ) -> Losses:
+        """The losses on one part, each by its share of the global batch."""
         config, layout, draws = self.config.stochastic, self.vpd.layout, self.generator
         g = lower_leaky(part.z).to(self.mask_dtype)
         under = partial(self._divergence, part)
         losses: Losses = {}
         if self.coefficients["stochastic"] > 0:
             losses["stochastic"] = part.share * stochastic_reconstruction(
-                under, g, layout, config.routing, config.n_samples, draws
+                under, g, layout, config.routing, config.n_samples, draws, config.donors, part.real
             )
         if self.coefficients["layerwise"] > 0:
             losses["layerwise"] = part.share * layerwise_reconstruction(under, g, layout, draws)
         if self.adversary is not None and self.config.adversary.merge:
             attacked = self.adversary.masks(g, part.rows)
             share = self.config.adversary.merge
-            masks = mixed(attacked, share, layout, config.routing, draws)
+            others = config.routing, draws, config.donors, part.real
+            masks = mixed(attacked, share, layout, *others)
             losses["merged"] = part.share * under(masks)
         elif self.adversary is not None:
             masks = self.adversary.masks(g, part.rows)
@@ -249,12 +271,13 @@ class Stepper:
             masks.routed = routed(routing, masks.delta.shape, self.device, draws)
             losses["adversarial"] = part.share * under(masks)
         losses["minimality"] = minimal_of(part)
-        if index == 0:  # it is of the weights, not of the data
-            with self._autocast(False):
-                relative = self.weights if self.config.faithfulness.relative else None
-                loss = faithfulness(self.vpd.subcomponents.deltas(self.weights), relative)
+        if index == 0:  # they are of the weights, not of the data
             world = self.processes.world
-            losses["faithfulness"] = loss if world == 1 else loss / world
+            with self._autocast(False):
+                loss = faithfulness(self.vpd.subcomponents.deltas(self.weights), self.sizes)
+                losses["faithfulness"] = loss if world == 1 else loss / world
+                if self.locality is not None:
+                    losses["locality"] = self.locality(step / self.config.steps) / world
         return losses
 
     def _divergence(self, part: Part, masks: SourceMasks) -> Tensor:

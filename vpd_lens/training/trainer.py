@@ -212,7 +212,8 @@ class _Run:
     def loop(self, log: MetricsLog | SilentLog) -> None:
         """Train up to the last step."""
         config, stepper, window = self.config, self.stepper, _Window()
-        diagnostics = Diagnostics(sum(self.vpd.subcomponents.original_sizes), config.steps)
+        c_total = sum(self.vpd.subcomponents.original_sizes)
+        diagnostics = Diagnostics(c_total, config.steps, config.minimality)
         with stop_requests() as requests, self.processes.contact(self._what_is_left):
             for step in range(self.start, config.steps):
                 batch = next(self.batches)  # this process's rows
@@ -315,6 +316,8 @@ class _Window:
             "worst": float(stepper.price.worst),
             "seconds_per_step": (time.perf_counter() - self.since) / self.count,
         }
+        if stepper.price.unmasked is not None:
+            figures["unmasked"] = float(stepper.price.unmasked)
         every = stepper.processes.all(figures)
         means = {name: sum(own[name] for own in every) / len(every) for name in figures}
         return metrics | means | sizes(stepper)
