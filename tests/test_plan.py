@@ -14,6 +14,7 @@ from vpd_lens import VPDConfig, train
 from vpd_lens.cli import app
 from vpd_lens.config import CausalImportanceConfig
 from vpd_lens.decomposition.attach import attach
+from vpd_lens.decomposition.ranks import site_sizes
 from vpd_lens.errors import OutOfMemoryError
 from vpd_lens.models import load_model
 from vpd_lens.training import budget as budgets
@@ -110,6 +111,18 @@ def test_the_command_counts_and_measures(tmp_path):
     figures = json.loads((tmp_path / "plan.json").read_text())
     assert figures["seconds"] == pytest.approx(figures["measured_seconds"])
     assert f"{sum(figures['flop'].values()) / 1e12:.4g} TFLOP" in result.stdout
+    for site in figures["sites"].values():  # whose weights `--measure` loads
+        assert site["C"] == 8
+        assert 0 < site["rank99"] <= site["rank"] == min(site["shape"])
+    assert "rank99" in result.stdout
+    assert "2x-rank" in result.stdout
+
+
+def test_without_weights_there_is_no_rank():
+    model = tiny()
+    plan(model)
+    assert {row["rank"] for row in site_sizes(model.vpd).values()} == {None}
+    assert all(row["shape"] for row in site_sizes(model.vpd).values())
 
 
 # ---------------------------------------------------------------------------- memory

@@ -21,7 +21,7 @@ from vpd_lens.decomposition.conditioning import Conditioning, two_sided_leaky
 from vpd_lens.decomposition.folding import Columns, fold, unfold
 from vpd_lens.decomposition.importance import first_of_each_block, upper_leaky
 from vpd_lens.decomposition.masks import Layout, SourceMasks, routed, uniform_sources
-from vpd_lens.decomposition.subcomponents import numerical_rank
+from vpd_lens.decomposition.ranks import ranks
 from vpd_lens.errors import ConfigError
 from vpd_lens.training import losses as losses_module
 from vpd_lens.training.adversary import PersistentAdversary
@@ -631,12 +631,29 @@ def matrix(*singular_values):
     return (basis * values) @ basis.T
 
 
-def test_the_numerical_rank_holds_99_percent_of_the_energy():
-    assert numerical_rank(matrix(3.0, 2.0, 1.0)) == 3
-    assert numerical_rank(matrix(10.0, 1.1, 0.1)) == 2  # 100 of 101.2 is less than 99 %
-    assert numerical_rank(matrix(10.0, 0.9, 0.1)) == 1
-    assert numerical_rank(matrix(10.0, 0.9, 0.1), share=0.99995) == 3
-    assert numerical_rank(torch.zeros(3, 4)) == 0
+def test_rank99_holds_99_percent_of_the_energy_and_rank_is_torchs():
+    for values, rank99 in [
+        ((3.0, 2.0, 1.0), 3),
+        ((10.0, 1.1, 0.1), 2),  # 100 of 101.2 is less than 99 %
+        ((10.0, 0.9, 0.1), 1),
+    ]:
+        weight = matrix(*values)
+        assert ranks(weight) == (3, rank99)
+        assert ranks(weight).rank == torch.linalg.matrix_rank(weight)
+    assert ranks(torch.zeros(3, 4)) == (0, 0)
+    assert ranks(torch.zeros(3, 4, device="meta")) is None
+
+
+def test_the_sites_are_printed_with_their_ranks_and_the_handle_without():
+    model = decompose(tiny_bridge(), n_subcomponents={r"mlp\.in": 7, "": 5})
+    vpd = model.vpd
+    with torch.no_grad():
+        vpd.sites[0].weight[:, 1:] = 0
+    assert "\n" not in repr(vpd)
+    assert "ranks" not in vars(vpd)  # no singular value was computed
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in str(vpd).splitlines()]
+    assert ["blocks.0.attn.q", "16 x 16", "5", "1", "1"] in rows
+    assert ["blocks.0.mlp.in", "16 x 24", "7", "16"] in [row[:4] for row in rows]
 
 
 def test_counts_follow_the_rank_and_tiny_matrices_are_not_rounded_up():

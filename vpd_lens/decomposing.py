@@ -42,8 +42,9 @@ def decompose(
         data: What to train on; see `vpd_lens.train`. `None` attaches an untrained decomposition.
         config: The run; also gives sites, sizes and seed unless the arguments below do.
         sites: `"all"` (default), a regular expression, a list of names, or `Site` objects.
-        n_subcomponents: An int, `"paper"` (default), `"faithful"`, a mapping from patterns to
-            ints, or a callable from `Site` to int.
+        n_subcomponents: An int, `"paper"` (default), `"faithful"`, `"2x-rank"`, a mapping from
+            patterns to ints, or a callable from `Site` to int. `print(model.vpd)` shows how many
+            every site has, beside the ranks of its weight.
         importance: The causal importance function; default: a transformer sized by the target.
         divergence: `"kl"` (default for transformers), `"mse"` (default for other modules), or a
             callable `(masked, target) -> scalar`.

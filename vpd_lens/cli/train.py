@@ -75,6 +75,7 @@ def plan_command(
         if rest:
             raise ConfigError(f"batch_size={config.batch_size} is not a multiple of {processes}.")
         from vpd_lens.decomposition.attach import attach
+        from vpd_lens.decomposition.ranks import site_sizes, sites_table
         from vpd_lens.models import load_model
         from vpd_lens.storage import write_json
         from vpd_lens.training.budget import gigabytes
@@ -94,11 +95,13 @@ def plan_command(
             f"Memory: {gigabytes(cost.lasting)} stay from step to step, {gigabytes(cost.peak)} at "
             f"the peak ({cost.peak_phase})"
         )
+        vpd = target.__dict__["vpd"]
         if measure is not None:
             real = load_model(**found.model.model_dump(), device=device)
             attach(real, config.sites, config.n_subcomponents, config.importance)
             config = config.replaced({"batch_size": measure, "micro_batches": 1, "device": device})
-            seconds = measured_step(real.__dict__["vpd"], config, measure, pos)
+            vpd = real.__dict__["vpd"]
+            seconds = measured_step(vpd, config, measure, pos)
             target = load_model(**found.model.model_dump(), weights=False)
             part = plan_step(target, config, measure, pos, autocast=gpu)
             scaled = seconds * cost.total_flop / part.total_flop
@@ -107,7 +110,9 @@ def plan_command(
                 f"Time on {device}: {seconds:.3g} s for {measure} sequences, so {scaled:.3g} s a "
                 f"step, {scaled * config.steps / 3600:.3g} hours for the run"
             )
+        say(sites_table(vpd), quiet=False)
         if json is not None:
+            figures["sites"] = site_sizes(vpd)
             write_json(json, figures)
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cached_property, partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -24,6 +26,7 @@ from vpd_lens.decomposition.forward import FLAGS_HINT, Forwards, Pass
 from vpd_lens.decomposition.importance import build_importance, lower_leaky
 from vpd_lens.decomposition.masks import AnyMasks, Layout, Masks, Sources
 from vpd_lens.decomposition.modes import MODES, MaskContext, masks_from_tensors
+from vpd_lens.decomposition.ranks import Ranks, ranks, sites_table
 from vpd_lens.decomposition.subcomponents import Subcomponents
 from vpd_lens.errors import InputError, VPDError
 from vpd_lens.sites import Site
@@ -112,6 +115,11 @@ class Decomposition(nn.Module):
         weight = self.site(name).weight.float()
         return torch.addmm(weight, self.v(name), self.u(name), alpha=-1)
 
+    @cached_property
+    def ranks(self) -> list[Ranks | None]:
+        """Ranks of every site's weight, as it was when they were first asked for."""
+        return [ranks(site.weight) for site in self.sites]
+
     def original_indices(self, name: str) -> list[int]:
         """The column number that each subcomponent of a site had before others were folded."""
         return list(self.subcomponents.original[self._index(name)])
@@ -133,6 +141,11 @@ class Decomposition(nn.Module):
             f"Decomposition({len(self.sites)} sites, {self.layout.total} subcomponents, "
             f"{type(self.importance).__name__}, {state})"
         )
+
+    def __str__(self) -> str:
+        console = Console(width=100, no_color=True, file=(text := StringIO()))
+        console.print(repr(self), sites_table(self), sep="\n", highlight=False, markup=False)
+        return text.getvalue().rstrip()
 
     @contextmanager
     def masked(

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vpd_lens.decomposition.masks import Layout
+from vpd_lens.decomposition.ranks import ranks
 from vpd_lens.errors import ConfigError
 from vpd_lens.sites import Site
 
@@ -71,18 +72,13 @@ def rank_count(site: Site) -> int:
         ConfigError: If the site has no weights, as in a plan.
     """
     weight = getattr(site, "weight", None)
-    if weight is None or weight.is_meta:
+    found = None if weight is None else ranks(weight)
+    if found is None:
         raise ConfigError(
             f'n_subcomponents="2x-rank" needs the weights of {site.name}; give "faithful" or '
             "numbers where there are none."
         )
-    return max(1, 2 * numerical_rank(weight))
-
-
-def numerical_rank(weight: Float[Tensor, "d_in d_out"], share: float = 0.99) -> int:
-    """How many singular values hold a share of the sum of their squares; 0 for zeros."""
-    energy = torch.linalg.svdvals(weight.detach().double()).square().cumsum(0)
-    return int((energy < share * energy[-1]).sum()) + 1 if energy[-1] > 0 else 0
+    return max(1, 2 * found.rank99)
 
 
 def _multiple_of_8(x: int | float) -> int:
