@@ -71,7 +71,7 @@ def summed_graphs(
         g = model.vpd.causal_importance(prompt[None])
         assert bool(((g > 0) & (g < 1)).all())
         targets = [Token(TOKEN, position) for position in range(len(prompt))]
-        graph = vpd_lens.attribute(model, prompt, targets, frozen=frozen, progress=False)
+        graph = vpd_lens.attribute(model, prompt, targets, frozen=frozen, idle=0.0, progress=False)
         nodes = graph.nodes
         inner = nodes.of_kind("subcomponent", "embedding").tolist()
         places = [nodes.places[i] for i in nodes.place.tolist()]

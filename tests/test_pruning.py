@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import tiny_bridge
+from vpd_lens.decomposition.idle import idle
 
 LONG, SHORT = [3, 11, 7, 19, 2, 23], [5, 2, 8]
 
@@ -222,8 +223,11 @@ def test_a_pruned_graph_has_the_nodes_of_its_circuit(
 ) -> None:
     import vpd_lens
 
-    graph = vpd_lens.attribute(model, LONG, 4, prune=circuit, progress=False)
-    torch.testing.assert_close(graph.importance(model.vpd), circuit.of_prompt())
+    graph = vpd_lens.attribute(model, LONG, 4, prune=circuit, idle=0.0, progress=False)
+    # Of 24 subcomponents 8 are zeros, which no loss needs gone.
+    nodes = circuit.of_prompt().masked_fill(idle(model.vpd, 0.0), 0)
+    torch.testing.assert_close(graph.importance(model.vpd), nodes)
+    assert graph.settings["n_idle"] == int((circuit.of_prompt() > nodes).sum()) > 0
     assert graph.circuit == circuit.report
     again = vpd_lens.AttributionGraph.load(graph.save(tmp_path / "graph"))
     assert again.circuit == circuit.report
@@ -241,9 +245,10 @@ def test_the_graph_of_any_prompt_of_a_circuit_explains_its_behaviour(model: nn.M
 
     circuit = found(model, [LONG, SHORT], [Token(4, 3), Token(6)], method="ci")
     for row, (prompt, position, token) in enumerate([(LONG, 3, 4), (SHORT, 2, 6)]):
-        graph = vpd_lens.attribute(model, prompt, prune=circuit, progress=False)
+        graph = vpd_lens.attribute(model, prompt, prune=circuit, idle=0.0, progress=False)
         assert [(o.token_id, o.position) for o in graph.outputs] == [(token, position)]
-        torch.testing.assert_close(graph.importance(model.vpd), circuit.of_prompt(row))
+        nodes = circuit.of_prompt(row).masked_fill(idle(model.vpd, 0.0), 0)
+        torch.testing.assert_close(graph.importance(model.vpd), nodes)
 
 
 @pytest.mark.slow

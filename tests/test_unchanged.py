@@ -85,7 +85,9 @@ def graphs(model: nn.Module) -> dict[str, Any]:
 
     result = {}
     for frozen in (False, True):
-        graph = vpd_lens.attribute(model, rows(1, 98)[0, :6], frozen=frozen, progress=False)
+        graph = vpd_lens.attribute(
+            model, rows(1, 98)[0, :6], frozen=frozen, idle=0.0, progress=False
+        )
         result[f"frozen={frozen}"] = {
             "nodes": graph.n_nodes,
             "edges": graph.n_edges,

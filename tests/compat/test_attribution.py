@@ -21,7 +21,7 @@ def traced(model: nn.Module, **settings: object) -> object:
     prompt = tokens(1)[0]
     g = torch.rand(len(prompt), model.vpd.layout.total, generator=generator)
     with pytest.warns(UserWarning, match="untrained"):
-        return attribute(model, prompt, [3, 7], importance=g, progress=False, **settings)
+        return attribute(model, prompt, [3, 7], importance=g, idle=0.0, progress=False, **settings)
 
 
 def has_experts(model: nn.Module) -> bool:

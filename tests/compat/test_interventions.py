@@ -145,7 +145,7 @@ def test_a_cut_graph_is_judged_where_it_ends(model: nn.Module) -> None:
 
     g = torch.rand(6, model.vpd.layout.total, generator=torch.Generator().manual_seed(0))
     target = Token(5, position=2)
-    graph = vpd_lens.attribute(model, tokens(1)[0], target, importance=g, progress=False)
+    graph = vpd_lens.attribute(model, tokens(1)[0], target, importance=g, idle=0.0, progress=False)
     result = vpd_lens.intervene(model, graph, regime="ci")
     assert result.position == 2
     full = vpd_lens.intervene(model, tokens(1)[0], regime="ci", importance=g, position=2)

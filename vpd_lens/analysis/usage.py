@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vpd_lens.data import Batch
 from vpd_lens.decomposition import Decomposition
+from vpd_lens.decomposition.idle import idle
 from vpd_lens.errors import InputError
 from vpd_lens.evaluation.metrics import ALIVE
 from vpd_lens.sites.discovery import head_count
@@ -40,6 +41,7 @@ def alive_subcomponents(
 ) -> Alive:
     """Indices of the subcomponents that are used: mean causal importance above a threshold.
 
+    Those too small to contribute anything (`vpd_lens.decomposition.idle.idle`) are left out.
     Returns `{site: indices}`, on the CPU. Batches are inputs of the model, such as
     `vpd_lens.data.one_pass` gives, whose pads do not count; the threshold is in [0, 1].
 
@@ -52,9 +54,10 @@ def alive_subcomponents(
 def above(
     vpd: Decomposition, means: Float[Tensor, " C_total"], threshold: float
 ) -> dict[str, Int[Tensor, " _n_alive"]]:
-    """`{site: indices}` of the subcomponents whose mean exceeds a threshold."""
-    parts = zip(vpd.layout.names, vpd.layout.split(means), strict=True)
-    return {name: (part > threshold).nonzero().squeeze(1) for name, part in parts}
+    """`{site: indices}` of those subcomponents, not idle, whose mean exceeds a threshold."""
+    chosen = (means > threshold) & ~idle(vpd).to(means.device)
+    parts = zip(vpd.layout.names, vpd.layout.split(chosen), strict=True)
+    return {name: part.nonzero().squeeze(1) for name, part in parts}
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vpd_lens.data import Batch, one_pass
 from vpd_lens.decomposition import Decomposition, Divergence
 from vpd_lens.decomposition.attach import decomposition_of
+from vpd_lens.decomposition.idle import contributing
 from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.modes import masks_of
 from vpd_lens.errors import InputError
@@ -110,6 +111,7 @@ class _Measurement:
         self.vpd = vpd
         self.generator = torch.Generator(device=vpd.device).manual_seed(seed)
         self.sparsity = metrics.Sparsity(vpd.layout, thresholds, vpd.device)
+        self.contributing = metrics.Sparsity(vpd.layout, thresholds, vpd.device)
         self.modes = metrics.reported_modes(rounding)
         self.divergences, self.cross_entropies = metrics.Means(), metrics.Means()
         self.hidden = {mode: metrics.Means() for mode in WITH_HIDDEN_ERROR}
@@ -130,6 +132,7 @@ class _Measurement:
             )
         importance = lower_leaky(vpd.pre_importance(inputs, real))
         self.sparsity.add(importance, real)
+        self.contributing.add(importance * contributing(vpd, inputs), real)
         n_positions = math.prod(importance.shape[:-1]) if real is None else int(real.sum())
         divergence = Divergence(output, vpd.divergence, real)
         if vpd.divergence != "kl" or not metrics.predicts_next_token(vpd.model, tokens, output):
@@ -164,6 +167,8 @@ class _Measurement:
             pgd={n: _over_attacks(kl) for n, kl in pgd.items()},
             l0=self.sparsity.l0(),
             alive=self.sparsity.alive(),
+            l0_contributing=self.contributing.l0(),
+            alive_contributing=self.contributing.alive(),
             n_subcomponents=dict(zip(vpd.layout.names, vpd.layout.sizes, strict=True)),
             hidden_error={mode: errors.means() for mode, errors in self.hidden.items()},
             delta=metrics.delta_sizes(vpd),

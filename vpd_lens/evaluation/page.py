@@ -67,6 +67,8 @@ def _cards(report: EvalReport, of: EvalReport, unit: str) -> dict[str, tuple[str
     attack, threshold = headline_attack(of), next(iter(of.l0))
     total = f"of {sum(of.n_subcomponents.values()):,}"
     l0, pgd = report.l0.get(threshold, {}), report.pgd.get(attack or "", {})
+    idle = of.idle()
+    useful = "" if math.isnan(idle) else f", {1 - idle:.0%} of them contributing"
     cards = {
         f"Unmasked {unit}": ("every subcomponent on", number(report.modes["unmasked"]["kl"])),
         f"Stochastic {unit}": ("under random ablation", number(report.modes["stochastic"]["kl"])),
@@ -74,7 +76,7 @@ def _cards(report: EvalReport, of: EvalReport, unit: str) -> dict[str, tuple[str
     if attack:
         cards[f"PGD-{attack} {unit}"] = ("under adversarial ablation", number(pgd.get("mean")))
     return cards | {
-        "L0": (f"{total} active", number(l0.get("total"), "{:,.1f}")),
+        "L0": (f"{total} active{useful}", number(l0.get("total"), "{:,.1f}")),
         "Alive": (f"{total} in use", number(report.alive["total"], "{:,.0f}")),
         "Delta": ("of the weights left over", number(report.delta["total"]["relative"], "{:.1%}")),
     }

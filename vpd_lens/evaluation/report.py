@@ -27,6 +27,9 @@ class EvalReport(BaseModel):
             and the standard `error` of the mean, if there are several.
         l0: Active subcomponents per position, by threshold, then by site, layer and `total`.
         alive: Subcomponents with mean CI above 1e-6, by site, layer and `total`.
+        l0_contributing: The same as `l0` of those that contribute something at the position (see
+            `vpd_lens.decomposition.idle`); `None` in reports written before this was measured.
+        alive_contributing: The same as `alive`, where importances count only at such positions.
         n_subcomponents: How many each site has.
         hidden_error: Relative squared error of every site's output under stochastic and CI masks.
         delta: Size of what the subcomponents leave over, by site and `total`.
@@ -60,6 +63,8 @@ class EvalReport(BaseModel):
     trained_steps: int
     blind: float = math.inf
     audit: Audit | None = None
+    l0_contributing: dict[str, dict[str, float]] | None = None
+    alive_contributing: dict[str, float] | None = None
 
     def to_json(self, path: str | Path) -> Path:
         """Write all figures as JSON."""
@@ -101,6 +106,17 @@ class EvalReport(BaseModel):
         """
         return min(self.modes["zero"]["kl"], self.blind)
 
+    def idle(self, site: str = "total") -> float:
+        """Share of L0 that contributes nothing, at the lowest threshold; NaN if not measured.
+
+        `site` may also be a layer, or a site.
+        """
+        if self.l0_contributing is None:
+            return math.nan
+        lowest = min(self.l0, key=float)
+        active, useful = (l0[lowest][site] for l0 in (self.l0, self.l0_contributing))
+        return 1 - useful / active if active else 0.0
+
     def verdict(self) -> str:
         """What holds of what a good decomposition promises, what does not, and what to change.
 
@@ -110,14 +126,19 @@ class EvalReport(BaseModel):
 
     def summary(self) -> dict[str, float]:
         """The figures one compares runs by."""
-        return {
+        figures = {
             **{f"kl_{mode}": self.modes[mode]["kl"] for mode in ("unmasked", "stochastic", "ci")},
             **{f"kl_pgd_{steps}": value["mean"] for steps, value in self.pgd.items()},
-            "l0": self.l0["0"]["total"] if "0" in self.l0 else float("nan"),
+            "l0": self.l0["0"]["total"] if "0" in self.l0 else math.nan,
             "alive": self.alive["total"],
             "n_subcomponents": float(sum(self.n_subcomponents.values())),
             "delta_relative": self.delta["total"]["relative"],
         }
+        if self.l0_contributing and self.alive_contributing:
+            l0 = self.l0_contributing.get("0", {}).get("total", math.nan)
+            figures["l0_contributing"] = l0
+            figures["alive_contributing"] = self.alive_contributing["total"]
+        return figures
 
     def tables(self, beside: EvalReport | None = None, beside_name: str = "beside") -> Group:
         """The report as rich tables, with the figures of another report in a further column."""
@@ -157,20 +178,25 @@ class EvalReport(BaseModel):
             add(f"adversarial, {steps} steps", figure, other)
         table.add_section()
         mine, others = self.summary(), them.summary()
-        for label, key in (("L0", "l0"), ("alive", "alive"), ("subcomponents", "n_subcomponents")):
-            add(label, f"{mine[key]:.0f}", f"{others[key]:.0f}")
+        labels = {"l0": "L0", "l0_contributing": "L0, contributing", "alive": "alive"}
+        labels |= {"alive_contributing": "alive, contributing", "n_subcomponents": "subcomponents"}
+        for key, label in labels.items():
+            if key in mine:
+                add(label, f"{mine[key]:.0f}", f"{others[key]:.0f}" if key in others else "-")
         return table
 
     def _sites_table(self) -> Table:
         threshold, l0 = next(iter(self.l0.items()))
         table = Table(title="Sites", title_justify="left")
-        table.add_column("site")
-        for column in (f"L0 (> {threshold})", "alive", "C", "|delta|/|W|", "hidden error (ci)"):
+        table.add_column("site", no_wrap=True)
+        columns = f"L0 (> {threshold})", "idle", "alive", "C", "|delta|/|W|", "hidden error (ci)"
+        for column in columns:
             table.add_column(column, justify="right")
         for site, count in self.n_subcomponents.items():
             delta, error = self.delta[site]["relative"], self.hidden_error["ci"][site]
-            figures = (f"{l0[site]:.1f}", f"{self.alive[site]:.0f}", f"{count}", f"{delta:.4f}")
-            table.add_row(site, *figures, f"{error:.3f}")
+            idle = "-" if math.isnan(self.idle(site)) else f"{self.idle(site):.0%}"
+            figures = f"{l0[site]:.1f}", idle, f"{self.alive[site]:.0f}", f"{count}"
+            table.add_row(site, *figures, f"{delta:.4f}", f"{error:.3f}")
         return table
 
     def __rich__(self) -> Group:

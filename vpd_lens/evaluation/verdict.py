@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from vpd_lens.evaluation.report import EvalReport
 
+# Share of L0 that contributes nothing from which the verdict says so.
+IDLE_SHARE = 0.1
+
 Status = Literal["holds", "partly", "fails"]
 
 
@@ -161,6 +164,11 @@ def in_words(report: EvalReport) -> str:
         how = {"adversary": "pgd_steps", "company": "audit=True"}
         asked = ", ".join(f"{name} ({how[name]})" if name in how else name for name in missing)
         sentences.append(f"Not measured: {asked}.")
+    if (idle := report.idle()) > IDLE_SHARE:
+        sentences.append(
+            f"{idle:.0%} of what is in use at a position contributes nothing there: it writes less "
+            "than a thousandth of its matrix' output."
+        )
     advice = dict.fromkeys(f.promise.advice for f in found if f.status == "fails")
     if advice:
         sentences.append("What to change: " + " ".join(s[0].upper() + s[1:] for s in advice))

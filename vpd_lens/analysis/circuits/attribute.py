@@ -25,6 +25,7 @@ from vpd_lens.analysis.circuits.cut_forward import CutForward
 from vpd_lens.analysis.circuits.graph import AttributionGraph
 from vpd_lens.analysis.circuits.prune import Circuit
 from vpd_lens.analysis.circuits.prune import prune as find_circuit
+from vpd_lens.decomposition.idle import IDLE, contributing
 from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import InputError
@@ -43,6 +44,7 @@ def attribute(
     prune: str | PruneConfig | Circuit | None = None,
     importance: Float[Tensor, "pos C_total"] | None = None,
     threshold: float = 0.0,
+    idle: float = IDLE,
     frozen: bool = False,
     delta: DeltaPath = "node",
     batch_size: int = 32,
@@ -75,6 +77,9 @@ def attribute(
             `graph.circuit`, and its target is the graph's.
         importance: Causal importances to use instead of the importance function's.
         threshold: Importance above which a subcomponent is a node.
+        idle: A subcomponent is no node where it writes at most this share of its matrix' output
+            (see `vpd_lens.decomposition.idle`); the error has what it does. 0 leaves out only what
+            writes nothing at all. `graph.settings["n_idle"]` is how many were left out.
         frozen: Hold norm scales, attention patterns and neurons' gains (activation over
             pre-activation; with a gated MLP, what the gate multiplies by) at their values on the
             prompt. Edges into a node then add up to its activation to float error, but q, k and
@@ -122,10 +127,14 @@ def attribute(
         g = targets.checked_importance(vpd, importance, len(tokens))
     unembed = find_sites(model, ["unembed"])[0]
     outputs = targets.resolve_targets(model, target, logits[0], (unembed.weight, unembed.bias))
+    last = max(output.position for output in outputs)
+    useless = (g > threshold) & ~contributing(vpd, inputs, idle)[0]
+    g = g.masked_fill(useless, 0)
     forward = CutForward(vpd, frozen, through_delta=delta == "through")
     builder = GraphBuilder(forward, tokens, g, threshold, outputs, batch_size, max_edges)
     nodes, edges = builder.build(progress)
-    settings = {"frozen": frozen, "delta": delta, "threshold": threshold}
+    settings: dict[str, Any] = {"frozen": frozen, "delta": delta, "threshold": threshold}
+    settings |= {"idle": idle, "n_idle": int(useless[: last + 1].sum())}
     settings["decomposition"] = fingerprint(vpd)
     ids = tuple(tokens.tolist())
     strings = tuple(targets.token_text(model, token) for token in ids)

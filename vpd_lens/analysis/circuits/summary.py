@@ -42,6 +42,8 @@ def _sizes(graph: AttributionGraph) -> Table:
     table = _table("Graph")
     table.add_row("tokens", f"{len(graph.tokens):,}")
     table.add_row("nodes", f"{graph.n_nodes:,} ({kinds})")
+    if n_idle := graph.settings.get("n_idle"):
+        table.add_row("left out", f"{n_idle:,} idle subcomponents")
     table.add_row("edges", f"{graph.n_edges:,}")
     for score in ("completeness", "replacement_score", "completeness_score"):
         table.add_row(score.replace("_", " "), f"{getattr(graph, score)():.4f}")
