@@ -43,11 +43,12 @@ IN, OUT = "blocks.0.mlp.in", "blocks.0.mlp.out"
 console = Console()
 
 
-def configuration(steps: int, seed: int) -> VPDConfig:
+def configuration(steps: int, seed: int, initialisation: str = "aligned") -> VPDConfig:
     """The preset for small models, on tiny batches; one subcomponent per neuron."""
     return VPDConfig.small(
         steps=steps,
         seed=seed,
+        initialisation=initialisation,
         batch_size=64,
         n_subcomponents={"attn": 64, "mlp": 256},
         importance={"d_model": 64, "n_blocks": 1, "n_heads": 4},
@@ -72,6 +73,7 @@ def main() -> None:
     )
     parser.add_argument("--target-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--initialisation", choices=("aligned", "random"), default="aligned")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -88,7 +90,8 @@ def main() -> None:
         + ", ".join(f"{k} ({waves[k - 1]:.1f} nats)" for k in keys)
     )
 
-    run, config = arguments.output / "vpd", configuration(arguments.steps, arguments.seed)
+    run = arguments.output / "vpd"
+    config = configuration(arguments.steps, arguments.seed, arguments.initialisation)
     vpd_lens.decompose(
         model,
         task,
@@ -112,7 +115,7 @@ def main() -> None:
     by_neuron = ablations(start, task, neurons, waves, keys)
     left |= {(f"neurons of {label}", k): found for (label, k), found in by_neuron.items()}
     console.print(ablation_table(left, keys))
-    data = about(model, task, config, report) | frequencies(sites, left, waves, keys)
+    data = about(model, task, config, report) | frequencies(sites, neurons, left, waves, keys)
     write_text(arguments.output / "figures.json", json_in_rows(data) + "\n")
     save_plots(arguments.output, sites, left, keys)
     console.print(f"Figures: {arguments.output}")
@@ -231,20 +234,29 @@ def about(
 
 
 def frequencies(
-    sites: dict[str, SiteFrequencies], left: dict, waves: torch.Tensor, keys: list[int]
+    sites: dict[str, SiteFrequencies],
+    neurons: dict[str, SiteFrequencies],
+    left: dict,
+    waves: torch.Tensor,
+    keys: list[int],
 ) -> dict[str, dict]:
     """The tables and the amplitudes of the target, for `figures.json`."""
-    return {
-        "keys": {str(k): round(float(waves[k - 1]), 3) for k in keys},
-        "sites": {
+
+    def tables(of: dict[str, SiteFrequencies]) -> dict[str, dict]:
+        return {
             name: {
                 "live": len(found.index),
                 "by_frequency": {str(k): int((found.frequency == k).sum()) for k in keys},
                 "mean_share": round(float(found.share.mean()), 4),
             }
-            for name, found in sites.items()
+            for name, found in of.items()
             if len(found.index)
-        },
+        }
+
+    return {
+        "keys": {str(k): round(float(waves[k - 1]), 3) for k in keys},
+        "sites": tables(sites),
+        "neurons": tables(neurons),
         "left": {
             f"{label} {k}": {
                 **{str(j): round(share, 4) for j, share in zip(keys, shares, strict=True)},

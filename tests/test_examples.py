@@ -161,13 +161,18 @@ def test_modular_addition_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         example,
         "configuration",
-        lambda steps, seed: VPDConfig.small(steps=steps, seed=seed, n_subcomponents=counts, **TINY),
+        lambda steps, seed, initialisation="aligned": VPDConfig.small(
+            steps=steps, seed=seed, initialisation=initialisation, n_subcomponents=counts, **TINY
+        ),
     )
     arguments = ["--output", str(tmp_path), "--modulus", "7", "--target-steps", "5", "--steps", "1"]
     monkeypatch.setattr("sys.argv", ["modular_addition.py", *arguments])
     example.main()
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert set(figures["sites"]) >= {"blocks.0.mlp.in", "blocks.0.mlp.out"}
+    for name, neurons in figures["neurons"].items():
+        assert neurons["live"] == 256
+        assert 0 < neurons["mean_share"] < 1, name
     assert VPDConfig(**figures["config"]) == example.configuration(1, 0)
     assert figures["versions"]["torch"] == torch.__version__
     # By frequency, before and after training, and the four controls.
