@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import save_tiny, tiny_bridge
 from safetensors.torch import load_file
 from test_saving import V01
@@ -358,6 +359,41 @@ def test_round_trip_and_foreign_decompositions(model, found, tmp_path):
         Harvest.load(tmp_path / "harvest", other)
     with pytest.raises(ArtefactError, match="another decomposition"):
         found.check(fingerprint(other))
+
+
+def test_what_is_mostly_empty_is_stored_as_its_entries(found, tmp_path):
+    """A thousand more tokens that never occur hardly grow the files, and come back as zeros."""
+    wide = {
+        side: TokenTable(F.pad(table.at_firings, (0, 1000)), F.pad(table.everywhere, (0, 1000)))
+        for side, table in (("inputs", found.inputs), ("outputs", found.outputs))
+    }
+    strings = [*found.strings, *map(str, range(1000))]
+    wide = dataclasses.replace(found, **wide, strings=strings)
+    wide.save(tmp_path / "wide")
+    size = (tmp_path / "wide" / "inputs.safetensors").stat().st_size
+    assert size < 0.1 * wide.inputs.at_firings.nbytes
+    loaded = Harvest.load(tmp_path / "wide")
+    for name, tensor in wide._tensors().items():
+        again = loaded._tensors()[name]
+        assert again.dtype == tensor.dtype, name
+        assert torch.equal(again, tensor), name
+
+
+def test_a_trimmed_harvest_keeps_the_tokens_of_most_information(found, tmp_path):
+    found.trimmed(3).save(tmp_path / "small")
+    small = Harvest.load(tmp_path / "small")
+    assert (small.inputs.at_firings > 0).sum(1).max() == 3
+    for site in found.layout.names:
+        for index in range(3):
+            for side in ("input", "output"):
+                kept = small.tokens(site, index, side, k=5)
+                every = found.tokens(site, index, side, k=1000)
+                assert set(kept) <= set(every)
+                assert [t.recall * t.pmi for t in kept] == [t.recall * t.pmi for t in every[:3]]
+            pairs = zip(small.examples(site, index), found.examples(site, index), strict=True)
+            for ours, theirs in pairs:
+                assert (ours.tokens, ours.focus) == (theirs.tokens, theirs.focus)
+                assert ours.activation == pytest.approx(theirs.activation, rel=1e-3, abs=1e-4)
 
 
 def test_damaged_and_unfitting_files_are_refused(found, tmp_path):

@@ -14,7 +14,7 @@ from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.folding import Columns, fold
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.description import DecompositionRecord
-from vpd_lens.errors import ArtefactError, AttachError
+from vpd_lens.errors import ArtefactError, AttachError, InputError
 
 IMPORTANCE = CausalImportanceConfig(d_model=16, n_blocks=1, n_heads=2)
 
@@ -39,6 +39,29 @@ def test_round_trip_is_exact(saved, tokens):
             assert torch.equal(model(tokens[:3]), again(tokens[:3]))
     assert storage.read(folder, DecompositionRecord).record.metrics == {"kl": 0.5}
     assert "vpd_lens.load" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_the_size_is_the_rounded_decomposition(saved, tmp_path, dtype):
+    model, whole = saved
+    half = model.vpd.save(tmp_path / "half", dtype=dtype)
+    name = "subcomponents.safetensors"
+    assert (half / name).stat().st_size < 0.6 * (whole / name).stat().st_size
+    again = load(half, tiny_bridge())
+    for one, two in zip(model.vpd.parameters(), again.vpd.parameters(), strict=True):
+        assert two.dtype == torch.float32
+        assert torch.equal(one.to(dtype).float(), two)
+
+
+def test_a_dtype_that_cannot_hold_a_value_is_refused(saved, tmp_path):
+    model, _ = saved
+    with torch.no_grad():
+        model.vpd.subcomponents.u[3][0, 0] = 1e5
+    with pytest.raises(InputError, match=r"\.U has values that torch.float16 cannot hold"):
+        model.vpd.save(tmp_path / "half", dtype=torch.float16)
+    with pytest.raises(InputError, match="expected torch"):
+        model.vpd.save(tmp_path / "half", dtype=torch.int8)
+    assert not (tmp_path / "half").exists()
 
 
 def test_every_importance_function_is_restored(tmp_path, tokens):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -38,7 +39,7 @@ class Gathered(ABC):
     """Sums over the batches so far, which know their decomposition and where to go on.
 
     All their tensors are stored, by the names of the attributes and keys that lead to them, of
-    which the first, or `prefix`, is the file.
+    which the first, or `prefix`, is the file. One that is mostly empty is stored as its entries.
     """
 
     record_type: ClassVar[type[GatheredRecord]]
@@ -79,7 +80,7 @@ class Gathered(ABC):
         files: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in self._tensors().items():
             file, _, part = name.partition("/")
-            files[file][part] = tensor
+            files[file] |= _entries(part, tensor)
         return storage.write(path, self.record_type(**own, **kept), files)
 
     @classmethod
@@ -91,17 +92,21 @@ class Gathered(ABC):
         """
         artefact = storage.read(path, cls.record_type)
         files = [name.removesuffix(".safetensors") for name in artefact.files]
-        tensors = {f"{file}/{n}": t for file in files for n, t in artefact.tensors(file).items()}
+        stored = {f"{file}/{n}": t for file in files for n, t in artefact.tensors(file).items()}
         try:
+            tensors = _from_entries(stored)
             with torch.device("meta"):
                 blank = cls._blank(dict(artefact.record), tensors)
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, RuntimeError) as error:
             raise ArtefactError(
                 f"{artefact.folder}: its record and its tensors do not fit ({error!r})."
             ) from None
         shapes = {name: tensor.shape for name, tensor in blank._tensors().items()}
         storage.require_shapes(artefact.folder, tensors, shapes)
-        found = _changed(blank, lambda name, _: tensors[name], cls.prefix)
+        whole = {name: t for name, t in tensors.items() if not t.is_floating_point()}
+        found = _changed(
+            blank, lambda n, like: whole[n].to(like.dtype) if n in whole else tensors[n], cls.prefix
+        )
         if vpd is not None:
             found.check(vpd)
         return found
@@ -131,6 +136,49 @@ def _changed(value: Any, change: Callable[[str, Tensor], Tensor], name: str = ""
     if isinstance(value, dict):
         return {key: _changed(part, change, f"{name}{key}/") for key, part in value.items()}
     return value
+
+
+def _entries(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor to be stored: as it is, or if that is smaller, its entries that are not empty.
+
+    Of every row how many there are, and the column and value of each, whole numbers in as few bytes
+    as hold them. Empty is 0, or -1 in a table that has more of those.
+    """
+    if tensor.ndim < 2 or not tensor.numel():
+        return {name: tensor}
+    rows = tensor.reshape(len(tensor), -1)
+    fill = -1 if (rows == -1).sum() > (rows == 0).sum() else 0
+    row, column = (rows != fill).nonzero(as_tuple=True)
+    entries = {
+        f"{name}@shape": torch.tensor([*tensor.shape, fill]),
+        f"{name}@counts": _short(row.bincount(minlength=len(rows))),
+        f"{name}@columns": _short(column),
+        f"{name}@values": _short(rows[row, column]),
+    }
+    return entries if sum(t.nbytes for t in entries.values()) < tensor.nbytes else {name: tensor}
+
+
+def _short(values: Tensor) -> Tensor:
+    """Whole numbers in the fewest bytes that hold them; others as they are."""
+    if values.is_floating_point() or not values.numel():
+        return values
+    low, high = (int(x) for x in values.aminmax())
+    kinds = (torch.int8, torch.int16, torch.int32)
+    fits = (k for k in kinds if torch.iinfo(k).min <= low and high <= torch.iinfo(k).max)
+    return values.to(next(fits, values.dtype))
+
+
+def _from_entries(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of which `_entries` were stored, and all others."""
+    tensors = {name: tensor for name, tensor in stored.items() if "@" not in name}
+    for name in (key.removesuffix("@shape") for key in stored if key.endswith("@shape")):
+        counts, columns, values = (stored[f"{name}@{x}"] for x in ("counts", "columns", "values"))
+        *shape, fill = stored[f"{name}@shape"].tolist()
+        rows = torch.full((len(counts), math.prod(shape[1:])), fill, dtype=values.dtype)
+        row = torch.arange(len(counts)).repeat_interleave(counts.long())
+        rows[row, columns.long()] = values
+        tensors[name] = rows.view(shape)
+    return tensors
 
 
 def gather(

@@ -124,11 +124,16 @@ class Decomposition(nn.Module):
         """The column number that each subcomponent of a site had before others were folded."""
         return list(self.subcomponents.original[self._index(name)])
 
-    def save(self, path: str | Path, metrics: dict[str, Any] | None = None) -> Path:
+    def save(
+        self,
+        path: str | Path,
+        metrics: dict[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Path:
         """Write this decomposition to a directory; see `vpd_lens.decomposition.saving.save`."""
         from vpd_lens.decomposition.saving import save
 
-        return save(self, path, metrics)
+        return save(self, path, metrics, dtype)
 
     def _index(self, name: str) -> int:
         if name not in self.layout.names:

@@ -2,7 +2,7 @@
 
 | file | content |
 |---|---|
-| `subcomponents.safetensors` | `<site>.V` `[d_in, C]`, `<site>.U` `[C, d_out]`, fp32; where \
+| `subcomponents.safetensors` | `<site>.V` `[d_in, C]`, `<site>.U` `[C, d_out]`; where \
 subcomponents were folded into the delta, theirs as `<site>.folded_V`, `<site>.folded_U` |
 | `causal_importance.safetensors` | parameters of the causal importance function |
 | `record.json` | sites, sizes, how it was trained and measured, what its base model is |
@@ -24,21 +24,28 @@ from vpd_lens import storage
 from vpd_lens.decomposition.attach import attach, decomposition_of
 from vpd_lens.decomposition.handle import Decomposition
 from vpd_lens.description import BaseModelRecord, DecompositionRecord, Indices, SubcomponentsRecord
-from vpd_lens.errors import ArtefactError
+from vpd_lens.errors import ArtefactError, InputError
 from vpd_lens.sites import model_kind
 
 Model = TypeVar("Model", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]
 
 
-def save(vpd: Decomposition, path: str | Path, metrics: dict[str, Any] | None = None) -> Path:
+def save(
+    vpd: Decomposition,
+    path: str | Path,
+    metrics: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """Write a decomposition to a folder, whole or not at all, and return the folder.
 
     An earlier one there is replaced only once the new one is complete. `metrics`, anything
-    measured, are stored in the record.
+    measured, are stored in the record. A smaller `dtype` rounds what is written, half the size;
+    what is loaded from it is fp32 again, and another decomposition than that in memory.
 
     Raises:
         ArtefactError: If something else is there, or it cannot be written.
+        InputError: If `dtype` is none of fp32, fp16 and bf16, or too small for a value.
     """
     record = DecompositionRecord(
         **subcomponents_record(vpd),
@@ -50,6 +57,7 @@ def save(vpd: Decomposition, path: str | Path, metrics: dict[str, Any] | None = 
     )
     function = vpd.importance.state_dict()
     tensors = {"subcomponents": subcomponent_tensors(vpd), "causal_importance": function}
+    tensors = {file: _rounded(part, dtype) for file, part in tensors.items()}
     card = _model_card(record)
     return storage.write(path, record, tensors, lambda new: (new / "README.md").write_text(card))
 
@@ -165,6 +173,16 @@ def subcomponent_tensors(vpd: Decomposition) -> dict[str, Tensor]:
     return tensors
 
 
+def _rounded(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise InputError(f"dtype={dtype}; expected torch.float32, torch.float16 or torch.bfloat16.")
+    rounded = {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
+    for name, tensor in rounded.items():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"{name} has values that {dtype} cannot hold; use torch.bfloat16.")
+    return rounded
+
+
 @torch.no_grad()
 def load_subcomponents(
     vpd: Decomposition, tensors: dict[str, Tensor], record: SubcomponentsRecord
@@ -176,8 +194,8 @@ def load_subcomponents(
         parts.u[index].copy_(tensors[f"{name}.U"])
         parts.original[index], folded = list(original.kept), parts.folded[index]
         folded.indices = list(original.folded)
-        folded.v = tensors.get(f"{name}.folded_V", folded.v[:, :0]).to(vpd.device)
-        folded.u = tensors.get(f"{name}.folded_U", folded.u[:0]).to(vpd.device)
+        folded.v = tensors.get(f"{name}.folded_V", folded.v[:, :0]).to(parts.v[index])
+        folded.u = tensors.get(f"{name}.folded_U", folded.u[:0]).to(parts.u[index])
 
 
 _FINGERPRINTS: WeakKeyDictionary[Decomposition, tuple[Any, str]] = WeakKeyDictionary()

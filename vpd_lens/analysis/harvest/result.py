@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -188,6 +188,21 @@ class Harvest(Gathered):
                 for t in self.tokens(site, index, side, k)
             ]
         return card
+
+    def trimmed(self, n_tokens: int = 20) -> Harvest:
+        """A small copy to be shared: of every subcomponent, `n_tokens` on each side.
+
+        They are those of most information; the others' weights there become 0. Importances and
+        activations of examples are rounded to fp16. It cannot be resumed.
+        """
+        top, random = (
+            replace(e, importance=e.importance.half(), activation=e.activation.half())
+            for e in (self.top, self.random)
+        )
+        sides = (self.inputs, self.outputs)
+        inputs, outputs = (side.trimmed(self.usage.firings, n_tokens) for side in sides)
+        kept = {"inputs": inputs, "outputs": outputs, "top": top, "random": random}
+        return replace(self, **kept, data_state=None)
 
     def __repr__(self) -> str:
         alive = int((self.usage.firings > 0).sum())

@@ -17,7 +17,8 @@ largest information finds neither. Pads count nowhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -128,6 +129,15 @@ class TokenTable:
             # One bag per subcomponent: the sum of the rows of `mass` where it fires.
             sums = F.embedding_bag(places, block.contiguous(), bags, mode="sum")
             table.index_add_(0, rows, sums)
+
+    def trimmed(self, firings: Int64[Tensor, " C_total"], k: int) -> TokenTable:
+        """The same with 0 for all but the `k` tokens of most information of each subcomponent."""
+        recall = self.at_firings.double() / firings.clamp(min=1)[:, None]
+        pmi = (recall * self.everywhere.sum().round() / self.everywhere).log()
+        information = torch.where(self.at_firings > 0, recall * pmi, -math.inf)
+        best = information.topk(min(k, len(self.everywhere)), dim=1).indices
+        kept = torch.zeros_like(self.at_firings)
+        return replace(self, at_firings=kept.scatter(1, best, self.at_firings.gather(1, best)))
 
     def largest(
         self, row: int, n_firings: int, k: int = 10, by: str = "information", min_count: float = 0.0
