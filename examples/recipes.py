@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=32, help="held-out rows of the evaluation")
     parser.add_argument("--attack", type=int, nargs="*", default=[20, 80])
+    parser.add_argument("--audit", action="store_true", help="audit the result, too")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     arguments = parser.parse_args()
 
@@ -155,6 +156,7 @@ def main() -> None:
         "n_batches": 1,
         "pgd_steps": arguments.attack,
         "pgd_restarts": 2,
+        **({"audit": True} if arguments.audit else {}),
     }
     target = replace(target, held_out=target.held_out[: arguments.rows, :length])
     name = f"{arguments.target},{arguments.name},steps={arguments.steps},seed={arguments.seed}"
