@@ -19,7 +19,10 @@ import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
+from vpd_lens.decomposition.below import Kept, blocks_below
 from vpd_lens.decomposition.masks import AnyMasks, Layout, Masks, edited_site, masked_site
 from vpd_lens.decomposition.modes import MaskContext
 from vpd_lens.decomposition.subcomponents import Subcomponents
@@ -56,6 +59,7 @@ class _State(threading.local):
         self.context: MaskContext | None = None  # a `masked` block that changes the model
         self.current: Pass | None = None
         self.generation: Any = None
+        self.kept: Kept | None = None  # inside `kept_below`
         self.frozen = self.undisturbed = False
 
     def __reduce__(self) -> tuple[type[_State], tuple[int]]:
@@ -69,8 +73,14 @@ class Forwards:
     def __init__(self, model: nn.Module, sites: list[Site], subcomponents: Subcomponents) -> None:
         self.model, self.sites, self.subcomponents = model, sites, subcomponents
         self.original: Callable[..., Any] = model.forward  # which attaching wraps
+        self.passable: bool | None = None  # whether blocks below the first site may be passed by
         self.ends = False  # whether a hook tells when the model's end is reached
         self.state = _State(len(sites))  # what this thread does with the decomposition
+
+    @property
+    def below(self) -> list[nn.Module]:
+        """The model's blocks below the first site."""
+        return blocks_below(self.model, self.sites)
 
     @property
     def layout(self) -> Layout:
@@ -89,10 +99,50 @@ class Forwards:
         current.outputs = [None] * n if record else None
         repeated = _set(self._recomputing(), "gradient_checkpointing", False)
         with self.during(current=current), repeated:
-            output = self.original(*args, **kwargs)
+            output = self._from_what_is_kept(args, kwargs)
         if masks is not None:
             self._require_all_edited(current, kwargs)
         return output, current
+
+    def stream(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """What the blocks below the first site return for a forward, if that is kept."""
+        kept = self.state.kept
+        stream = None if kept is None else kept.of(args, kwargs)
+        if kept is None or stream is None:
+            return None
+        if self.passable is None:
+            self.passable = self._is_passable(kept, stream, args, kwargs)
+        return stream if self.passable else None
+
+    def _from_what_is_kept(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """The model's forward, without the blocks below the first site if they are known."""
+        kept = self.state.kept
+        if kept is None:
+            return self.original(*args, **kwargs)
+        stream = self.stream(args, kwargs)
+        with kept.keeping(args, kwargs) if stream is None else kept.passing_by(stream):
+            return self.original(*args, **kwargs)
+
+    @torch.no_grad()
+    def _is_passable(self, kept: Kept, stream: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the model computes the same, to the bit, when it passes by the blocks below."""
+        with self.during(current=Pass([None] * len(self.sites), finished=True)):
+            whole = tree_leaves(self.original(*args, **kwargs))
+            with kept.passing_by(stream):
+                short = tree_leaves(self.original(*args, **kwargs))
+        pairs = [(a, b) for a, b in zip(whole, short, strict=True) if isinstance(a, Tensor)]
+        if any(a.is_meta or isinstance(a, FakeTensor) for a, _ in pairs):  # no values: in a plan
+            return True
+        return all(torch.equal(a, b) for a, b in pairs)
+
+    @contextmanager
+    def kept_below(self) -> Iterator[None]:
+        """A block in which blocks below the first site run once per input."""
+        if self.state.kept is not None or self.passable is False or not self.below:
+            yield
+            return
+        with self.during(kept=Kept(self.below)):
+            yield
 
     @contextmanager
     def during(self, **values: Any) -> Iterator[None]:

@@ -207,6 +207,14 @@ class Decomposition(nn.Module):
         """A block in evaluation mode in which a user's temporary hooks from outside are silent."""
         return self.forwards.undisturbed()
 
+    def kept_below(self) -> AbstractContextManager[None]:
+        """A block in which forwards on an input that was seen before begin at the first site.
+
+        The model's blocks below it run once per input (the tensor, not its values), also for the
+        target's forward. Permanent hooks of those blocks run once, too.
+        """
+        return self.forwards.kept_below()
+
     def frozen_subcomponents(self) -> AbstractContextManager[None]:
         """A block in which forwards record no gradient for `V` and `U`."""
         return self.forwards.during(frozen=True)
@@ -347,7 +355,8 @@ class Decomposition(nn.Module):
         quiet, frozen = self.forwards.undisturbed(again=True), self.frozen_subcomponents()
         # HookedTransformer.generate runs in inference mode, whose tensors cannot take part in a
         # backward pass; clones made outside it can.
-        with torch.inference_mode(False), torch.enable_grad(), quiet, frozen:
+        below = self.kept_below()
+        with torch.inference_mode(False), torch.enable_grad(), quiet, frozen, below:
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
             distance = Divergence(output.clone(), self.divergence, real)
             return ascend(

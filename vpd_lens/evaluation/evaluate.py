@@ -76,7 +76,8 @@ def evaluate(
         InputError: If the divergence is KL and the model has a single logit.
     """
     vpd = decomposition_of(model)
-    with torch.inference_mode(False), torch.enable_grad():  # the adversary needs gradients
+    # The adversary needs gradients.
+    with torch.inference_mode(False), torch.enable_grad(), vpd.kept_below():
         sizes = {"batch_size": batch_size, "n_batches": n_batches, "seq_len": seq_len}
         batches = one_pass(data, model=model, **sizes, prepend_bos=prepend_bos, seed=seed)
         measured = _Measurement(vpd, thresholds, rounding, seed)

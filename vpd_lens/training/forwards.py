@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
+from vpd_lens.decomposition.below import Kept
 from vpd_lens.decomposition.handle import Decomposition
 from vpd_lens.decomposition.masks import SourceMasks
 from vpd_lens.errors import ConfigError
@@ -75,6 +76,11 @@ def _checkpointed(vpd: Decomposition, forward: Forward, *args: Any, **kwargs: An
     )
 
 
+def _given(attention_mask: Tensor | None, position_ids: Tensor | None) -> dict[str, Tensor]:
+    given = {"attention_mask": attention_mask, "position_ids": position_ids}
+    return {name: tensor for name, tensor in given.items() if tensor is not None}
+
+
 # Largest relative difference from the model itself that rounding explains.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
@@ -99,7 +105,10 @@ class CompiledForwards:
         position_ids: Tensor | None = None,
     ) -> Tensor:
         """The output of the model under masks."""
-        arguments = (*vars(masks).values(), attention_mask, position_ids, batch)
+        kwargs = _given(attention_mask, position_ids)
+        stream = self.vpd.forwards.stream((batch,), kwargs)
+        stream = stream if isinstance(stream, Tensor) else None
+        arguments = (*vars(masks).values(), attention_mask, position_ids, stream, batch)
         key = (
             self.vpd.forwards.state.frozen,
             torch.is_autocast_enabled(batch.device.type),
@@ -110,10 +119,13 @@ class CompiledForwards:
         return self._graphs[key](*arguments)
 
     def _plain(self, *arguments: Any) -> Tensor:
-        *masks, attention_mask, position_ids, batch = arguments
-        given = {"attention_mask": attention_mask, "position_ids": position_ids}
-        kwargs = {name: tensor for name, tensor in given.items() if tensor is not None}
-        return self.vpd.run(SourceMasks(*masks), batch, **kwargs)  # type: ignore[no-any-return]
+        *masks, attention_mask, position_ids, stream, batch = arguments
+        kwargs, forwards = _given(attention_mask, position_ids), self.vpd.forwards
+        with ExitStack() as stack:
+            if stream is not None:  # an argument of the graph, not what was kept when it was made
+                stack.enter_context(Kept(forwards.below).passing_by(stream))
+            stack.enter_context(forwards.during(kept=None))
+            return self.vpd.run(SourceMasks(*masks), batch, **kwargs)  # type: ignore[no-any-return]
 
     def _compile(self, arguments: tuple[Tensor | None, ...]) -> Forward:
         try:

@@ -134,7 +134,7 @@ class Stepper:
         batch = batch.to(self.device, non_blocking=True)
         real = None if real is None else real.to(self.device, non_blocking=True)
         parts = cut(batch, real, self.config.micro_batches, self.processes)
-        with self.vpd.undisturbed():
+        with self.vpd.undisturbed(), self.vpd.kept_below():
             with self._autocast():
                 for part in parts:
                     self._look(part, gradient=len(parts) == 1, first=step == 0)

@@ -153,7 +153,7 @@ def intervene(
     parts = resolved(vpd, edits, prepend_bos, n_positions)
     asked = [target] if isinstance(target, str | int) else target
     ids = tuple(targets.token_id(model, token, n_vocab) for token in asked)
-    with torch.no_grad(), vpd.undisturbed():
+    with torch.no_grad(), vpd.undisturbed(), vpd.kept_below():
         clean = vpd.run(None, tokens)
         masks = None
         if regime != "ablated":
