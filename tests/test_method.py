@@ -19,6 +19,7 @@ from vpd_lens.decomposition.importance import (
     SharedMLP,
     build_importance,
     lower_leaky,
+    sized_importance,
     upper_leaky,
 )
 from vpd_lens.decomposition.masks import (
@@ -421,6 +422,24 @@ class TestImportanceFunctions:
         assert len(function.blocks) == 2
         assert function.blocks[0].n_heads == 4
         assert function.blocks[0].up.out_features == 512
+
+    def test_sizes_follow_the_matrices_that_are_served(self):
+        """One matrix of a deep, wide model needs no function as deep and wide as the model."""
+        layout = Layout(("blocks.10.mlp.in",), (768,))
+        size = sized_importance(CausalImportanceConfig(), [(576, 576)], layout, 576)
+        assert size.n_blocks == 1
+        function = build_importance(size, [576], layout, 576, 30)
+        own = 768 * (576 + 576)
+        assert sum(p.numel() for p in function.parameters()) <= 5.01 * own
+        wider = {"d_model": 32 * (size.n_heads + 1), "n_heads": size.n_heads + 1, "d_ffn": None}
+        more = size.model_copy(update=wider).filled(576, 1)
+        function = build_importance(more, [576], layout, 576, 30)
+        assert sum(p.numel() for p in function.parameters()) > 5 * own  # as wide as it may be
+        two = Layout(("blocks.0.attn.q", "blocks.0.attn.k", "blocks.3.attn.q"), (512,) * 3)
+        size = sized_importance(CausalImportanceConfig(), [(64, 64)] * 3, two, 64)
+        assert (size.n_blocks, size.d_model) == (2, 128)
+        asked = CausalImportanceConfig(d_model=1152, n_blocks=30)
+        assert sized_importance(asked, [(576, 576)], layout, 576).d_model == 1152
 
     def test_per_subcomponent_mlp_is_independent_per_subcomponent(self):
         torch.manual_seed(0)

@@ -41,6 +41,16 @@ def test_round_trip_is_exact(saved, tokens):
     assert "vpd_lens.load" in (folder / "README.md").read_text()
 
 
+def test_an_older_record_whose_sizes_have_gaps_loads(tmp_path):
+    """They were filled from all of the target, whatever matrices were decomposed."""
+    whole = CausalImportanceConfig().filled(16, 2)
+    model = attach(tiny_bridge(), r"blocks\.1\.mlp", n_subcomponents=4, importance=whole)
+    model.vpd.importance_config = CausalImportanceConfig()  # as it was stored
+    again = load(model.vpd.save(tmp_path / "old"), tiny_bridge())
+    for one, two in zip(model.vpd.parameters(), again.vpd.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_the_size_is_the_rounded_decomposition(saved, tmp_path, dtype):
     model, whole = saved

@@ -21,9 +21,11 @@ class CausalImportanceConfig(Config):
     independent MLP per subcomponent on its own activation (SPD); `"shared_mlp"`: one MLP per site
     on the site's input."""
     d_model: Annotated[int, Field(ge=2)] | None = None
-    """Width of the transformer; `None`: twice the target's, the authors' guide."""
+    """Width of the transformer; `None`: twice the target's, the authors' guide, or less where the
+    function would have more than five times as many parameters as V and U together."""
     n_blocks: Count | None = None
-    """Depth of the transformer; `None`: as many blocks as the target has layers."""
+    """Depth of the transformer; `None`: as many blocks as the target has with decomposed
+    matrices."""
     n_heads: Count | None = None
     """Attention heads of the transformer; `None`: one per 32 dimensions."""
     d_ffn: Count | None = None

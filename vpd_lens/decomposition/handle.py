@@ -23,7 +23,7 @@ from vpd_lens.decomposition.adversary import ascend, shared_sources
 from vpd_lens.decomposition.call import Generation, cached_positions, real_positions, whole_call
 from vpd_lens.decomposition.divergence import CustomDivergence, Divergence, DivergenceKind
 from vpd_lens.decomposition.forward import FLAGS_HINT, Forwards, Pass
-from vpd_lens.decomposition.importance import build_importance, lower_leaky
+from vpd_lens.decomposition.importance import build_importance, lower_leaky, sized_importance
 from vpd_lens.decomposition.masks import AnyMasks, Layout, Masks, Sources
 from vpd_lens.decomposition.modes import MODES, MaskContext, masks_from_tensors
 from vpd_lens.decomposition.ranks import Ranks, ranks, sites_table
@@ -31,6 +31,13 @@ from vpd_lens.decomposition.subcomponents import Subcomponents
 from vpd_lens.errors import InputError, VPDError
 from vpd_lens.sites import Site
 from vpd_lens.sites.site import has_listeners
+
+
+def target_size(model: nn.Module, sites: Sequence[Site]) -> tuple[int, int]:
+    """Residual width and number of layers of a target."""
+    cfg = getattr(model, "cfg", None)
+    width = getattr(cfg, "d_model", None) or max(site.shape[0] for site in sites)
+    return int(width), int(getattr(cfg, "n_layers", None) or 1)
 
 
 class Decomposition(nn.Module):
@@ -65,13 +72,11 @@ class Decomposition(nn.Module):
     ) -> None:
         super().__init__()
         sites = list(sites)
-        # Residual width and depth of the target size the importance function.
-        cfg = getattr(model, "cfg", None)
-        width = int(getattr(cfg, "d_model", None) or max(site.shape[0] for site in sites))
-        depth = int(getattr(cfg, "n_layers", None) or 1)
+        width, depth = target_size(model, sites)
         generator = torch.Generator().manual_seed(seed)
         self.subcomponents = Subcomponents(sites, counts, generator)
         d_inputs = [site.shape[0] for site in sites]
+        importance = sized_importance(importance, [s.shape for s in sites], self.layout, width)
         self.importance = build_importance(
             importance, d_inputs, self.layout, width, depth, generator
         )

@@ -229,6 +229,39 @@ def _linear(
 ImportanceFunction = TransformerImportance | PerSubcomponentMLP | SharedMLP
 
 
+def sized_importance(
+    config: CausalImportanceConfig,
+    shapes: Sequence[tuple[int, int]],
+    layout: Layout,
+    target_width: int,
+) -> CausalImportanceConfig:
+    """`config` with the gaps of a transformer's size filled from the matrices that it serves.
+
+    As deep as there are blocks with a site. As wide as the authors advise, but never so wide that
+    it has more than `MOST_PARAMETERS` times as many parameters as V and U (theirs has 4.5 times).
+    """
+    if config.kind != "transformer":
+        return config
+    blocks = {name.split(".")[1] for name in layout.names if name.startswith("blocks.")}
+    full = config.filled(target_width, max(1, len(blocks)))
+    assert full.d_model is not None
+    assert full.n_heads is not None
+    assert full.n_blocks is not None
+    if config.d_model or config.n_heads or config.d_ffn:
+        return full
+    sizes = zip(layout.sizes, shapes, strict=True)
+    most = MOST_PARAMETERS * sum(count * (d_in + d_out) for count, (d_in, d_out) in sizes)
+    every = range(len(shapes))
+    reads = first_of_each_block(layout.names) if config.reads == "blocks" else every
+    ends = sum(shapes[i][0] for i in reads) + layout.total
+    head, n_heads = full.d_model // full.n_heads, full.n_heads
+    # Four attention matrices and two of a feed-forward layer four times as wide.
+    while n_heads > 1 and head * n_heads * (ends + 12 * full.n_blocks * head * n_heads) > most:
+        n_heads -= 1
+    size = {"d_model": head * n_heads, "n_heads": n_heads, "d_ffn": 4 * head * n_heads}
+    return full.model_copy(update=size)
+
+
 def build_importance(
     config: CausalImportanceConfig,
     d_inputs: Sequence[int],
@@ -261,6 +294,8 @@ def first_of_each_block(names: Sequence[str]) -> list[int]:
     return sorted(blocks.values())
 
 
+# Of the importance function, for each of V and U.
+MOST_PARAMETERS = 5
 LEAK = 0.01
 _BLOCK_ELEMENTS = 2**17  # 512 KiB of fp32, a share of a core's second-level cache
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from vpd_lens import storage
 from vpd_lens.decomposition.attach import attach, decomposition_of
-from vpd_lens.decomposition.handle import Decomposition
+from vpd_lens.decomposition.handle import Decomposition, target_size
 from vpd_lens.description import BaseModelRecord, DecompositionRecord, Indices, SubcomponentsRecord
 from vpd_lens.errors import ArtefactError, InputError
-from vpd_lens.sites import model_kind
+from vpd_lens.sites import find_sites, model_kind
 
 Model = TypeVar("Model", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]
@@ -81,10 +81,11 @@ def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
         )
     counts = dict(zip(record.sites, record.n_subcomponents, strict=True))
     names: list[str] = list(record.sites)
+    importance = record.importance
+    if importance.kind == "transformer":  # older ones have gaps, once filled from all of the target
+        importance = importance.filled(*target_size(model, find_sites(model, names)))
     measure: Any = divergence or record.divergence
-    attach(
-        model, names, lambda s: counts[s.name], record.importance, divergence=measure, check=False
-    )
+    attach(model, names, lambda s: counts[s.name], importance, divergence=measure, check=False)
     vpd = decomposition_of(model)
     try:
         check_base_model(vpd, record.base_model)
