@@ -26,10 +26,10 @@ Forward = Callable[..., Any]
 def blocks_below(model: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
     """The model's blocks below the first that has a site; none if a site is in no block."""
     numbers = [re.match(r"blocks\.(\d+)\.", site.name) for site in sites]
-    blocks = getattr(model, "blocks", ())
+    blocks: Sequence[nn.Module] = getattr(model, "blocks", ())
     first = min((int(n[1]) for n in numbers if n is not None), default=0)
     outside = [site.name for site, n in zip(sites, numbers, strict=True) if n is None]
-    return [] if set(outside) - {"unembed"} else list(blocks)[:first]
+    return [] if set(outside) - {"unembed"} else [*blocks][:first]
 
 
 class Kept:
