@@ -70,6 +70,7 @@ def jobs(tmp_path_factory):
     """The folder of a job that ended with a death, and of the one that went on, with both."""
     folder = tmp_path_factory.mktemp("jobs")
     died = case("resume_then_die", folder)
+    assert (folder / "dying").is_dir(), died.stderr[-3000:]
     shutil.copytree(folder / "dying", folder / "died")
     one_process(folder / "single", stop_at=9)
     went_on = case("go_on", folder)
