@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vpd_lens.decomposition.attach import remove
     from vpd_lens.decomposition.saving import load
     from vpd_lens.evaluation import EvalReport, evaluate
+    from vpd_lens.interop.param_decomp import import_param_decomp
     from vpd_lens.sites import Site
     from vpd_lens.training import train
 
@@ -49,6 +50,7 @@ _MODULES = {
     "decomposition.attach": "remove",
     "decomposition.saving": "load",
     "evaluation": "EvalReport evaluate",
+    "interop.param_decomp": "import_param_decomp",
     "sites": "Site",
     "training": "train",
 }
@@ -58,7 +60,8 @@ _WHERE = {name: f"vpd_lens.{where}" for where in _MODULES for name in _MODULES[w
 __all__ = ["Ablate", "AttributionGraph", "CausalImportanceConfig", "DatasetAttributions"]
 __all__ += ["Decomposition", "EvalReport", "Harvest", "Masks", "Patch", "PruneConfig", "Scale"]
 __all__ += ["Site", "VPDConfig", "attribute", "dataset_attributions", "decompose", "edited"]
-__all__ += ["evaluate", "harvest", "intervene", "load", "prune", "remove", "train"]
+__all__ += ["evaluate", "harvest", "import_param_decomp", "intervene", "load", "prune", "remove"]
+__all__ += ["train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -78,30 +80,39 @@ def _pretrained(
     source: str, model_class: str, device: str, processing: str, weights: bool
 ) -> nn.Module:
     if model_class == "hooked_transformer":
-        hooked, _ = _hooked_transformer_class()
+        hooked, _ = hooked_transformer_class()
         name = "from_pretrained_no_processing" if processing == "none" else "from_pretrained"
         return getattr(hooked, name)(source, device=device)
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers.utils import logging
 
     if not weights:
         # Tensors with shapes and no values: fused matrices are split at boot, which "meta" refuses.
         with FakeTensorMode():
             return TransformerBridge.boot_transformers(source, load_weights=False)
-    silenced = Path(source).is_dir() and logging.is_progress_bar_enabled()
-    if silenced:  # a bar for the weights on the disk, where downloads may keep theirs
-        logging.disable_progress_bar()
-    try:
+    local = Path(source).is_dir()  # where downloads may keep their progress bars
+    with without_progress_bars() if local else nullcontext():
         bridge = TransformerBridge.boot_transformers(source, device=device)
-    finally:
-        if silenced:
-            logging.enable_progress_bar()
     if processing == "full":
         bridge.enable_compatibility_mode(disable_warnings=True)
     return bridge
 
 
-def _hooked_transformer_class() -> tuple[Any, Any]:
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """A block in which transformers reads and writes weights without showing how far it is."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def hooked_transformer_class() -> tuple[Any, Any]:
+    """`HookedTransformer` and its configuration; an `ArtefactError` where they are no more."""
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
     except ImportError:
@@ -144,7 +155,7 @@ def _built(path: Path, record: dict[str, Any], device: str) -> nn.Module:
     blank = {"seed": None, "init_weights": False, "tokenizer_name": None}
     cfg = {**saved, **blank, "device": device, "dtype": getattr(torch, saved["dtype"])}
     if record["class"] == "hooked_transformer":
-        hooked, config_class = _hooked_transformer_class()
+        hooked, config_class = hooked_transformer_class()
         model = hooked(config_class(**cfg), tokenizer=tokenizer)
     else:
         from transformer_lens.config import TransformerBridgeConfig

@@ -16,10 +16,11 @@ from vpd_lens.config.base import BelowOne, Config, Count, Fraction, Natural, Non
 class CausalImportanceConfig(Config):
     """Which causal importance function, and its size."""
 
-    kind: Literal["transformer", "mlp", "shared_mlp"] = "transformer"
+    kind: Literal["transformer", "mlp", "vector_mlp", "shared_mlp", "global_mlp"] = "transformer"
     """`"transformer"`: one bidirectional transformer over all sites' inputs (VPD); `"mlp"`: an
-    independent MLP per subcomponent on its own activation (SPD); `"shared_mlp"`: one MLP per site
-    on the site's input."""
+    independent MLP per subcomponent on its own activation (SPD); `"vector_mlp"`: one per
+    subcomponent on its site's input; `"shared_mlp"`: one MLP per site on the site's input;
+    `"global_mlp"`: one MLP on the inputs of all sites."""
     d_model: Annotated[int, Field(ge=2)] | None = None
     """Width of the transformer; `None`: twice the target's, the authors' guide, or less where the
     function would have more than five times as many parameters as V and U together."""
@@ -42,9 +43,10 @@ class CausalImportanceConfig(Config):
     the authors' later work)."""
     rope_base: Positive = 10_000.0
     """Base of the transformer's rotary position embedding."""
-    hidden: Natural = 16
-    """Hidden width of the two MLP variants. 0 makes them affine: an importance is then a monotone
-    function of the activation (`"mlp"`) or of one direction (`"shared_mlp"`)."""
+    hidden: Natural | tuple[Count, ...] = 16
+    """Hidden width of the MLP variants, or the widths of several hidden layers. 0 makes them
+    affine: an importance is then a monotone function of the activation (`"mlp"`) or of one
+    direction (the others)."""
 
     def filled(self, target_width: int, target_depth: int) -> CausalImportanceConfig:
         """The same with the gaps of a transformer's size filled from the target's."""

@@ -1,8 +1,8 @@
 """The causal importance function: from every site's input to a number per subcomponent.
 
-Three variants share one interface: `ci_fn(inputs, subcomponents, real) -> z [*batch, C_total]`,
-the pre-sigmoid importances, which two leaky hard sigmoids turn into ones in [0, 1]. The
-transformer sees all sites at once (VPD); the two MLPs see one at a time and serve toys (SPD).
+All kinds share one interface: `ci_fn(inputs, subcomponents, real) -> z [*batch, C_total]`, the
+pre-sigmoid importances, which two leaky hard sigmoids turn into ones in [0, 1]. The transformer
+sees all sites at once (VPD); the MLPs of `importance_mlps` serve toys (SPD).
 """
 
 from __future__ import annotations
@@ -19,11 +19,18 @@ from torch import Generator, Tensor, nn
 
 from vpd_lens.config import CausalImportanceConfig
 from vpd_lens.decomposition.conditioning import Conditioning
+from vpd_lens.decomposition.importance_mlps import (
+    GlobalMLP,
+    Inputs,
+    PerSubcomponentMLP,
+    SharedMLP,
+    VectorMLP,
+    linear,
+    rows,
+)
 from vpd_lens.decomposition.masks import Layout
 from vpd_lens.decomposition.subcomponents import PerSubcomponent, Subcomponents
 from vpd_lens.errors import ConfigError
-
-Inputs = Sequence[Float[Tensor, "*batch _d_in"]]
 
 
 class TransformerImportance(nn.Module):
@@ -59,11 +66,11 @@ class TransformerImportance(nn.Module):
                 f"{2 * n_heads}, because rotary embeddings turn pairs of dimensions in each head."
             )
         width = sum(d_inputs[site] for site in self.reads)
-        self.project_in = _linear(width, d_model, generator, gain=math.sqrt(2))
+        self.project_in = linear(width, d_model, generator, gain=math.sqrt(2))
         self.blocks = nn.ModuleList(
             _Block(d_model, n_heads, d_ffn, rope_base, generator) for _ in range(n_blocks)
         )
-        self.project_out = _linear(d_model, c_total, generator)
+        self.project_out = linear(d_model, c_total, generator)
         self.conditioning = Conditioning(c_total) if conditioning else None
 
     def forward(
@@ -99,7 +106,7 @@ class TransformerImportance(nn.Module):
     def per_subcomponent(self) -> list[PerSubcomponent]:
         """The rows of the last projection, and what conditions them."""
         more = [] if self.conditioning is None else self.conditioning.per_subcomponent()
-        return [*_rows(self.project_out, None), *more]
+        return [*rows(self.project_out, None), *more]
 
 
 class _Block(nn.Module):
@@ -108,10 +115,10 @@ class _Block(nn.Module):
     ) -> None:
         super().__init__()
         self.n_heads, self.rope_base = n_heads, rope_base
-        self.qkv = _linear(d_model, 3 * d_model, generator, gain=None)
-        self.out = _linear(d_model, d_model, generator, gain=None)
-        self.up = _linear(d_model, d_ffn, generator, gain=math.sqrt(2))
-        self.down = _linear(d_ffn, d_model, generator)
+        self.qkv = linear(d_model, 3 * d_model, generator, gain=None)
+        self.out = linear(d_model, d_model, generator, gain=None)
+        self.up = linear(d_model, d_ffn, generator, gain=math.sqrt(2))
+        self.down = linear(d_ffn, d_model, generator)
 
     def forward(
         self,
@@ -138,95 +145,7 @@ def _rotate(x: Float[Tensor, "b h t d"], base: float) -> Float[Tensor, "b h t d"
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-class PerSubcomponentMLP(nn.Module):
-    """SPD's toy causal importance function: one MLP per subcomponent, on its own activation.
-
-    Its hidden width is `hidden`; at 0 it is the affine function `w act + b`.
-    """
-
-    def __init__(self, c_total: int, hidden: int, generator: Generator | None = None) -> None:
-        super().__init__()
-        self.affine = hidden == 0
-        if self.affine:
-            self.w = nn.Parameter(torch.randn(c_total, generator=generator) * math.sqrt(2))
-            self.b = nn.Parameter(torch.zeros(c_total))
-            return
-        w_in = torch.randn(c_total, hidden, generator=generator) * math.sqrt(2)
-        w_out = torch.randn(c_total, hidden, generator=generator) / math.sqrt(hidden)
-        self.w_in, self.b_in = nn.Parameter(w_in), nn.Parameter(torch.zeros(c_total, hidden))
-        self.w_out, self.b_out = nn.Parameter(w_out), nn.Parameter(torch.zeros(c_total))
-
-    def forward(
-        self, inputs: Inputs, subcomponents: Subcomponents, real: Tensor | None = None
-    ) -> Float[Tensor, "*batch C_total"]:
-        """Pre-sigmoid importances; gradients reach `V` through the activations."""
-        acts = subcomponents.acts(inputs)
-        if self.affine:
-            return torch.addcmul(self.b, acts, self.w)
-        hidden = F.gelu(torch.addcmul(self.b_in, acts.unsqueeze(-1), self.w_in))
-        return torch.einsum("...ch,ch->...c", hidden, self.w_out) + self.b_out
-
-    def per_subcomponent(self) -> list[PerSubcomponent]:
-        """All parameters."""
-        last = self.b if self.affine else self.b_out
-        return [PerSubcomponent(p, 0, None, _OFF if p is last else 0.0) for p in self.parameters()]
-
-
-class SharedMLP(nn.Module):
-    """One MLP per site, from its input to its subcomponents' importances; affine at `hidden` 0."""
-
-    def __init__(
-        self,
-        d_inputs: Sequence[int],
-        sizes: Sequence[int],
-        hidden: int,
-        generator: Generator | None = None,
-    ) -> None:
-        super().__init__()
-
-        def mlp(d: int, c: int) -> nn.Sequential:
-            if not hidden:
-                return nn.Sequential(_linear(d, c, generator))
-            first = _linear(d, hidden, generator, gain=math.sqrt(2))
-            return nn.Sequential(first, nn.GELU(), _linear(hidden, c, generator))
-
-        self.mlps = nn.ModuleList(mlp(d, c) for d, c in zip(d_inputs, sizes, strict=True))
-
-    def forward(
-        self, inputs: Inputs, subcomponents: Subcomponents, real: Tensor | None = None
-    ) -> Float[Tensor, "*batch C_total"]:
-        """Pre-sigmoid importances."""
-        pairs = zip(self.mlps, inputs, strict=True)
-        return torch.cat([mlp(x.to(mlp[0].weight.dtype)) for mlp, x in pairs], dim=-1)
-
-    def per_subcomponent(self) -> list[PerSubcomponent]:
-        """The rows of every site's last layer."""
-        return [row for index, mlp in enumerate(self.mlps) for row in _rows(mlp[-1], index)]
-
-
-_OFF = -1.0  # a pre-sigmoid importance that makes the importance 0
-
-
-def _rows(layer: nn.Linear, site: int | None) -> list[PerSubcomponent]:
-    return [PerSubcomponent(layer.weight, 0, site), PerSubcomponent(layer.bias, 0, site, _OFF)]  # type: ignore[arg-type]
-
-
-def _linear(
-    d_in: int, d_out: int, generator: Generator | None, gain: float | None = 1.0
-) -> nn.Linear:
-    """A layer with weights `N(0, gain^2 / d_in)` and bias 0; no gain: PyTorch's own, no bias."""
-    layer = nn.Linear(d_in, d_out, bias=gain is not None, device="meta").to_empty(device="cpu")
-    bound = 1 / math.sqrt(d_in)
-    for parameter in layer.parameters():
-        nn.init.uniform_(parameter, -bound, bound, generator=generator)
-    if gain is not None:
-        # Drawn twice, as in version 0.1: a seed goes on meaning the same start.
-        nn.init.normal_(layer.weight, std=gain / math.sqrt(d_in), generator=generator)
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-ImportanceFunction = TransformerImportance | PerSubcomponentMLP | SharedMLP
+ImportanceFunction = TransformerImportance | PerSubcomponentMLP | VectorMLP | SharedMLP | GlobalMLP
 
 
 def sized_importance(
@@ -274,8 +193,12 @@ def build_importance(
     sizes = layout.sizes
     if config.kind == "mlp":
         return PerSubcomponentMLP(sum(sizes), config.hidden, generator)
+    if config.kind == "vector_mlp":
+        return VectorMLP(d_inputs, sizes, config.hidden, generator)
     if config.kind == "shared_mlp":
         return SharedMLP(d_inputs, sizes, config.hidden, generator)
+    if config.kind == "global_mlp":
+        return GlobalMLP(d_inputs, sum(sizes), config.hidden, generator)
     names = {"d_model", "n_blocks", "n_heads", "d_ffn", "rope_base", "causal", "conditioning"}
     size = config.filled(target_width, target_depth).model_dump(include=names)
     reads = None if config.reads == "sites" else first_of_each_block(layout.names)
