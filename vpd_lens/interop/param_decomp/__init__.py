@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from vpd_lens import storage
 from vpd_lens.decomposition.attach import attach, decomposition_of
 from vpd_lens.decomposition.handle import Decomposition
-from vpd_lens.errors import ArtefactError, AttachError
+from vpd_lens.errors import ArtefactError, AttachError, InputError
 from vpd_lens.interop.param_decomp.checkpoint import Checkpoint, State, read_checkpoint
 from vpd_lens.interop.param_decomp.importance import importance_tensors
-from vpd_lens.interop.param_decomp.target import read_target, transformer_lens_model
+from vpd_lens.interop.param_decomp.target import read_target, save_target, transformer_lens_model
 from vpd_lens.interop.param_decomp.tokenizer import ParamDecompWarning
 from vpd_lens.interop.param_decomp.toys import example_for, is_toy, toy_target
+from vpd_lens.models import load_model
 from vpd_lens.sites import find_sites, model_kind
 
 __all__ = ["ParamDecompWarning", "import_param_decomp"]
@@ -72,6 +73,37 @@ def import_param_decomp(
     elif model is None:
         model = transformer_lens_model(read_target(published, target), model_class)
     return attach_published(model, published)
+
+
+def import_to_folder(
+    checkpoint: str | Path, target: str | Path | None, output: str | Path
+) -> nn.Module:
+    """Write a published decomposition to `output`, and return it on its model.
+
+    `output/decomposition` is what `vpd_lens.load` reads, `output/target` its base model as
+    `load_model` reads it: a Hugging Face model with its tokenizer.
+
+    Raises:
+        ArtefactError: As for `import_param_decomp`, or something is in `output`.
+        InputError: If the target is a toy, for which there is no such format.
+    """
+    output = Path(output).expanduser()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ArtefactError(f"{output}: something is there already. Name another place.")
+    published = read_checkpoint(checkpoint)
+    if is_toy(published):
+        raise InputError(
+            f"the target is the toy {published.config.target_class}, a plain module, which is no "
+            "model that a command could load. Open it in Python: vpd_lens.import_param_decomp."
+        )
+    found = read_target(published, target)
+    with storage.disk_errors(output), storage.atomic_folder(output) as folder:
+        save_target(found, folder / "target")
+        model = load_model(folder / "target")
+        model.cfg.model_name = found.name  # else where it lay for this moment
+        import_param_decomp(checkpoint, model=model)
+        decomposition_of(model).save(folder / "decomposition")
+    return model
 
 
 def attach_published(model: nn.Module, published: Checkpoint) -> nn.Module:

@@ -191,8 +191,9 @@ def _require_linear(state: State, file: Path) -> None:
                 f"{file}: {path} has V {list(own['V'].shape)} and U {list(own['U'].shape)}, which "
                 f"do not make up its weight {list(weight.T.shape)}."
             )
-        if "bias" in own and not torch.equal(own["bias"], state.target[f"{path}.bias"]):
-            raise ArtefactError(f"{file}: {path}.bias differs from the target's.")
+        bias = state.target.get(f"{path}.bias")
+        if "bias" in own and (bias is None or not torch.equal(own["bias"], bias)):
+            raise ArtefactError(f"{file}: the bias beside the components of {path} is not its own.")
 
 
 def _require_counts(state: State, config: RunConfig) -> None:

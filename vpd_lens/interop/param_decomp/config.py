@@ -104,8 +104,6 @@ def read_config(folder: Path) -> RunConfig:
     try:
         return _run_config(path, values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise ArtefactError(f"{path}: not the configuration of a decomposition: {what}.") from None
 
