@@ -28,8 +28,12 @@ IMPORTANCES = [
     CausalImportanceConfig(kind="mlp", hidden=0),
     CausalImportanceConfig(kind="shared_mlp", hidden=4),
     CausalImportanceConfig(kind="shared_mlp", hidden=0),
+    CausalImportanceConfig(kind="mlp", hidden=(5, 4)),
+    CausalImportanceConfig(kind="vector_mlp", hidden=(5, 4)),
+    CausalImportanceConfig(kind="global_mlp", hidden=4),
 ]
 NAMES = ["transformer", "mlp", "affine mlp", "shared mlp", "affine shared mlp"]
+NAMES += ["deep mlp", "vector mlp", "global mlp"]
 
 
 def transformer():

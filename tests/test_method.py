@@ -15,8 +15,10 @@ from vpd_lens.decomposition import CausalImportanceConfig, Divergence, Layout
 from vpd_lens.decomposition.adversary import ascend, shared_sources
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.importance import (
+    GlobalMLP,
     PerSubcomponentMLP,
     SharedMLP,
+    VectorMLP,
     build_importance,
     lower_leaky,
     sized_importance,
@@ -469,6 +471,29 @@ class TestImportanceFunctions:
         inputs[1] = inputs[1] + 1
         moved = (function(inputs, subcomponents) - z).abs().amax((0, 1)) > 0
         assert moved.tolist() == [False] * 4 + [True] * 5 + [False] * 3
+
+    def test_vector_mlp_reads_the_whole_input_of_its_own_site(self, subcomponents, inputs):
+        function = VectorMLP(self.d_inputs, self.sizes, (6, 5), _generator(0))
+        z = function(inputs, subcomponents)
+        assert z.shape == (2, 7, 12)
+        with torch.no_grad():
+            for v in subcomponents.v:
+                v.zero_()
+        assert torch.equal(function(inputs, subcomponents), z)  # V does not matter
+        inputs[1] = inputs[1] + 1
+        moved = (function(inputs, subcomponents) - z).abs().amax((0, 1)) > 0
+        assert moved.tolist() == [False] * 4 + [True] * 5 + [False] * 3
+        before = function(inputs, subcomponents)
+        with torch.no_grad():
+            function.mlps[1][0].weight[2] += 1  # the network of one subcomponent
+        moved = (function(inputs, subcomponents) - before).abs().amax((0, 1)) > 0
+        assert moved.nonzero().flatten().tolist() == [4 + 2]
+
+    def test_global_mlp_reads_every_site(self, subcomponents, inputs):
+        function = GlobalMLP(self.d_inputs, 12, 16, _generator(0))
+        z = function(inputs, subcomponents)
+        inputs[1] = inputs[1] + 1
+        assert ((function(inputs, subcomponents) - z).abs().amax((0, 1)) > 0).all()
 
 
 def _generator(seed):

@@ -82,6 +82,9 @@ def test_every_importance_function_is_restored(tmp_path, tokens):
             {"kind": "shared_mlp"},
             {"kind": "mlp", "hidden": 0},
             {"kind": "shared_mlp", "hidden": 0},
+            {"kind": "vector_mlp", "hidden": 5},
+            {"kind": "global_mlp", "hidden": 5},
+            *({"kind": k, "hidden": (6, 5)} for k in ("mlp", "vector_mlp", "shared_mlp")),
         )
     ):
         model = tiny_bridge()

@@ -57,3 +57,8 @@ def did_you_mean(got: str, known: Iterable[str], likely: Sequence[str] = ()) -> 
     """
     meant = difflib.get_close_matches(got, list(known), n=1) or list(likely)[:3]
     return f"; did you mean {' or '.join(meant)}?" if meant else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line of at most 300 characters; or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vpd_lens.config import ModelClass, Processing
-from vpd_lens.errors import ArtefactError, ConfigError
+from vpd_lens.errors import ArtefactError, ConfigError, first_line
 from vpd_lens.storage import existing_folder, read_json
 
 
@@ -72,7 +72,7 @@ def load_model(
         raise ConfigError(
             f"source={name!r}: no such directory here, or not a model that TransformerLens "
             f"{version('transformer-lens')} can load ({type(error).__name__}: "
-            f"{_first_line(error)}). Check the spelling, the network and HF_HUB_OFFLINE."
+            f"{first_line(error)}). Check the spelling, the network and HF_HUB_OFFLINE."
         ) from None
 
 
@@ -141,7 +141,7 @@ def _load_0_1(path: Path, model_class: str, device: str, processing: str) -> nn.
         raise ArtefactError(
             f"{path}: TransformerLens {version('transformer-lens')} cannot rebuild this model, "
             f"saved with {record.get('transformer_lens_version')}, from model.json and "
-            f"model.safetensors ({type(error).__name__}: {_first_line(error)})."
+            f"model.safetensors ({type(error).__name__}: {first_line(error)})."
         ) from None
     return model.eval()
 
@@ -175,11 +175,7 @@ def usable_device(device: str) -> str:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise ConfigError(f"device={device!r}: {_first_line(error)}") from None
+        raise ConfigError(f"device={device!r}: {first_line(error)}") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={device!r}, but PyTorch sees no CUDA device. Use device='cpu'.")
     return device
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -52,7 +52,8 @@ class Decomposition(nn.Module):
         importance: The causal importance function.
         divergence: What "the same output" means: `"kl"` for logits, `"mse"`, or a callable.
         trained_steps: Training steps behind this decomposition; 0 if it is untrained.
-        training_config: The `VPDConfig` it was trained with, as a dictionary.
+        training_config: The `VPDConfig` it was trained with, as a dictionary; of an imported one,
+            its authors' configuration.
     """
 
     # Kept in __dict__: registered, they would put the base model's weights into this module.

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vpd_lens.errors import ArtefactError
+from vpd_lens.errors import ArtefactError, first_line
 from vpd_lens.interop.param_decomp.config import RunConfig, read_config
 
 _TARGET = r"(?:target|patched)_model\."
@@ -115,7 +115,7 @@ def read_tensors(file: Path) -> Tensors:
     except Exception as error:  # whatever torch makes of a damaged file
         raise ArtefactError(
             f"{file}: not readable as tensors that PyTorch saved ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:200]}). Download it again."
+            f"{first_line(error)}). Download it again."
         ) from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ArtefactError(f"{file}: it holds something else than tensors by name.")
