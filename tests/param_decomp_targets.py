@@ -45,10 +45,10 @@ GPT2 = {
 
 
 class Block(nn.Module):
-    def __init__(self, llama: bool) -> None:
+    def __init__(self, llama: bool, n_groups: int) -> None:
         super().__init__()
         self.llama, bias = llama, not llama
-        d_key = WIDTH // 2 if llama else WIDTH
+        d_key = WIDTH // HEADS * n_groups
         self.attn, self.mlp = nn.Module(), nn.Module()
         shapes = {
             "q": (WIDTH, WIDTH),
@@ -79,7 +79,7 @@ class Block(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for y in (q, k, v))
         if self.llama:
             q, k = turned(q), turned(k)
-            k, v = (y.repeat_interleave(2, dim=1) for y in (k, v))
+            k, v = (y.repeat_interleave(HEADS // y.shape[1], dim=1) for y in (k, v))
         scores = q @ k.mT / math.sqrt(q.shape[-1])
         later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
         mixed = scores.masked_fill(later, -torch.inf).softmax(-1) @ v
@@ -98,12 +98,13 @@ def turned(x: Tensor) -> Tensor:
 class Language(nn.Module):
     """`LlamaSimple` or `GPT2Simple` with random weights, norms and biases included."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, fields: dict) -> None:
         super().__init__()
-        llama = kind == "LlamaSimple"
+        llama = fields["model_type"] == "LlamaSimple"
+        n_groups = fields.get("n_key_value_heads", HEADS)
         self.wte = nn.Embedding(VOCABULARY, WIDTH)
         self.wpe = None if llama else nn.Embedding(LENGTH, WIDTH)
-        self.h = nn.ModuleList(Block(llama) for _ in range(LAYERS))
+        self.h = nn.ModuleList(Block(llama, n_groups) for _ in range(LAYERS))
         self.ln_f = nn.RMSNorm(WIDTH, 1e-6) if llama else nn.LayerNorm(WIDTH, 1e-5)
         self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.lm_head.weight = self.wte.weight

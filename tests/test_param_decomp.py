@@ -302,13 +302,17 @@ def test_a_decomposition_of_a_hugging_face_model(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fields", [LLAMA, GPT2], ids=lambda fields: fields["model_type"])
+@pytest.mark.parametrize(
+    "fields",
+    [LLAMA, {**LLAMA, "n_key_value_heads": 4}, GPT2],
+    ids=["LlamaSimple", "LlamaSimple-ungrouped", "GPT2Simple"],
+)
 @pytest.mark.parametrize("model_class", ["bridge", "hooked_transformer"])
 def test_the_other_classes_compute_the_same(fields, model_class, tmp_path):
     if model_class == "hooked_transformer" and not has_hooked_transformer():
         pytest.skip("TransformerLens 4 has no HookedTransformer")
     kind = fields["model_type"]
-    target = Language(kind)
+    target = Language(fields)
     paths = [name for name, module in target.named_modules() if isinstance(module, nn.Linear)]
     run = write_run(tmp_path / "run", target, f"spd.pretrain.models.{kind}", paths[:-1])
     (tmp_path / "target").mkdir()

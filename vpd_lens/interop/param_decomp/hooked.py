@@ -57,7 +57,7 @@ def _config(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "GPT2Simple":
         gelu = {"act_fn": "gelu_new", "d_mlp": 4 * fields["n_embd"]}
         return shape | gelu | {"normalization_type": "LN", "eps": 1e-5}
-    gated = kind == "LlamaSimple"
+    gated, n_groups = kind == "LlamaSimple", fields["n_key_value_heads"]
     return shape | {
         "d_mlp": fields["n_intermediate"],
         "act_fn": "silu" if gated else "gelu_new",
@@ -65,7 +65,7 @@ def _config(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         "normalization_type": "RMS",
         "final_rms": True,
         "eps": float(fields["rms_norm_eps"]),
-        "n_key_value_heads": fields["n_key_value_heads"],
+        "n_key_value_heads": None if n_groups == fields["n_head"] else n_groups,
         "positional_embedding_type": "rotary",
         "rotary_dim": d_head,
         "rotary_base": fields["rotary_base"],
