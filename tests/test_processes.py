@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -34,8 +35,11 @@ def launch(*arguments, folder, timeout=280):
     """Run a job of two processes to its end."""
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    with socket.socket() as free:  # at the default port, jobs of two workers would meet
+        free.bind(("localhost", 0))
+        port = ["--master-port", str(free.getsockname()[1])]
     job = subprocess.Popen(
-        [*LAUNCHER, *map(str, arguments)],
+        [*LAUNCHER, *port, *map(str, arguments)],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
