@@ -139,7 +139,7 @@ def _changed(value: Any, change: Callable[[str, Tensor], Tensor], name: str = ""
 
 
 def _entries(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor to be stored: as it is, or if that is smaller, its entries that are not empty.
+    """A tensor to be stored: as it is, or if three quarters are empty, its other entries.
 
     Of every row how many there are, and the column and value of each, whole numbers in as few bytes
     as hold them. Empty is 0, or -1 in a table that has more of those.
@@ -147,15 +147,17 @@ def _entries(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if tensor.ndim < 2 or not tensor.numel():
         return {name: tensor}
     rows = tensor.reshape(len(tensor), -1)
-    fill = -1 if (rows == -1).sum() > (rows == 0).sum() else 0
+    zeros, ones = (int((rows == value).sum()) for value in (0, -1))
+    if 4 * max(zeros, ones) < 3 * rows.numel():  # the places of more would not fit into memory
+        return {name: tensor}
+    fill = -1 if ones > zeros else 0
     row, column = (rows != fill).nonzero(as_tuple=True)
-    entries = {
+    return {
         f"{name}@shape": torch.tensor([*tensor.shape, fill]),
         f"{name}@counts": _short(row.bincount(minlength=len(rows))),
         f"{name}@columns": _short(column),
         f"{name}@values": _short(rows[row, column]),
     }
-    return entries if sum(t.nbytes for t in entries.values()) < tensor.nbytes else {name: tensor}
 
 
 def _short(values: Tensor) -> Tensor:
