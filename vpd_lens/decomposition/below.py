@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from vpd_lens.sites import Site
 
 Forward = Callable[..., Any]
+_CALL = "_call_impl"  # what calling a module comes down to: its hooks and its `forward`
 
 
 def blocks_below(model: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
@@ -82,20 +83,24 @@ def _same(one: Any, two: Any) -> bool:
 
 @contextmanager
 def _replaced(blocks: Sequence[nn.Module], forward: Forward) -> Iterator[None]:
-    """A block in which `forward(theirs, ...)` is called for some modules, in this thread."""
-    before, here = [block.__dict__.get("forward") for block in blocks], threading.get_ident()
+    """A block in which `forward(theirs, ...)` is called for some modules, in this thread.
+
+    It stands for the whole call of a module, the hooks on it included.
+    """
+    here = threading.get_ident()
 
     def chosen(theirs: Forward, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != here:
             return theirs(*args, **kwargs)
         return forward(theirs, *args, **kwargs)
 
+    before = [block.__dict__.get(_CALL) for block in blocks]
     for block in blocks:
-        block.__dict__["forward"] = partial(chosen, block.forward)
+        block.__dict__[_CALL] = partial(chosen, getattr(block, _CALL))
     try:
         yield
     finally:
         for block, own in zip(blocks, before, strict=True):
-            del block.__dict__["forward"]
+            del block.__dict__[_CALL]
             if own is not None:
-                block.__dict__["forward"] = own
+                block.__dict__[_CALL] = own
