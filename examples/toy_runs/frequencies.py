@@ -81,7 +81,7 @@ def site_frequencies(
     """
     vpd: Decomposition = model.vpd  # type: ignore[assignment]
     kind, p = name.rpartition(".")[2], task.p
-    _, inputs = vpd.target(task.all_rows())
+    inputs = vpd.inputs(task.all_rows())
     importance = lower_leaky(vpd.pre_importance(inputs))[..., vpd.layout.columns(name)]
     on = importance > threshold  # [pairs, pos, C]
     live = (on.any(1).float().mean(0) > often).nonzero().flatten()

@@ -70,16 +70,16 @@ def test_outputs_and_gradients_are_the_same_to_the_bit(model):
         vpd.target(x)
         found = [masked(vpd, x, seed) for seed in range(3)]
         # The target's forward, and the comparison that is made once for a decomposition.
-        assert calls.n == 2
+        assert calls.n == 1
         other = tokens(seed=1)
         again = masked(vpd, other)
-        assert calls.n == 3
+        assert calls.n == 2
     for (logits, gradient), (same, theirs) in zip(expected, found, strict=True):
         assert torch.equal(logits, same)
         assert torch.equal(gradient, theirs)
     for one, two in zip(again, masked(vpd, other), strict=True):
         assert torch.equal(one, two)
-    assert calls.n == 4
+    assert calls.n == 3
 
 
 def test_an_input_that_changed_is_another_input(model):
@@ -192,3 +192,31 @@ def test_nothing_is_passed_by_where_the_first_block_is_decomposed(tmp_path):
         model.vpd.target(x)
         model.vpd.target(x)
     assert calls.n == 2
+
+
+def test_importances_run_no_block_above_the_last_site(tmp_path):
+    """And are the same; under masks that follow from them the model runs whole, once."""
+    model = attach(native("grouped"), r"blocks\.0\.", n_subcomponents=7, importance=IMPORTANCE)
+    x = tokens()
+    expected = model.vpd.target(x)[1]
+    calls = Calls(inner(model.blocks[1]))
+    found = model.vpd.inputs(x)
+    model.vpd.causal_importance(x)
+    assert calls.n == 0
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+    with torch.no_grad(), model.vpd.masked("ci"):
+        model(x)
+    assert calls.n == 1
+    with torch.no_grad():
+        model(x)
+    assert calls.n == 2
+
+
+def test_an_adversary_runs_the_blocks_below_twice(model):
+    """In the target's forward, and in the masked one that a user's hooks see."""
+    vpd, x = model.vpd, tokens()
+    calls = Calls(inner(model.blocks[0]))
+    with torch.no_grad(), vpd.masked("adversarial", n_steps=5, seed=0):
+        found = model(x)
+    assert calls.n == 2
+    assert not torch.equal(found, model(x))

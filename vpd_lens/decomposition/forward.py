@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from einops import einsum, rearrange
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from vpd_lens.decomposition.below import Kept, blocks_below
+from vpd_lens.decomposition.heads import head_acts
 from vpd_lens.decomposition.masks import AnyMasks, Layout, Masks, edited_site, masked_site
 from vpd_lens.decomposition.modes import MaskContext
 from vpd_lens.decomposition.subcomponents import Subcomponents
@@ -37,6 +36,10 @@ FLAGS_HINT = (
 )
 
 
+class _Reached(BaseException):
+    """Ends a forward whose output nobody needs; not an error, which a model might catch."""
+
+
 @dataclass
 class Pass:
     """One forward of the model, as the hooks of its sites see it."""
@@ -48,6 +51,7 @@ class Pass:
     edited: set[int] = field(default_factory=set)  # sites that have been masked so far
     by_head: set[int] = field(default_factory=set)  # those masked in the result of every head
     finished: bool = False  # whether the forward has reached the model's end
+    only_inputs: bool = False  # whether it ends as soon as the inputs of all sites are known
 
 
 class _State(threading.local):
@@ -88,11 +92,20 @@ class Forwards:
         return self.subcomponents.layout
 
     def run(
-        self, masks: AnyMasks | None, args: tuple, kwargs: Mapping[str, Any], record: bool = False
+        self,
+        masks: AnyMasks | None,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        record: bool = False,
+        only_inputs: bool = False,
     ) -> tuple[Any, Pass]:
-        """One forward under fixed masks (`None`: the target), and its pass; see `Decomposition`."""
+        """One forward under fixed masks (`None`: the target), and its pass; see `Decomposition`.
+
+        For `only_inputs` the target's forward ends at the last site, and its output is `None`.
+        """
         n = len(self.sites)
         current = Pass([None] * n, frozen=self.state.frozen, finished=not self.ends)
+        current.only_inputs = only_inputs
         if masks is not None:
             masks = masks if isinstance(masks, Masks) else masks.computed()
             current.masks = masks.per_site(self.layout)
@@ -107,33 +120,44 @@ class Forwards:
     def stream(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """What the blocks below the first site return for a forward, if that is kept."""
         kept = self.state.kept
-        stream = None if kept is None else kept.of(args, kwargs)
-        if kept is None or stream is None:
-            return None
-        if self.passable is None:
-            self.passable = self._is_passable(kept, stream, args, kwargs)
-        return stream if self.passable else None
+        return None if kept is None or not self.passable else kept.of(args, kwargs)
 
     def _from_what_is_kept(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """The model's forward, without the blocks below the first site if they are known."""
         kept = self.state.kept
-        if kept is None:
+        if kept is None or self.passable is False:
+            return self._call(args, kwargs)
+        if (stream := self.stream(args, kwargs)) is not None:
+            with kept.passing_by(stream):
+                return self._call(args, kwargs)
+        with kept.keeping(args, kwargs):
+            output = self._call(args, kwargs)
+        if self.passable is None and output is not None:
+            self.passable = self._is_passable(kept.of(args, kwargs), output, args, kwargs)
+        return output
+
+    def _call(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        try:
             return self.original(*args, **kwargs)
-        stream = self.stream(args, kwargs)
-        with kept.keeping(args, kwargs) if stream is None else kept.passing_by(stream):
-            return self.original(*args, **kwargs)
+        except _Reached:
+            return None
 
     @torch.no_grad()
-    def _is_passable(self, kept: Kept, stream: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    def _is_passable(
+        self, stream: Any, output: Any, args: tuple, kwargs: Mapping[str, Any]
+    ) -> bool | None:
         """Whether the model computes the same, to the bit, when it passes by the blocks below."""
-        with self.during(current=Pass([None] * len(self.sites), finished=True)):
-            whole = tree_leaves(self.original(*args, **kwargs))
-            with kept.passing_by(stream):
-                short = tree_leaves(self.original(*args, **kwargs))
-        pairs = [(a, b) for a, b in zip(whole, short, strict=True) if isinstance(a, Tensor)]
-        if any(a.is_meta or isinstance(a, FakeTensor) for a, _ in pairs):  # no values: in a plan
+        if stream is None:  # nothing was kept of this forward, which says nothing of others
+            return None
+        masks = self.state.current.masks if self.state.current is not None else None
+        again = Pass([None] * len(self.sites), masks, frozen=True, finished=True)
+        with self.during(current=again), Kept(self.below).passing_by(stream):
+            short = self.original(*args, **kwargs)
+        pairs = zip(tree_leaves(output), tree_leaves(short), strict=True)
+        tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor)]
+        if any(a.is_meta or isinstance(a, FakeTensor) for a, _ in tensors):  # no values: in a plan
             return True
-        return all(torch.equal(a, b) for a, b in pairs)
+        return all(torch.equal(a, b) for a, b in tensors)
 
     @contextmanager
     def kept_below(self) -> Iterator[None]:
@@ -206,7 +230,10 @@ class Forwards:
 
     def read(self, index: int, x: Tensor) -> None:
         """See the input of a site."""
-        (self.state.current or self.state.idle).inputs[index] = x
+        current = self.state.current or self.state.idle
+        current.inputs[index] = x
+        if current.only_inputs and all(known is not None for known in current.inputs):
+            raise _Reached
 
     def edit(self, index: int, y: Tensor) -> Tensor | None:
         """The new output of a site, or `None` where it stays what the model computed."""
@@ -235,7 +262,7 @@ class Forwards:
             return None
         (results,) = args
         v, u = self._directions(current, index)
-        acts = _head_acts(current.inputs[index], v, results.shape[-2])
+        acts = head_acts(current.inputs[index], v, results.shape[-2])
         (_, mask, delta), edited, _ = self._shown(index, acts.sum(-2), current.masks[index])
         if edited[0]:
             raise VPDError(
@@ -245,38 +272,6 @@ class Forwards:
         current.by_head.add(index)
         mask, delta = mask.unsqueeze(-2), delta.unsqueeze(-2)
         return (edited_site(results, u, acts, acts, mask, delta, None),)
-
-    @torch.no_grad()
-    def compute_head_results(self, cache: Any) -> None:
-        """Put `blocks.*.attn.hook_result`, `[*batch, head, d_model]`, into a masked run's cache.
-
-        TransformerLens's heads, a cached `z` times `W_O`, would not add up to the attention's
-        output: under masks the matrix of the site `attn.o` is another one at every position.
-        """
-        model: Any = self.model
-        for layer in range(model.cfg.n_layers):
-            name = f"blocks.{layer}.attn"
-            z = cache["z", layer, "attn"]
-            # Under this name a bridge may show the sum of all heads, which has no head axis.
-            known = cache.cache_dict.get(f"{name}.hook_result")
-            if known is not None and known.ndim == z.ndim:
-                continue
-            if f"{name}.o" not in self.layout.names:
-                result = einsum(z, model.blocks[layer].attn.W_O, "... h d, h d out -> ... h out")
-            else:
-                points = [f"{name}.o.vpd.{point}" for point in ("hook_mask", "hook_delta_mask")]
-                if missing := [point for point in points if point not in cache.cache_dict]:
-                    raise InputError(
-                        f"the heads of a masked run need {missing} in the cache; cache them too."
-                    )
-                mask, delta = (cache.cache_dict[point].unsqueeze(-2) for point in points)
-                index, heads = self.layout.names.index(f"{name}.o"), z.shape[-2]
-                weight = rearrange(self.sites[index].weight, "(h d) out -> h d out", h=heads)
-                kept = einsum(z, weight, "... h d, h d out -> ... h out")
-                v, u = self.subcomponents.v[index], self.subcomponents.u[index]
-                acts = _head_acts(z.flatten(-2), v, heads)
-                result = edited_site(kept, u, acts, acts, mask, delta, None)
-            cache.cache_dict[f"{name}.hook_result"] = result
 
     def note_end(self, _module: nn.Module, _args: tuple) -> None:
         """See that the forward has reached the model's end."""
@@ -363,13 +358,6 @@ class Forwards:
             for new, old, was in zip(after, values, before, strict=True)
         ]
         return after, edited, any(backward)
-
-
-def _head_acts(x: Any, v: Tensor, n_heads: int) -> Float[Tensor, "*batch head C"]:
-    """Activations `z_h V_h` of every head of a site `attn.o`, from its input `[*batch, d_in]`."""
-    z = rearrange(x, "... (head d) -> ... head d", head=n_heads)
-    v = rearrange(v.to(x.dtype), "(head d) c -> head d c", head=n_heads)
-    return einsum(z, v, "... head d, head d c -> ... head c")
 
 
 @contextmanager

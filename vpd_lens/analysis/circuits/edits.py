@@ -223,7 +223,7 @@ def _source_activations(
 ) -> dict[str, Float[Tensor, "pos C"]]:
     if edit.source is None:
         raise InputError("Patch needs source=..., the prompt whose activations to take.")
-    _, inputs = vpd.target(prompt_tokens(vpd.model, edit.source, prepend_bos)[None])
+    inputs = vpd.inputs(prompt_tokens(vpd.model, edit.source, prepend_bos)[None])
     pairs = zip(vpd.layout.names, inputs, vpd.subcomponents.v, strict=True)
     return {name: x[0].float() @ v.float() for name, x, v in pairs}
 

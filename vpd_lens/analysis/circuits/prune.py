@@ -172,7 +172,7 @@ def prune(
         stack.enter_context(vpd.frozen_subcomponents())
         stack.enter_context(vpd.kept_below())
         with torch.no_grad():  # each prompt alone, as the importance function sees padding
-            alone = [vpd.target(behaviour.prompt(i)[None])[1] for i in range(len(behaviour.tokens))]
+            alone = [vpd.inputs(behaviour.prompt(i)[None]) for i in range(len(behaviour.tokens))]
             z = pad_sequence([vpd.pre_importance(x)[0].float() for x in alone], batch_first=True)
         if "unembed" not in vpd.layout.names:
             stack.enter_context(narrowed_unembedding(model, behaviour.at_position))
