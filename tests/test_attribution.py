@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -411,6 +412,15 @@ def test_bad_input_is_refused(arguments: dict[str, Any], message: str) -> None:
         pytest.raises(vpd_lens.errors.InputError, match=message),
     ):
         vpd_lens.attribute(model, **arguments)
+
+
+def test_edges_are_announced(capsys: Any) -> None:
+    import vpd_lens
+
+    with pytest.warns(UserWarning, match="untrained"):
+        graph = vpd_lens.attribute(attached(), PROMPT, target=3)
+    (most,) = re.findall(r"Attributing: at most ([\d,]+) edges", capsys.readouterr().out)
+    assert graph.n_edges <= int(most.replace(",", ""))
 
 
 def test_an_undecomposed_model_is_refused() -> None:

@@ -35,3 +35,10 @@ def test_nothing_if_not_asked_for(capsys):
     with Progress("Harvesting", 1, show=False) as bar:
         bar.advance()
     assert capsys.readouterr() == ("", "")
+
+
+def test_what_it_costs_is_said_first(capsys):
+    with Progress("Harvesting", 1, cost="1 forward of 8 sequences; the tables take 0.1 GiB"):
+        pass
+    line = "Harvesting: 1 forward of 8 sequences; the tables take 0.1 GiB"
+    assert capsys.readouterr().out.splitlines() == [line]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.conftest import tiny_bridge
 from vpd_lens.decomposition.idle import idle
+from vpd_lens.progress import Progress
 
 LONG, SHORT = [3, 11, 7, 19, 2, 23], [5, 2, 8]
 
@@ -62,6 +64,23 @@ def test_prompts_pruned_together_are_pruned_as_if_alone(model: nn.Module) -> Non
         alone = found(model, prompt, method="ci", steps=12)
         torch.testing.assert_close(both.of_prompt(index), alone.of_prompt(), atol=2e-2, rtol=0)
         assert len(alone.of_prompt()) == len(prompt)
+
+
+@pytest.mark.parametrize("method", ["ci", "stochastic", "adversarial"])
+def test_as_many_passes_as_announced(model: nn.Module, method: str, monkeypatch: Any) -> None:
+    prune = import_module("vpd_lens.analysis.circuits.prune")
+    bars: list[Any] = []
+
+    class Seen(Progress):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(prune, "Progress", Seen)
+    found(model, [LONG, SHORT], method=method)
+    (bar,) = bars
+    assert bar.done == bar.total
+    assert bar.cost == f"{bar.total} passes forward or backward of 2 x 6 tokens"
 
 
 def test_nothing_counts_after_the_position(model: nn.Module) -> None:

@@ -17,10 +17,16 @@ _FIRST, _BETWEEN = 5.0, 30.0  # seconds before the first line, and between lines
 
 
 class Progress:
-    """A bar on a terminal, lines elsewhere, for `total` units of work of which `start` are done."""
+    """A bar on a terminal, lines elsewhere, for `total` units of work of which `start` are done.
 
-    def __init__(self, title: str, total: int, start: int = 0, show: bool = True) -> None:
+    What the work will `cost` is said before it begins.
+    """
+
+    def __init__(
+        self, title: str, total: int, start: int = 0, show: bool = True, cost: str = ""
+    ) -> None:
         self.title, self.total, self.start, self.done = title, total, start, start
+        self.cost = cost
         self.console = Console(quiet=not show)
         self._in_lines = not self.console.is_terminal or self.console.is_jupyter
         whole = Column(no_wrap=True)  # on a narrow terminal only the bar shrinks
@@ -38,6 +44,8 @@ class Progress:
         self._began = self._spoke = time.monotonic()
 
     def __enter__(self) -> Progress:
+        if self.cost:
+            self.console.print(f"{self.title}: {self.cost}", highlight=False, markup=False)
         self._bar.start()
         return self
 

@@ -236,8 +236,12 @@ def check_same(
         )
 
 
-def check_size(empty: Callable[[], Gathered], limit: float, advice: str) -> None:
-    """Refuse a result whose own tensors take more than `limit` GiB, before it is made."""
+def check_size(empty: Callable[[], Gathered], limit: float, advice: str) -> str:
+    """Refuse a result whose own tensors take more than `limit` GiB, before it is made.
+
+    Returns:
+        How much memory they take, in words.
+    """
     with torch.device("meta"):
         made = {name: x for name, x in empty()._tensors().items() if x.is_meta}
     total = sum(x.nbytes for x in made.values()) / 2**30
@@ -248,6 +252,7 @@ def check_size(empty: Callable[[], Gathered], limit: float, advice: str) -> None
             f"the tables take {total:.2g} GiB ({listed}, ...), more than memory_limit={limit:g}; "
             f"{limit / total:.1%} of that fits. {advice}, or raise memory_limit."
         )
+    return f"the tables take {total:.2g} GiB"
 
 
 def chosen(

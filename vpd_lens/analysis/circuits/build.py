@@ -124,7 +124,7 @@ class GraphBuilder:
         self.importance = dict(zip(layout.names, layout.split(g), strict=True))
         counts = layout.sum_per_site((g > 0).float()).cpu()  # [pos, n_sites]
         self.counts = dict(zip(layout.names, counts.unbind(-1), strict=True))
-        self._require_small(max_edges)
+        self.cost = self._require_small(max_edges)
         # No more rows than the matrix, or the outputs, with most targets can fill.
         rows = [int(n.sum() if self._alone(s) else n.max()) for s, n in self.counts.items()]
         self.copies = min(batch_size, max(1, len(outputs), *rows))
@@ -142,7 +142,7 @@ class GraphBuilder:
         position, index, probability = map(torch.tensor, zip(*columns, strict=True))
         outputs = self._add("output", "output", position, index, torch.stack(values), probability)
         matrices = [name for name, count in self.counts.items() if bool(count.any())]
-        with Progress("Attributing", len(matrices), show=progress) as bar:
+        with Progress("Attributing", len(matrices), show=progress, cost=self.cost) as bar:
             for name in bar.counting(matrices):
                 own, numbers = self.places[name][0], torch.full(self.importance[name].shape, -1)
                 numbers[own.position, own.index.cpu()] = own.numbers  # type: ignore[union-attr]
@@ -160,8 +160,8 @@ class GraphBuilder:
         """Whether a target of this matrix needs a row of its own."""
         return self.forward.mixes_positions or name.endswith(".attn.o")
 
-    def _require_small(self, max_edges: int) -> None:
-        """At most so many edges as there are pairs of nodes that a path may join."""
+    def _require_small(self, max_edges: int) -> str:
+        """At most so many edges as there are pairs of nodes that a path may join, in words."""
         before = torch.full((len(self.tokens),), 2.0)  # embedding and position
         estimate, of_layer = 0.0, {}
         for name in (site.name for site in self.forward.sites):
@@ -180,13 +180,15 @@ class GraphBuilder:
             before = before + of_layer[name]
         reached = before.cumsum(0) if self.forward.mixes_positions else before
         estimate += sum(float(reached[output.position]) for output in self.outputs)
+        size = f"{estimate:,.0f} edges (about {estimate * BYTES_PER_EDGE / 2**30:.1g} GiB)"
         if estimate > max_edges:
             raise InputError(
-                f"the graph may have {estimate:,.0f} edges (about "
-                f"{estimate * BYTES_PER_EDGE / 2**30:.1f} GiB), more than max_edges="
+                f"the graph may have {size}, more than max_edges="
                 f"{max_edges:,}. Raise threshold, prune to a behaviour (prune='adversarial'), "
                 "use a shorter prompt, or raise max_edges."
             )
+        matrices = sum(bool(count.any()) for count in self.counts.values())
+        return f"at most {size}, into {matrices} matrices and the outputs"
 
     def _nodes_at(self, name: str) -> list[Contributor]:
         """The nodes at one matrix, norm or `embed`; of a decomposed matrix, subcomponents first."""

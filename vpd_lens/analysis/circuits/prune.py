@@ -176,7 +176,9 @@ def prune(
             z = pad_sequence([vpd.pre_importance(x)[0].float() for x in alone], batch_first=True)
         if "unembed" not in vpd.layout.names:
             stack.enter_context(narrowed_unembedding(model, behaviour.at_position))
-        bar = stack.enter_context(Progress("Pruning", _n_passes(config), show=progress))
+        n_passes, shape = _n_passes(config), tuple(behaviour.tokens.shape)
+        cost = f"{n_passes} passes forward or backward of {shape[0]} x {shape[1]} tokens"
+        bar = stack.enter_context(Progress("Pruning", n_passes, show=progress, cost=cost))
         search = _Search(vpd, behaviour, z, config, bar)
         importance = search.run()
         report = search.report(importance)

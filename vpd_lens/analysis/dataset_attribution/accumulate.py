@@ -130,11 +130,15 @@ def dataset_attributions(
         given = above(vpd, means, alive_threshold)
     engine = Engine(vpd, given, settings)
     advice = "Take some targets at a time with targets=[...], raise alive_threshold"
-    check_size(engine.empty, memory_limit, advice)
+    size = check_size(engine.empty, memory_limit, advice)
     result = engine.empty() if stored is None else stored
     total, done = (n * engine.n_passes for n in (n_batches, result.n_batches))
     batches = read(state=result.data_state)
-    with Progress("Attributing", total, done, progress) as bar:
+    cost = (
+        f"{engine.n_passes} passes forward or backward for each of {n_batches} batches of "
+        f"{batch_size} sequences; {size}"
+    )
+    with Progress("Attributing", total, done, progress, cost) as bar:
         engine.observer.count_pass = bar.advance
         return gather(result, engine.add, batches, n_batches, output, save_every, vpd.device)
 

@@ -89,7 +89,7 @@ def harvest(
     vocabularies = _vocabularies(model)
     kept = {"settings": settings, **origin(vpd, max(vocabularies))}
     empty = partial(Harvest.empty, layout, vocabularies, **kept)
-    check_size(empty, memory_limit, "Harvest some sites at a time with sites=[...]")
+    size = check_size(empty, memory_limit, "Harvest some sites at a time with sites=[...]")
     result = Harvest.load(output, vpd) if resume else empty()
     different = f"sites were {list(result.layout.names)} and are {list(layout.names)}"
     check_same(output, result.settings, settings, [different] * (result.layout != layout))
@@ -97,7 +97,8 @@ def harvest(
         one_pass, data, model=model, batch_size=batch_size, seq_len=seq_len, prepend_bos=prepend_bos
     )
     batches = read(seed=seed, state=result.data_state)
-    with Progress("Harvesting", n_batches, result.n_batches, progress) as bar:
+    cost = f"{n_batches} forwards of {batch_size} sequences; {size}"
+    with Progress("Harvesting", n_batches, result.n_batches, progress, cost) as bar:
 
         def add(result: Harvest, batch: Batch) -> None:
             result.add(*_observed(vpd, layout, threshold, vocabularies[1], batch))
