@@ -178,3 +178,25 @@ def test_self_check_finds_a_wrong_weight(case: str, build: Callable[..., nn.Modu
     with pytest.raises(AttachError, match=r"1 of 2 sites.*\n.*blocks\.1\.attn\.o: x W \+ b"):
         attach(model, sites=[right, wrong], n_subcomponents=5)
     assert "vpd" not in model.__dict__
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hook_points_that_do_not_exist(case: str, build: Callable[..., nn.Module]) -> None:
+    from vpd_lens.decomposition.attach import attach, remove
+    from vpd_lens.errors import InputError
+
+    model, x = attach(build(case), n_subcomponents=5), tokens()
+    name = "blocks.0.mlp.in.vpd.hook_maks"
+    hooks = [(name, lambda value, hook: value)]
+    meant = r"no hook point .*hook_maks'; did you mean blocks\.0\.mlp\.in\.vpd\.hook_mask\?"
+    with pytest.raises(InputError, match=meant):
+        model.run_with_hooks(x, fwd_hooks=hooks)
+    with pytest.raises(InputError, match=meant), model.hooks(hooks):
+        pass
+    with pytest.raises(InputError, match=meant):
+        model.run_with_cache(x, names_filter=[name])
+    expected = model(x)
+    right = [(name.replace("maks", "mask"), lambda value, hook: value)]
+    assert torch.equal(model.run_with_hooks(x, fwd_hooks=right), expected)
+    remove(model)
+    assert "run_with_hooks" not in model.__dict__

@@ -191,7 +191,9 @@ class Attachment:
 
 
 # What a user calls on a model, and a decomposition has a method of its own for.
-_ENTRIES = ("forward", "generate", "generate_stream", "run_with_cache")
+_ENTRIES = (
+    "forward", "generate", "generate_stream", "run_with_cache", "run_with_hooks", "hooks",
+)  # fmt: skip
 
 
 def _embedding_points(model: nn.Module) -> list[nn.Module]:

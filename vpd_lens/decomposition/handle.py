@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from vpd_lens.config import CausalImportanceConfig
 from vpd_lens.decomposition.call import Generation, real_positions
@@ -29,7 +30,7 @@ from vpd_lens.decomposition.modes import MODES, MaskContext, masks_from_tensors
 from vpd_lens.decomposition.ranks import Ranks, ranks, sites_table
 from vpd_lens.decomposition.runs import Runs
 from vpd_lens.decomposition.subcomponents import Subcomponents
-from vpd_lens.errors import InputError
+from vpd_lens.errors import InputError, did_you_mean
 from vpd_lens.sites import Site
 
 
@@ -212,7 +213,25 @@ class Decomposition(Runs):
         with self.forwards.during(generation=Generation()):
             yield from self.attachment.original["generate_stream"](*args, **kwargs)
 
+    def _run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        lists = {name: kwargs.get(name) for name in ("fwd_hooks", "bwd_hooks")}
+        self._require_known(args[1:], lists)  # the first is what the model runs on
+        return self.attachment.original["run_with_hooks"](*args, **kwargs)
+
+    def _hooks(self, *args: Any, **kwargs: Any) -> Any:
+        self._require_known(args, kwargs)
+        return self.attachment.original["hooks"](*args, **kwargs)
+
+    def _require_known(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """TransformerLens passes over names that do not exist, and says nothing."""
+        known: Any = self.model.hook_dict
+        for name in tree_leaves((args, kwargs)):
+            if isinstance(name, str) and ".vpd." in name and name not in known:
+                ours = [point for point in known if ".vpd." in point]
+                raise InputError(f"there is no hook point {name!r}{did_you_mean(name, ours)}")
+
     def _run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        self._require_known((), {"names_filter": kwargs.get("names_filter")})
         output, cache = self.attachment.original["run_with_cache"](*args, **kwargs)
         if self.forwards.state.context is not None:
             for name in ("compute_head_results", "_ensure_head_results"):  # the latter since 4.3
