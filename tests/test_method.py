@@ -311,6 +311,25 @@ def test_pgd_reaches_the_corners_of_a_monotone_loss_and_records_its_curve():
     assert curve[0] < curve[5] < curve[20] == pytest.approx(40.0)
 
 
+def test_pgd_on_fp16_logits_moves_as_on_fp32_ones():
+    """Also where a mean over the positions has gradients that fp16 rounds to 0."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(32768, 64, generator=generator)
+    effect = 0.02 * torch.randn(12, 64, generator=generator)
+    layout = Layout(("a",), (12,))
+    start = shared_sources(torch.zeros(32768, 12), layout, generator)
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        distance = Divergence(target.to(dtype), "kl")
+
+        def loss(masks, dtype=dtype, distance=distance):
+            shift = masks.components.to(dtype) @ effect.to(dtype) * masks.delta.to(dtype)
+            return distance(target.to(dtype) + shift)
+
+        found.append(ascend(loss, torch.zeros(32768, 12), start, 3, 0.1)[0].components)
+    assert torch.equal(*found)
+
+
 def test_layerwise_is_the_mean_of_single_site_losses(model, tokens):
     attach(model, n_subcomponents=5)
     vpd = model.vpd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 
 import torch
@@ -40,6 +41,8 @@ def ascend(
     (numbers of steps), in its own unit.
     """
     g, sources = importance.detach(), start
+    # A mean over many positions has gradients that fp16 rounds to 0; only their signs count.
+    scale = 2.0 ** math.ceil(math.log2(max(1, g[..., 0].numel())))
     curve: dict[int, float] = {}
     for step in range(n_steps):
         r, delta = sources.components.detach().requires_grad_(), sources.delta.detach()
@@ -47,7 +50,8 @@ def ascend(
         loss = loss_of(Sources(r, delta).over(g))
         if step in checkpoints:
             curve[step] = float(loss.detach())
-        slopes = zip(leaves, torch.autograd.grad(loss, leaves), strict=True)
+        gradients = torch.autograd.grad(loss, leaves, torch.full_like(loss, scale))
+        slopes = zip(leaves, gradients, strict=True)
         moved = [(leaf.detach() + step_size * slope.sign()).clamp_(0, 1) for leaf, slope in slopes]
         if moves is not None:
             moved = [torch.where(moves, moved[0], r.detach()), delta]
