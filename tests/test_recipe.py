@@ -651,6 +651,12 @@ def test_the_sites_are_printed_with_their_ranks_and_the_handle_without():
         vpd.sites[0].weight[:, 1:] = 0
     assert "\n" not in repr(vpd)
     assert "ranks" not in vars(vpd)  # no singular value was computed
+    sizes = [
+        sum(p.numel() for p in part.parameters()) for part in (vpd.subcomponents, vpd.importance)
+    ]
+    assert "V and U have {:,} parameters, the causal importance function {:,}".format(*sizes) in (
+        " ".join(str(vpd).split())
+    )
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in str(vpd).splitlines()]
     assert ["blocks.0.attn.q", "16 x 16", "5", "1", "1"] in rows
     assert ["blocks.0.mlp.in", "16 x 24", "7", "16"] in [row[:4] for row in rows]

@@ -137,7 +137,16 @@ class Decomposition(Runs):
 
     def __str__(self) -> str:
         console = Console(width=100, no_color=True, file=(text := StringIO()))
-        console.print(repr(self), sites_table(self), sep="\n", highlight=False, markup=False)
+        own, function = (
+            sum(p.numel() for p in part.parameters())
+            for part in (self.subcomponents, self.importance)
+        )
+        sizes = (
+            f"V and U have {own:,} parameters, the causal importance function {function:,}: "
+            f"{function / own:.1f} times as many (importance.d_model, .n_blocks and .n_heads)."
+        )
+        parts = repr(self), sizes, sites_table(self)
+        console.print(*parts, sep="\n", highlight=False, markup=False)
         return text.getvalue().rstrip()
 
     @contextmanager
