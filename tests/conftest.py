@@ -10,8 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-# Fixtures that train: on one worker only, not once on each, and first, so that none is left over.
-TRAINED = ("addition", "circuit", "jobs", "finished")
+# Fixtures that take seconds: on one worker only, not once on each, and first, so that none is left
+# over. So are models that tests of many files take: `bridge-llama-default`, `hooked-ln`.
+LONG = ("addition", "circuit", "finished", "report", "whole", "found", "dense")
+CASES = ("bridge-", "native-", "hooked-")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -19,10 +21,16 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        for name in TRAINED:
+        for name in LONG:
             if name in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{name}"))
+                break
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    for item in items:
+        for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
+            if isinstance(value, str) and value.startswith(CASES):
+                item.add_marker(pytest.mark.xdist_group(value))
+                break
 
 
 def shared_folder(name: str) -> Path:

@@ -1,9 +1,10 @@
-"""What every process of a two-process job runs in test_processes.py: `processes_worker.py CASE`.
+"""What every process of a two-process job runs in test_processes.py.
 
-A case that fails exits with an error, which ends the job; what it prints reaches the test.
+A case that fails ends the job; what it prints reaches the test.
 """
 
 import os
+import runpy
 import shutil
 import signal
 import sys
@@ -25,11 +26,15 @@ from vpd_lens.training.distributed import ALONE, join
 from vpd_lens.training.sharding import is_sharded, sharded_importance, whole
 from vpd_lens.training.step import Stepper
 
-RANK = int(os.environ.get("RANK", "0"))
 BATCH = 8
 TOKENS = torch.randint(0, 29, (64, 8), generator=torch.Generator().manual_seed(1))
 RUN = {"steps": 20, "checkpoint_every": 6, "log_every": 1, "n_subcomponents": 8}
 SHORT = {"steps": 6, "checkpoint_every": 2}
+
+
+def rank():
+    """The number of this process; 0 where it is alone."""
+    return int(os.environ.get("RANK", "0"))
 
 
 class Draws:
@@ -117,7 +122,7 @@ def compare(found, expected, case):
         error = (found[1][name] - gradient).abs().max() / scale
         assert scale > 0, f"{case}: no gradient reaches {name}"
         assert error < 1e-4, f"{case}: the gradient of {name} is off by {error:.1e}"
-    if RANK == 0:
+    if rank() == 0:
         for a, b in zip(found[2], expected[2], strict=True):
             assert a.shape == b.shape, case
             # Adam's first steps follow the sign of gradients that may be zero up to rounding.
@@ -145,7 +150,7 @@ def trained(folder, at=None, do=None, **changes):
     Stepper.step, Stepper.__init__ = interrupted, remembered
     try:
         resume = (Path(folder) / "checkpoint").exists()
-        result = train(model, TOKENS, run, output=folder, resume=resume, progress=RANK == 0)
+        result = train(model, TOKENS, run, output=folder, resume=resume, progress=rank() == 0)
     finally:
         Stepper.step, Stepper.__init__ = original, original_init
     return model, result, kept[0]
@@ -159,8 +164,8 @@ def terminate(stepper):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def only(rank, act):
-    return lambda stepper: act(stepper) if rank == RANK else None
+def only(number, act):
+    return lambda stepper: act(stepper) if number == rank() else None
 
 
 def crash(stepper):
@@ -196,7 +201,7 @@ def resume_then_die():
         assert all(type(p) is torch.nn.Parameter for p in model.vpd.parameters())
         with suppress(Crash):
             trained(f"{kind}-broken", at=CRASH[kind], do=crash, **changes)
-        if RANK == 0:
+        if rank() == 0:
             shutil.copytree(f"{kind}-broken/checkpoint", f"{kind}-checkpoint")
         again, _, _ = trained(f"{kind}-broken", **changes)
         assert all(map(torch.equal, state(model.vpd), state(again.vpd))), kind
@@ -216,7 +221,7 @@ def unsharded():
     processes.close()
     plain, _, stepper = trained("unsharded", **{**KINDS["sharded"], "shard_importance": False})
     assert not any(map(is_sharded, stepper.parameters["importance"]))
-    expected, _, _ = torch.load(f"sharded-whole/process-{RANK}.pt")
+    expected, _, _ = torch.load(f"sharded-whole/process-{rank()}.pt")
     for one, other in zip(state(plain.vpd), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
@@ -228,17 +233,17 @@ def poison(stepper):
 def keep(folder, model, result, stepper):
     """Store what this process has after a run."""
     leaves = [leaf.detach() for leaf in stepper.adversary.leaves()]
-    torch.save((state(model.vpd), leaves, result.metrics), f"{folder}/process-{RANK}.pt")
+    torch.save((state(model.vpd), leaves, result.metrics), f"{folder}/process-{rank()}.pt")
 
 
 def go_on():
     """Resume the job that died, and a run of a single process; stop on a signal to one process."""
     model, _, _ = trained("dying", **KINDS["sequence"])
-    whole_run, _, _ = torch.load(f"sequence-whole/process-{RANK}.pt")
+    whole_run, _, _ = torch.load(f"sequence-whole/process-{rank()}.pt")
     assert all(map(torch.equal, state(model.vpd), whole_run))
     model, result, stepper = trained("single", at=6, do=check_cut, **KINDS["sequence"])
     keep("single", model, result, stepper)
-    shuffled = list(TOKENS.split(4))[:: 1 if RANK == 0 else -1]
+    shuffled = list(TOKENS.split(4))[:: 1 if rank() == 0 else -1]
     with pytest.raises(ProcessError, match="same data"):
         train(tiny_bridge(), shuffled, config(**RUN), output="unlike", progress=False)
     with pytest.raises(NonFiniteLossError, match="stochastic"):
@@ -247,7 +252,7 @@ def go_on():
     try:
         trained("stopped", at=3, do=only(1, terminate), **{**KINDS["sequence"], **NO_CHECKPOINTS})
     except TrainingInterrupted as error:
-        Path(f"stopped/process-{RANK}.txt").write_text(str(error))
+        Path(f"stopped/process-{rank()}.txt").write_text(str(error))
     with suppress(Crash):
         trained("clocked", at=3, do=crash, **{**KINDS["sequence"], **NO_CHECKPOINTS})
 
@@ -255,10 +260,16 @@ def go_on():
 NO_CHECKPOINTS = {"checkpoint_every": 0}
 
 
+def command():
+    """`python -m vpd_lens train run.yaml`."""
+    sys.argv = ["vpd_lens", "train", "run.yaml"]
+    runpy.run_module("vpd_lens", run_name="__main__")
+
+
 def check_cut(stepper):
     """The sources of this process are its rows of those in the checkpoint, the moments too."""
     tensors = load_file("single/checkpoint/state.safetensors")
-    rows = slice(2 * RANK, 2 * RANK + 2)
+    rows = slice(2 * rank(), 2 * rank() + 2)
     leaves = stepper.adversary.leaves()
     for index, (leaf, name) in enumerate(zip(leaves, ("components", "delta"), strict=True)):
         assert torch.equal(leaf, tensors[f"sources/{name}"][rows])
@@ -266,8 +277,4 @@ def check_cut(stepper):
             own = stepper.adversary.optimiser.state[leaf][moment]
             assert torch.equal(own, tensors[f"adversary/{index}/{moment}"][rows])
     same = torch.equal(stepper.generator.get_state(), tensors["generator"])
-    assert same == (RANK == 0)
-
-
-if __name__ == "__main__":
-    globals()[sys.argv[1]]()
+    assert same == (rank() == 0)

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,11 @@ import pytest
 import yaml
 from compat.builders import VOCABULARY, save_architecture
 from conftest import save_tiny
+from processes import signalled, start
 from typer.testing import CliRunner
 
 from vpd_lens import EvalReport
-from vpd_lens.cli import app
+from vpd_lens.cli import app, main
 from vpd_lens.config import read_run_file
 from vpd_lens.errors import ConfigError
 
@@ -33,7 +33,6 @@ TRAINING = {
     "log_every": 2,
     "faithfulness": {"warmup_steps": 3},
 }
-PROGRAM = [sys.executable, "-c", "from vpd_lens.cli import main; main()"]
 
 
 @pytest.fixture(scope="module")
@@ -209,26 +208,26 @@ def test_an_output_is_not_overwritten(finished, write_run):
     )
 
 
+def program(*arguments):
+    sys.argv = ["vpd-lens", *map(str, arguments)]
+    main()
+
+
+@pytest.mark.xdist_group("processes")
 def test_interrupted_and_resumed(write_run, tmp_path):
     path = write_run({"steps": 12, "batch_size": 64, "seq_len": 32, "log_every": 1})
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [*PROGRAM, "train", str(path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    process = start(program, "train", path, folder=tmp_path)
+    status, printed = signalled(
+        signal.SIGTERM,
+        process,
+        tmp_path,
+        once=lambda: (out / "metrics.jsonl").exists() and steps_of(out),
     )
-    try:
-        deadline = time.monotonic() + 300
-        while not ((out / "metrics.jsonl").exists() and steps_of(out)):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors
-    assert "stopped by SIGTERM" in errors
-    assert "--resume" in errors
-    assert "Traceback" not in errors
+    assert status == 130, printed
+    assert "stopped by SIGTERM" in printed
+    assert "--resume" in printed
+    assert "Traceback" not in printed
     done = record(out / "checkpoint")["step"]
     assert 1 <= done < 12
     assert not (out / "decomposition").exists()

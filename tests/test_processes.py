@@ -4,11 +4,7 @@ import json
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import processes_worker
@@ -16,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import save_tiny, tiny_bridge
+from processes import ended, start, two
 from processes_worker import KINDS, RUN, TOKENS, Crash, crash, trained
 from safetensors.torch import load_file
 from test_training import config, state
@@ -27,57 +24,39 @@ from vpd_lens.storage import read
 from vpd_lens.training.checkpoint import CheckpointRecord
 from vpd_lens.training.distributed import ALONE, Processes
 
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 SECOND = Processes(rank=1, world=2)
 
 
-def launch(*arguments, folder, timeout=280):
-    """Run a job of two processes to its end."""
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    with socket.socket() as free:  # at the default port, jobs of two workers would meet
-        free.bind(("localhost", 0))
-        port = ["--master-port", str(free.getsockname()[1])]
-    job = subprocess.Popen(
-        [*LAUNCHER, *port, *map(str, arguments)],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )
-    try:
-        out, error = job.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        job.terminate()  # killing the launcher would leave its processes behind
-        out, error = job.communicate()
-    return subprocess.CompletedProcess(job.args, job.returncode, out, error)
+def launched(test):
+    """Mark a test of a job: all of them on one worker, where one server starts their processes."""
+    return pytest.mark.slow(pytest.mark.xdist_group("processes")(test))
 
 
-def case(name, folder):
-    return launch(processes_worker.__file__, name, folder=folder)
+def case(function, folder):
+    """Run a function of `processes_worker` in a job of two processes; its status and output."""
+    return ended(start(two, function, folder=folder), folder)
 
 
 def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
 
 
-@pytest.mark.slow
+@launched
 def test_one_step_has_the_losses_and_gradients_of_the_global_batch(tmp_path):
     """Every scope, with micro-batches, sharded and not; the same draws for the same rows."""
-    job = case("same_step", tmp_path)
-    assert job.returncode == 0, job.stderr[-3000:]
+    status, printed = case(processes_worker.same_step, tmp_path)
+    assert status == 0, printed[-3000:]
 
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
     """The folder of a job that ended with a death, and of the one that went on, with both."""
     folder = tmp_path_factory.mktemp("jobs")
-    died = case("resume_then_die", folder)
-    assert (folder / "dying").is_dir(), died.stderr[-3000:]
+    died = case(processes_worker.resume_then_die, folder)
+    assert (folder / "dying").is_dir(), died[1][-3000:]
     shutil.copytree(folder / "dying", folder / "died")
     one_process(folder / "single", stop_at=9)
-    went_on = case("go_on", folder)
+    went_on = case(processes_worker.go_on, folder)
     return folder, died, went_on
 
 
@@ -87,21 +66,21 @@ def one_process(folder, stop_at=None):
         return trained(folder, at=stop_at, do=crash, **KINDS["sequence"])
 
 
-@pytest.mark.slow
+@launched
 def test_a_dying_process_ends_the_job_and_its_checkpoint_goes_on(jobs):
-    folder, died, went_on = jobs
-    assert died.returncode != 0
-    assert "Root Cause" in died.stderr
-    assert re.search(r"rank\s+: 1 .*\n.*exitcode\s+: -9", died.stderr), died.stderr[-3000:]
-    (message,) = re.findall("ProcessError: (process 0 .*)", died.stderr)
+    folder, (status, printed), went_on = jobs
+    assert status != 0
+    assert "Root Cause" in printed
+    assert re.search(r"rank\s+: 1 .*\n.*exitcode\s+: -9", printed), printed[-3000:]
+    (message,) = re.findall("ProcessError: (process 0 .*)", printed)
     assert "after step 12, is in dying/checkpoint" in message
     assert "--resume" in message
     # Resuming equals the run that nothing interrupted; the job itself compares the bits.
-    assert went_on.returncode == 0, went_on.stderr[-3000:]
+    assert went_on[0] == 0, went_on[1][-3000:]
     assert [line["step"] for line in metrics_of(folder / "dying")] == list(range(1, 21))
 
 
-@pytest.mark.slow
+@launched
 def test_metrics_are_those_of_the_global_batch_and_every_process_has_them(jobs):
     folder, *_ = jobs
     for kind in KINDS:
@@ -119,7 +98,7 @@ def metrics_step(kind):
     return KINDS[kind].get("steps", RUN["steps"])
 
 
-@pytest.mark.slow
+@launched
 def test_a_checkpoint_holds_the_sources_of_all_rows(jobs):
     folder, *_ = jobs
     for kind, joined in (("sequence", torch.cat), ("batch", same)):
@@ -137,7 +116,7 @@ def same(tensors):
     return first
 
 
-@pytest.mark.slow
+@launched
 def test_another_number_of_processes_goes_on_with_the_same_run(jobs):
     """Two, then one, against two all along; one, then two, against one all along."""
     folder, *_ = jobs
@@ -162,7 +141,7 @@ def without_time(line):
     return {name: value for name, value in line.items() if name != "seconds_per_step"}
 
 
-@pytest.mark.slow
+@launched
 def test_a_signal_to_one_process_stops_all_after_the_same_step(jobs):
     folder, *_ = jobs
     first, second = ((folder / "stopped" / f"process-{r}.txt").read_text() for r in (0, 1))
@@ -171,13 +150,13 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(jobs):
     assert read(folder / "stopped" / "checkpoint", CheckpointRecord).record.step == 4
 
 
-@pytest.mark.slow
+@launched
 def test_without_checkpoint_every_the_clock_says_when(jobs):
     folder, *_ = jobs
     assert read(folder / "clocked" / "checkpoint", CheckpointRecord).record.step == 3
 
 
-@pytest.mark.slow
+@launched
 def test_the_command_line_on_two_processes(tmp_path):
     save_tiny(tmp_path / "model")
     np.save(tmp_path / "tokens.npy", TOKENS.numpy())
@@ -190,10 +169,10 @@ def test_the_command_line_on_two_processes(tmp_path):
         "evaluation": {"data": "tokens.npy", "n_batches": 1, "batch_size": 4, "pgd_steps": [2]},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
-    job = launch("-m", "vpd_lens", "train", "run.yaml", folder=tmp_path)
-    assert job.returncode == 0, job.stderr[-3000:]
-    assert job.stdout.count("Decomposition: out/decomposition") == 1
-    assert job.stdout.count("step 4/4") == 1
+    status, printed = case(processes_worker.command, tmp_path)
+    assert status == 0, printed[-3000:]
+    assert printed.count("Decomposition: out/decomposition") == 1
+    assert printed.count("step 4/4") == 1
     assert {"report.html", "report.json", "decomposition"} <= set(os.listdir(tmp_path / "out"))
 
 

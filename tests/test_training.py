@@ -2,17 +2,13 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import tiny_bridge
+from processes import ended, signalled, start
 
 from vpd_lens import load, remove, storage
 from vpd_lens.config import OptimiserConfig, VPDConfig
@@ -395,49 +391,26 @@ def test_resuming_after_a_crash_is_bit_identical(tokens, tmp_path, changes):
     assert steps[0] == steps[1] == [2, 4, 6, 8]
 
 
-class Process:
-    """A training run in a process of its own, which signals can reach at any step."""
+def trained_in(folder, tokens, resume):
+    """What a process of its own does, which signals can reach at any step."""
+    model = tiny_bridge()
+    run = config(steps=40, log_every=1)
+    train(model, tokens, run, output=folder / "run", resume=resume, progress=False)
+    torch.save(state(model.vpd), folder / "result.pt")
 
-    def __init__(self, folder, tokens):
-        self.folder = folder
-        torch.save(tokens, folder / "tokens.pt")
-        (folder / "run.py").write_text(
-            textwrap.dedent(f"""
-            import sys, torch
-            sys.path.insert(0, {os.path.dirname(__file__)!r})
-            torch.set_num_threads(1)
-            from conftest import tiny_bridge
-            from test_training import config
-            from vpd_lens.training import train
-            model = tiny_bridge()
-            train(model, torch.load("tokens.pt"), config(steps=40, log_every=1), output="run",
-                  resume=sys.argv[1] == "resume", progress=False)
-            torch.save([p.detach() for p in model.vpd.parameters()], "result.pt")
-            """)
-        )
 
-    def start(self, mode):
-        return subprocess.Popen(
-            [sys.executable, "run.py", mode],
-            cwd=self.folder,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def stop_with(self, number):
-        """Start, send the signal once five steps are logged, and return what was printed."""
-        process = self.start("new")
-        metrics = self.folder / "run" / "metrics.jsonl"
-        deadline = time.monotonic() + 200
-        while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(number)
-        _, error = process.communicate(timeout=100)
-        assert process.returncode != 0
-        return error
+def stopped_with(number, folder, tokens):
+    """Train, send the signal once five steps are logged, and return what was printed."""
+    process = start(trained_in, folder, tokens, False, folder=folder)
+    metrics = folder / "run" / "metrics.jsonl"
+    status, printed = signalled(
+        number,
+        process,
+        folder,
+        once=lambda: metrics.exists() and metrics.read_text().count("\n") >= 5,
+    )
+    assert status == 1
+    return printed
 
 
 def stopped_at(folder):
@@ -449,13 +422,14 @@ def checkpoint_of(run):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 def test_a_killed_process_resumes_bit_identically(tokens, tmp_path):
-    process = Process(tmp_path, tokens)
-    error = process.stop_with(signal.SIGTERM)
+    error = stopped_with(signal.SIGTERM, tmp_path, tokens)
     assert "TrainingInterrupted: stopped by SIGTERM" in error
     assert "resume=True" in error
     assert 5 <= stopped_at(tmp_path) < 40
-    assert process.start("resume").wait(200) == 0
+    status, printed = ended(start(trained_in, tmp_path, tokens, True, folder=tmp_path), tmp_path)
+    assert status == 0, printed
     straight = tiny_bridge()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -473,8 +447,9 @@ def test_a_killed_process_resumes_bit_identically(tokens, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 def test_ctrl_c_writes_a_checkpoint(tokens, tmp_path):
-    error = Process(tmp_path, tokens).stop_with(signal.SIGINT)
+    error = stopped_with(signal.SIGINT, tmp_path, tokens)
     assert "TrainingInterrupted: stopped by SIGINT" in error
     assert 5 <= stopped_at(tmp_path) < 40
 

@@ -60,7 +60,10 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., nn.Module]:
 
 @pytest.fixture(scope="session")
 def decomposed(build: Callable[..., nn.Module]) -> Callable[[str], nn.Module]:
-    """`decomposed("native-ln")`: the model with 5 subcomponents at every site, made once."""
+    """`decomposed("native-ln")`: the model with 5 subcomponents at every site, made once.
+
+    Leave it as it was found; tests that change a model build their own.
+    """
     from vpd_lens.decomposition.attach import attach
 
     @cache
@@ -68,6 +71,12 @@ def decomposed(build: Callable[..., nn.Module]) -> Callable[[str], nn.Module]:
         return attach(build(case), sites="attn" if "mixtral" in case else "all", n_subcomponents=5)
 
     return attached
+
+
+@pytest.fixture(scope="session")
+def undecomposed(build: Callable[..., nn.Module]) -> Callable[[str], nn.Module]:
+    """`undecomposed("native-ln")`: the same model as it was, made once; leave it so."""
+    return cache(build)
 
 
 @pytest.fixture(scope="session")

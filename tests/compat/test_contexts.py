@@ -17,10 +17,8 @@ C = 5
 
 
 @pytest.fixture(scope="module", params=CASES)
-def model(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> nn.Module:
-    from vpd_lens.decomposition.attach import attach
-
-    return attach(build(request.param), n_subcomponents=C)
+def model(request: pytest.FixtureRequest, decomposed: Callable[[str], nn.Module]) -> nn.Module:
+    return decomposed(request.param)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ GATED_HOOKED = ("hooked-grouped", "hooked-multi_query")
 
 
 class Pair(NamedTuple):
-    """A model that tests decompose and one that serves as their reference."""
+    """A decomposed model and its undecomposed reference."""
 
     case: str
     model: nn.Module
@@ -35,16 +35,17 @@ class Pair(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def pair(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> Pair:
-    return Pair(request.param, build(request.param), build(request.param))
+def pair(
+    request: pytest.FixtureRequest,
+    decomposed: Callable[[str], nn.Module],
+    undecomposed: Callable[[str], nn.Module],
+) -> Pair:
+    return Pair(request.param, decomposed(request.param), undecomposed(request.param))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def attached(pair: Pair) -> nn.Module:
-    from vpd_lens.decomposition.attach import attach
-
-    sites = "attn" if "mixtral" in pair.case else "all"
-    return attach(pair.model, sites=sites, n_subcomponents=COMPONENTS)
+    return pair.model
 
 
 def expected_sites(case: str) -> list[str]:

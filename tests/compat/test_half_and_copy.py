@@ -44,11 +44,13 @@ def test_bf16(case: str, build: Callable[..., nn.Module]) -> None:
 
 @pytest.mark.parametrize("case", ["bridge-gpt2-default", "hooked-ln"])
 @torch.no_grad()
-def test_bf16_masks_agree_with_fp32(case: str, build: Callable[..., nn.Module]) -> None:
+def test_bf16_masks_agree_with_fp32(
+    case: str, build: Callable[..., nn.Module], decomposed: Callable[[str], nn.Module]
+) -> None:
     from vpd_lens.decomposition.attach import attach
 
     half = attach(build(case, dtype=torch.bfloat16), n_subcomponents=5)
-    full = attach(build(case), n_subcomponents=5)
+    full = decomposed(case)
     masks, deltas = random_masks(full.vpd)
     with half.vpd.masked(masks, delta=deltas), full.vpd.masked(masks, delta=deltas):
         assert error(half(tokens()).float(), full(tokens())) < 0.1

@@ -32,10 +32,12 @@ class Pair(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def built(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> Pair:
-    from vpd_lens.decomposition.attach import attach
-
-    return Pair(attach(build(request.param), n_subcomponents=C), build(request.param))
+def built(
+    request: pytest.FixtureRequest,
+    decomposed: Callable[[str], nn.Module],
+    undecomposed: Callable[[str], nn.Module],
+) -> Pair:
+    return Pair(decomposed(request.param), undecomposed(request.param))
 
 
 @pytest.fixture

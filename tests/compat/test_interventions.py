@@ -21,11 +21,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:this decomposition is untrained"
 @pytest.fixture(scope="module", params=CASES)
 def pair(
     request: pytest.FixtureRequest,
-    build: Callable[..., nn.Module],
     decomposed: Callable[[str], nn.Module],
+    undecomposed: Callable[[str], nn.Module],
 ) -> list[nn.Module]:
     """A decomposed model, and the same model as it was."""
-    return [decomposed(request.param), build(request.param)]
+    return [decomposed(request.param), undecomposed(request.param)]
 
 
 @pytest.fixture

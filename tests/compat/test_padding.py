@@ -17,10 +17,8 @@ PADS = 3
 
 
 @pytest.fixture(scope="module", params=CASES)
-def model(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> nn.Module:
-    from vpd_lens.decomposition.attach import attach
-
-    return attach(build(request.param), n_subcomponents=5)
+def model(request: pytest.FixtureRequest, decomposed: Callable[[str], nn.Module]) -> nn.Module:
+    return decomposed(request.param)
 
 
 def padded(x: Tensor, side: str) -> tuple[Tensor, Tensor, slice]:
@@ -83,11 +81,9 @@ def test_texts_of_unequal_length(mode: str, build: Callable[..., nn.Module]) -> 
 
 @pytest.mark.parametrize("mode", ["target", "ci", "rounded"])
 def test_generation_in_a_batch_is_that_of_each_prompt(
-    mode: str, build: Callable[..., nn.Module]
+    mode: str, decomposed: Callable[[str], nn.Module]
 ) -> None:
-    from vpd_lens.decomposition.attach import attach
-
-    model = attach(build("bridge-llama-default"), n_subcomponents=5)
+    model = decomposed("bridge-llama-default")
     prompts = ["w5 w6 w7", "w8 w9 w10 w11 w12"]
     arguments: dict[str, Any] = {
         "max_new_tokens": 4,
@@ -104,10 +100,10 @@ def test_generation_in_a_batch_is_that_of_each_prompt(
         assert torch.equal(batch[0, -4:], alone[0, -4:])
 
 
-def test_importances_are_of_the_positions_that_were_given(build: Callable[..., nn.Module]) -> None:
-    from vpd_lens.decomposition.attach import attach
-
-    model = attach(build("bridge-llama-default"), n_subcomponents=5)
+def test_importances_are_of_the_positions_that_were_given(
+    decomposed: Callable[[str], nn.Module],
+) -> None:
+    model = decomposed("bridge-llama-default")
     x, positions = tokens(), 3 * torch.arange(LENGTH)[None]
     right = model.vpd.causal_importance(x, position_ids=positions)
     with torch.no_grad():
