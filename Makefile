@@ -14,7 +14,8 @@ quickstart: .venv/ready
 	.venv/bin/python -W ignore::DeprecationWarning examples/quickstart.py
 
 # One thread per worker: many small tensors, and threads that wait for each other are slower.
-PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup tests
+ON_TWO = -m pytest -n 2 --dist loadgroup tests
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python $(ON_TWO)
 
 # What trains, and what is repeated for every architecture, runs without checks of types and
 # shapes, which take longer than tiny models do. Those of the fast tests, and of `make compat` on
@@ -27,7 +28,7 @@ test-fast: .venv/test .venv/browser
 	$(PYTEST) -m "not slow and not compat"
 
 compat: .venv-tl4/test
-	OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest -n 2 -m compat tests
+	OMP_NUM_THREADS=1 .venv-tl4/bin/python $(ON_TWO) -m compat
 
 lint: .venv/lint
 	.venv/bin/ruff check .

@@ -12,7 +12,7 @@ import torch
 
 # Fixtures that take seconds: on one worker only, not once on each, and first, so that none is left
 # over. So are models that tests of many files take: `bridge-llama-default`, `hooked-ln`.
-LONG = ("addition", "circuit", "finished", "report", "whole", "found", "dense")
+LONG = ("addition", "circuit", "finished", "first_claim", "report", "whole", "found", "dense")
 CASES = ("bridge-", "native-", "hooked-")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

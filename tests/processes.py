@@ -21,16 +21,17 @@ def start(function, *arguments, folder):
     return process
 
 
-def signalled(number, process, folder, once, seconds=280):
+def signalled(number, process, folder, once, seconds=600):
     """Send a signal to a process once it has come so far; then as `ended`."""
     deadline = time.monotonic() + seconds
     while process.is_alive() and not once() and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(process.pid, number)
+    if process.is_alive():
+        os.kill(process.pid, number)
     return ended(process, folder)
 
 
-def ended(process, folder, seconds=280):
+def ended(process, folder, seconds=600):
     """Wait for a process; its exit status and what it printed."""
     process.join(seconds)
     process.terminate()  # which ends the processes that it started, too

@@ -28,7 +28,7 @@ from vpd_lens.training.step import Stepper
 
 BATCH = 8
 TOKENS = torch.randint(0, 29, (64, 8), generator=torch.Generator().manual_seed(1))
-RUN = {"steps": 20, "checkpoint_every": 6, "log_every": 1, "n_subcomponents": 8}
+RUN = {"steps": 10, "checkpoint_every": 3, "log_every": 1, "n_subcomponents": 8}
 SHORT = {"steps": 6, "checkpoint_every": 2}
 
 
@@ -190,7 +190,7 @@ KINDS = {
 
 
 # The last one resumes within a window of importances, after a first compaction.
-CRASH = {"sequence": 9, "batch": 3, "bf16 masks": 3, "sharded": 3, "compacted": 5}
+CRASH = {"sequence": 4, "batch": 3, "bf16 masks": 3, "sharded": 3, "compacted": 5}
 
 
 def resume_then_die():
@@ -208,7 +208,7 @@ def resume_then_die():
         folded = sum(model.vpd.subcomponents.original_sizes) - model.vpd.layout.total
         assert (folded > 0) == (kind == "compacted"), folded
     unsharded()
-    trained("dying", at=15, do=only(1, die), **KINDS["sequence"])
+    trained("dying", at=7, do=only(1, die), **KINDS["sequence"])
 
 
 def unsharded():
@@ -241,7 +241,7 @@ def go_on():
     model, _, _ = trained("dying", **KINDS["sequence"])
     whole_run, _, _ = torch.load(f"sequence-whole/process-{rank()}.pt")
     assert all(map(torch.equal, state(model.vpd), whole_run))
-    model, result, stepper = trained("single", at=6, do=check_cut, **KINDS["sequence"])
+    model, result, stepper = trained("single", at=3, do=check_cut, **KINDS["sequence"])
     keep("single", model, result, stepper)
     shuffled = list(TOKENS.split(4))[:: 1 if rank() == 0 else -1]
     with pytest.raises(ProcessError, match="same data"):

@@ -84,6 +84,10 @@ def finished(base, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _no_report_pages(monkeypatch):
     """Drawing them takes longer than all else; `finished` has them."""
+    without_report_pages(monkeypatch)
+
+
+def without_report_pages(monkeypatch):
     monkeypatch.setattr(vpd_lens.EvalReport, "to_html", lambda *_, **__: None)
 
 
@@ -444,16 +448,26 @@ def test_unknown_claims_are_refused(tmp_path):
     assert "magic" in result.stderr
 
 
-def test_one_claim_from_the_command_line(tmp_path, monkeypatch):
-    """With a few steps of everything, twice: the second call trains nothing."""
-    arguments = ["--claims", "adversary", "--output", str(tmp_path), "--quick"]
-    result = CliRunner().invoke(reproduce_script.app, arguments)
+@pytest.fixture(scope="module")
+def first_claim(tmp_path_factory):
+    """The folder of a claim with a few steps of everything, its command, and what that printed."""
+    folder = tmp_path_factory.mktemp("claims")
+    arguments = ["--claims", "adversary", "--output", str(folder), "--quick"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        without_report_pages(monkeypatch)
+        result = CliRunner().invoke(reproduce_script.app, arguments)
+    return folder, arguments, result
+
+
+def test_one_claim_from_the_command_line(first_claim, monkeypatch):
+    """The second call trains nothing."""
+    folder, arguments, result = first_claim
     assert result.exit_code == 0, (result.output, result.exception)
     assert "without it" in result.stdout
-    page = (tmp_path / "report.html").read_text()
+    page = (folder / "report.html").read_text()
     assert "No figure on this page means anything" in page
     assert page.count("<svg") == 1
-    stored = (tmp_path / "claims" / "adversary.json").read_text()
+    stored = (folder / "claims" / "adversary.json").read_text()
     assert json.loads(stored)["records"] == [
         "vpd",
         "vpd-without-adversary",
@@ -462,10 +476,11 @@ def test_one_claim_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "train", None)
     again = CliRunner().invoke(reproduce_script.app, arguments)
     assert "vpd: already recorded" in again.stdout
-    assert (tmp_path / "claims" / "adversary.json").read_text() == stored
+    assert (folder / "claims" / "adversary.json").read_text() == stored
 
 
-def test_every_claim_from_its_runs_to_the_page(tmp_path):
+def test_every_claim_from_its_runs_to_the_page(first_claim, tmp_path):
+    shutil.copytree(first_claim[0], tmp_path, dirs_exist_ok=True)
     sections = reproduce(tmp_path, quick=True, **QUIET)
     names = ["adversary", "pareto", "splitting", "seeds", "controls", "generations"]
     assert [section.name for section in sections] == names

@@ -25,6 +25,7 @@ from vpd_lens.training.checkpoint import CheckpointRecord
 from vpd_lens.training.distributed import ALONE, Processes
 
 SECOND = Processes(rank=1, world=2)
+STEPS = list(range(1, RUN["steps"] + 1))
 
 
 def launched(test):
@@ -55,7 +56,7 @@ def jobs(tmp_path_factory):
     died = case(processes_worker.resume_then_die, folder)
     assert (folder / "dying").is_dir(), died[1][-3000:]
     shutil.copytree(folder / "dying", folder / "died")
-    one_process(folder / "single", stop_at=9)
+    one_process(folder / "single", stop_at=4)
     went_on = case(processes_worker.go_on, folder)
     return folder, died, went_on
 
@@ -73,11 +74,11 @@ def test_a_dying_process_ends_the_job_and_its_checkpoint_goes_on(jobs):
     assert "Root Cause" in printed
     assert re.search(r"rank\s+: 1 .*\n.*exitcode\s+: -9", printed), printed[-3000:]
     (message,) = re.findall("ProcessError: (process 0 .*)", printed)
-    assert "after step 12, is in dying/checkpoint" in message
+    assert "after step 6, is in dying/checkpoint" in message
     assert "--resume" in message
     # Resuming equals the run that nothing interrupted; the job itself compares the bits.
     assert went_on[0] == 0, went_on[1][-3000:]
-    assert [line["step"] for line in metrics_of(folder / "dying")] == list(range(1, 21))
+    assert [line["step"] for line in metrics_of(folder / "dying")] == STEPS
 
 
 @launched
@@ -122,10 +123,10 @@ def test_another_number_of_processes_goes_on_with_the_same_run(jobs):
     folder, *_ = jobs
     one_process(folder / "died")
     one_process(folder / "alone")
-    pairs = (("died", "sequence-whole", 12), ("single", "alone", 6))
+    pairs = (("died", "sequence-whole", 6), ("single", "alone", 3))
     for changed, unchanged, at in pairs:
         found, expected = metrics_of(folder / changed), metrics_of(folder / unchanged)
-        assert [line["step"] for line in found] == list(range(1, 21))
+        assert [line["step"] for line in found] == STEPS
         assert [without_time(line) for line in found[:at]] == [
             without_time(line) for line in expected[:at]
         ]
@@ -146,7 +147,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(jobs):
     folder, *_ = jobs
     first, second = ((folder / "stopped" / f"process-{r}.txt").read_text() for r in (0, 1))
     assert first == second
-    assert first.startswith("stopped by SIGTERM after step 4 of 20")
+    assert first.startswith("stopped by SIGTERM after step 4 of 10")
     assert read(folder / "stopped" / "checkpoint", CheckpointRecord).record.step == 4
 
 
