@@ -1,5 +1,6 @@
 """Shared fixtures. transformer_lens is imported inside functions: the shape checks come first."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -10,8 +11,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+# What is imported makes a million objects, and a full collection looks at all of them.
+gc.set_threshold(20_000, 20)
+
 # Fixtures that take seconds: on one worker only, not once on each, and first, so that none is left
-# over. So are models that tests of many files take: `bridge-llama-default`, `hooked-ln`.
+# over. Models that tests of many files share are on one worker, too: `bridge-llama-default`.
 LONG = ("addition", "circuit", "finished", "first_claim", "report", "whole", "found", "dense")
 CASES = ("bridge-", "native-", "hooked-")
 

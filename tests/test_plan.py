@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from compat.builders import native, save_architecture
-from conftest import save_0_1, tiny_bridge
+from conftest import save_0_1, save_tiny, tiny_bridge
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 from typer.testing import CliRunner
 
@@ -98,7 +97,7 @@ def test_less_is_kept_by_smaller_parts():
 
 
 def test_a_hugging_face_model_is_planned_without_its_weights(tmp_path):
-    folder = save_architecture("llama", tmp_path)
+    folder = save_tiny(tmp_path, n_layers=1)
     for weights in folder.glob("*.safetensors"):
         weights.unlink()
     cost = plan(load_model(folder, weights=False))
@@ -106,7 +105,7 @@ def test_a_hugging_face_model_is_planned_without_its_weights(tmp_path):
 
 
 def test_the_command_counts_and_measures(tmp_path):
-    save_0_1(native("ln"), tmp_path / "model")
+    save_0_1(tiny(), tmp_path / "model")
     arguments = ["--preset", "small", "--set", "batch_size=4", "--set", "seq_len=8"]
     arguments += ["--set", "n_subcomponents=8", "--set", "importance={d_model: 16, n_blocks: 1}"]
     arguments += ["--model", str(tmp_path / "model"), "--device", "cpu", "--processes", "2"]
