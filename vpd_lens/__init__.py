@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from vpd_lens.decomposing import decompose
     from vpd_lens.decomposition import Decomposition, Masks
     from vpd_lens.decomposition.attach import remove
-    from vpd_lens.decomposition.saving import load
     from vpd_lens.evaluation import EvalReport, evaluate
     from vpd_lens.interop.param_decomp import import_param_decomp
+    from vpd_lens.loading import load
     from vpd_lens.sites import Site
     from vpd_lens.training import train
 
@@ -48,9 +48,9 @@ _MODULES = {
     "decomposing": "decompose",
     "decomposition": "Decomposition Masks",
     "decomposition.attach": "remove",
-    "decomposition.saving": "load",
     "evaluation": "EvalReport evaluate",
     "interop.param_decomp": "import_param_decomp",
+    "loading": "load",
     "sites": "Site",
     "training": "train",
 }

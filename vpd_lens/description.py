@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vpd_lens.config import CausalImportanceConfig
-from vpd_lens.storage import Record, read
+from vpd_lens.storage import Record, kind_of, read
 
 
 class BaseModelRecord(BaseModel):
@@ -30,6 +31,22 @@ class BaseModelRecord(BaseModel):
     normalization_type: str | None  # which folding of layer norms changes
     compatibility_mode: bool
     weights: dict[str, str]  # SHA-256 of every decomposed weight
+
+
+class Origin(BaseModel):
+    """Where a base model came from, so that it can be had again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # A name on the hub; or a directory, relative to the decomposition's if it begins with a dot.
+    source: str
+    revision: str | None  # the commit on the hub
+    processing: dict[str, bool]  # TransformerLens' options, as its weights show them
+    parameters: str  # SHA-256 of all parameters, decomposed or not
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether `source` is a directory, not a name."""
+        return self.source.startswith((".", "/"))
 
 
 class Indices(BaseModel):
@@ -73,11 +90,21 @@ class DecompositionRecord(SubcomponentsRecord):
     """A decomposition, apart from its tensors."""
 
     kind: ClassVar[str] = "decomposition"
+    origin: Origin | None = None  # of a model that was made in Python, or before this was recorded
     importance: CausalImportanceConfig
     divergence: str  # "custom" for a callable
     trained_steps: int
     training: dict[str, Any] | None  # the `VPDConfig` of the last training
     metrics: dict[str, Any] = Field(default_factory=dict)
+
+
+def decompositions_below(folder: Path) -> Iterator[Path]:
+    """The folders of all saved decompositions in a folder, sorted; hidden folders are left out."""
+    for place, inner, files in os.walk(folder):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        written = "record.json" in files or "config.json" in files  # the latter by version 0.1
+        if written and kind_of(Path(place)) == DecompositionRecord.kind:
+            yield Path(place)
 
 
 def describe(path: str | Path) -> Group:
@@ -96,6 +123,7 @@ def describe(path: str | Path) -> Group:
         f"{record.importance.kind} importance function, {record.divergence} divergence\n"
     )
     tables = {"Training": record.training, "Base model": base.model_dump(exclude={"weights"})}
+    tables["Base model"] |= record.origin.model_dump() if record.origin else {"source": None}
     tables["Metrics"] = record.metrics
     shown = (_pairs(title, values) for title, values in tables.items() if values)
     return Group(heading, _sites(record), *shown)

@@ -30,6 +30,10 @@ class ArtefactError(VPDError):
     """A saved decomposition or checkpoint is damaged, foreign or too new."""
 
 
+class HubError(VPDError):
+    """The Hugging Face hub cannot be reached, refuses, or has no such repository."""
+
+
 class NonFiniteLossError(VPDError, ArithmeticError):
     """A loss term became NaN or infinite during training."""
 

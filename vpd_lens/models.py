@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -17,13 +17,18 @@ from vpd_lens.config import ModelClass, Processing
 from vpd_lens.errors import ArtefactError, ConfigError, first_line
 from vpd_lens.storage import existing_folder, read_json
 
+# TransformerLens' own options of processing, all of which `"full"` switches on.
+FLAGS = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+
 
 def load_model(
     source: str | Path,
     model_class: ModelClass = "auto",
     device: str = "cpu",
-    processing: Processing = "default",
+    processing: Processing | Mapping[str, bool] = "default",
     weights: bool = True,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """Load a base model, in evaluation mode, with its tokenizer if there is one.
 
@@ -40,20 +45,27 @@ def load_model(
         device: Where to put it: `"cpu"`, `"cuda"`, `"cuda:N"`, or `"auto"` for CUDA if there is.
         processing: What is done to weights that come from Hugging Face. `"none"`: as they are;
             `"full"`: layer norms folded, weights centred; `"default"`: what TransformerLens does
-            for that class (bridge: none, HookedTransformer: full). A directory of version 0.1
-            holds weights as they were and takes only `"default"`.
+            for that class (bridge: none, HookedTransformer: full). Some of TransformerLens' own
+            options by name, as in `{"fold_ln": True}`, leave the others off. A directory of
+            version 0.1 holds weights as they were and takes only `"default"`.
         weights: False: a Hugging Face model as a bridge comes with fake tensors, for which its
             configuration is enough (to plan a run).
+        revision: Of a name on the Hugging Face hub: a commit, a branch or a tag.
+        dtype: Of the weights; those of version 0.1 are as they were saved.
 
     Raises:
         ArtefactError: If a directory is missing, damaged, or holds a class that this
             TransformerLens does not have.
         ConfigError: If a name is unknown or cannot be downloaded, or an argument does not fit.
     """
-    choices = {"model_class": (model_class, ModelClass), "processing": (processing, Processing)}
-    for argument, (value, kind) in choices.items():
-        if value not in get_args(kind):
-            raise ConfigError(f"{argument}={value!r} is not one of {', '.join(get_args(kind))}.")
+    choices = [("model_class", model_class, get_args(ModelClass))]
+    if isinstance(processing, str):
+        choices += [("processing", processing, get_args(Processing))]
+    else:
+        choices += [("processing", name, FLAGS) for name in processing]
+    for argument, value, known in choices:
+        if value not in known:
+            raise ConfigError(f"{argument}={value!r} is not one of {', '.join(known)}.")
     device = usable_device(device)
     path = Path(source).expanduser()
     name = str(source)  # on the hub `name` or `owner/name`; anything else can only be a directory
@@ -65,7 +77,8 @@ def load_model(
             raise ArtefactError(f"{path}: no Hugging Face model (config.json) in this directory.")
         name = str(path)
     try:
-        return _pretrained(name, model_class, device, processing, weights).eval()
+        options = {"dtype": dtype} | ({} if revision is None else {"revision": revision})
+        return _pretrained(name, model_class, device, processing, weights, options).eval()
     except ArtefactError:
         raise
     except Exception as error:  # whatever transformers, the hub client or TransformerLens raise
@@ -77,23 +90,33 @@ def load_model(
 
 
 def _pretrained(
-    source: str, model_class: str, device: str, processing: str, weights: bool
+    source: str,
+    model_class: str,
+    device: str,
+    processing: str | Mapping[str, bool],
+    weights: bool,
+    options: dict[str, Any],
 ) -> nn.Module:
+    if isinstance(processing, str):
+        by_default = model_class == "hooked_transformer"
+        full = processing == "full" or (processing == "default" and by_default)
+        flags = dict.fromkeys(FLAGS, full)
+    else:
+        flags = dict.fromkeys(FLAGS, False) | dict(processing)
     if model_class == "hooked_transformer":
         hooked, _ = hooked_transformer_class()
-        name = "from_pretrained_no_processing" if processing == "none" else "from_pretrained"
-        return getattr(hooked, name)(source, device=device)
+        return hooked.from_pretrained(source, device=device, **flags, **options)
     from transformer_lens.model_bridge import TransformerBridge
 
     if not weights:
         # Tensors with shapes and no values: fused matrices are split at boot, which "meta" refuses.
         with FakeTensorMode():
-            return TransformerBridge.boot_transformers(source, load_weights=False)
+            return TransformerBridge.boot_transformers(source, load_weights=False, **options)
     local = Path(source).is_dir()  # where downloads may keep their progress bars
     with without_progress_bars() if local else nullcontext():
-        bridge = TransformerBridge.boot_transformers(source, device=device)
-    if processing == "full":
-        bridge.enable_compatibility_mode(disable_warnings=True)
+        bridge = TransformerBridge.boot_transformers(source, device=device, **options)
+    if any(flags.values()):
+        bridge.enable_compatibility_mode(disable_warnings=True, **flags)
     return bridge
 
 
@@ -123,7 +146,7 @@ def hooked_transformer_class() -> tuple[Any, Any]:
     return HookedTransformer, HookedTransformerConfig
 
 
-def _load_0_1(path: Path, model_class: str, device: str, processing: str) -> nn.Module:
+def _load_0_1(path: Path, model_class: str, device: str, processing: Any) -> nn.Module:
     """A HookedTransformer or a native bridge: `model.json`, `model.safetensors`, a tokenizer."""
     record = read_json(path / "model.json")
     if processing != "default" or model_class not in ("auto", record.get("class")):

@@ -13,6 +13,7 @@ from typer import Option
 from vpd_lens import __version__
 from vpd_lens.cli.analyse import eval_command, graph_command, harvest_command, info_command
 from vpd_lens.cli.importing import import_command
+from vpd_lens.cli.sharing import list_command, push_command
 from vpd_lens.cli.train import init_command, plan_command, train_command
 
 app = typer.Typer(
@@ -30,6 +31,8 @@ app.command("info")(info_command)
 app.command("harvest")(harvest_command)
 app.command("graph")(graph_command)
 app.command("import")(import_command)
+app.command("list")(list_command)
+app.command("push")(push_command)
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from vpd_lens.errors import ConfigError, InputError
 
 def eval_command(
     decomposition: options.Decomposed,
-    model: options.Model,
     data: Annotated[str, Option(help="Held-out data: path, or hf:NAME.")],
+    model: options.Model = None,
     n_batches: Annotated[int, Option(min=1, help="Batches.")] = 8,
     batch_size: options.BatchSize = 16,
     seq_len: options.SeqLen = None,
@@ -78,16 +78,17 @@ def info_command(decomposition: options.Decomposed, debug: options.Debug = False
     with readable_errors(debug):
         require_folder(decomposition)
         from vpd_lens.description import describe
+        from vpd_lens.interop.hub import find
 
-        say(describe(decomposition), quiet=False)
+        say(describe(find(decomposition)), quiet=False)
 
 
 def graph_command(
     prompt: Annotated[str, Argument(help="The prompt.")],
-    decomposition: Annotated[Path, Option(help="A saved decomposition, or a run.")] = (
-        options.QUICKSTART / "vpd"
-    ),
-    model: options.Model = str(options.QUICKSTART / "target"),
+    decomposition: Annotated[
+        Path, Option(help="A saved decomposition, a run, or user/name on the hub.")
+    ] = options.QUICKSTART / "vpd",
+    model: options.Model = None,
     target: Annotated[
         list[str] | None,
         Option(metavar="TOKEN", help="Token to explain; may be repeated. Default: the likeliest."),
@@ -146,9 +147,9 @@ def graph_command(
 
 def harvest_command(
     decomposition: options.Decomposed,
-    model: options.Model,
     data: Annotated[str, Option(help="Text or tokens: path, or hf:NAME.")],
     output: Annotated[Path, Option(help="Directory of the results.")],
+    model: options.Model = None,
     n_batches: Annotated[int, Option(min=1, help="Batches in all.")] = 500,
     batch_size: options.BatchSize = 16,
     seq_len: options.SeqLen = None,

@@ -26,8 +26,8 @@ def import_command(
 ) -> None:
     """Import a decomposition that the method's authors published.
 
-    The output directory receives decomposition/ and target/, its base model, which every other
-    command takes.
+    The output directory receives decomposition/ and target/, its base model. Every other command
+    takes it.
     """
     with readable_errors(debug):
         for path in filter(None, (checkpoint, target)):
@@ -37,5 +37,4 @@ def import_command(
 
         vpd = import_to_folder(checkpoint, target, output).vpd
         say(f"{vpd!r}", quiet)
-        folder, source = shlex.quote(str(output)), shlex.quote(str(output / "target"))
-        say(f"Next: vpd-lens eval {folder} --model {source} --data TOKENS", quiet)
+        say(f"Next: vpd-lens eval {shlex.quote(str(output))} --data DATA", quiet)

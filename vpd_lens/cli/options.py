@@ -13,13 +13,20 @@ import rich
 import typer
 from typer import Argument, Option
 
-from vpd_lens.errors import ArtefactError, TrainingInterrupted, VPDError
+from vpd_lens.errors import ArtefactError, ConfigError, TrainingInterrupted, VPDError
 
 RunFilePath = Annotated[Path, Argument(metavar="RUN.YAML", help="The run file.")]
 Decomposed = Annotated[
-    Path, Argument(metavar="DECOMPOSITION", help="A saved decomposition, or a run.")
+    Path,
+    Argument(metavar="DECOMPOSITION", help="A saved decomposition, a run, or user/name on the hub."),
 ]
-Model = Annotated[str, Option(metavar="SOURCE", help="Its base model: a directory, or a name.")]
+Model = Annotated[
+    str | None,
+    Option(
+        metavar="SOURCE",
+        help="Its base model: a directory, or a name; default: as the decomposition says.",
+    ),
+]
 ModelClassName = Annotated[str, Option(help="auto, hooked_transformer or bridge.")]
 ProcessingName = Annotated[str, Option(help="default, none or full.")]
 BatchSize = Annotated[int, Option(min=1, help="Sequences per batch.")]
@@ -74,26 +81,35 @@ def say(what: Any, quiet: bool) -> None:
 
 
 def require_folder(path: Path, option: str = "") -> None:
-    """Say that a directory is missing, and that nobody named it if so, before torch is imported."""
+    """Say that a directory is missing, and that nobody named it if so, before torch is imported.
+
+    What may be a repository on the hub passes.
+    """
     if path.is_dir() or path.with_name(f".{path.name}.old").is_dir():
         return
     if path.is_relative_to(QUICKSTART):
         raise ArtefactError(
             f"{path}, the default of {option}, does not exist. Run `make quickstart`, or pass "
-            "--decomposition and --model."
+            "--decomposition."
         )
-    raise ArtefactError(f"{path}: there is no such directory. Check the path.")
+    if len(path.parts) != 2 or path.is_absolute() or path.parts[0].startswith((".", "~")):
+        raise ArtefactError(f"{path}: there is no such directory. Check the path.")
 
 
 def load_decomposed(
-    decomposition: Path, model: str, model_class: str, device: str | None, processing: str
+    decomposition: Path, model: str | None, model_class: str, device: str | None, processing: str
 ) -> Any:
     """A base model with a saved decomposition; what is missing is said before torch is imported."""
     require_folder(decomposition, "--decomposition")
-    if Path(model).is_relative_to(QUICKSTART):
-        require_folder(Path(model), "--model")
-    from vpd_lens.decomposition.saving import load
+    from vpd_lens.loading import load
     from vpd_lens.models import load_model
 
-    base = load_model(model, model_class, device or "auto", processing)  # type: ignore[arg-type]
-    return load(decomposition, base)
+    device, base = device or "auto", model
+    if (model_class, processing) != ("auto", "default"):
+        if model is None:
+            raise ConfigError(
+                "--model-class and --processing say how to load --model; without it the "
+                "decomposition's record does. Give --model too, or leave them out."
+            )
+        base = load_model(model, model_class, device, processing)  # type: ignore[arg-type]
+    return load(decomposition, base, device=device)

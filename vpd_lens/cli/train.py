@@ -177,10 +177,10 @@ def train_command(
             report.to_json(folder / "report.json")
             page = report.to_html(folder / "report.html", f"VPD evaluation of {run.output}")
             say(f"Report: {page}", quiet)
-        words = (folder, run.model.source, run.data, folder / "harvest")
-        name, source, data, harvest = (shlex.quote(str(word)) for word in words)
+        words = (folder, run.data, folder / "harvest")
+        name, data, harvest = (shlex.quote(str(word)) for word in words)
         say(
-            f"Next: vpd-lens harvest {name} --model {source} --data {data} --output {harvest}\n"
-            f'      vpd-lens graph "a prompt" --decomposition {name} --model {source}',
+            f"Next: vpd-lens harvest {name} --data {data} --output {harvest}\n"
+            f'      vpd-lens graph "a prompt" --decomposition {name}',
             quiet,
         )

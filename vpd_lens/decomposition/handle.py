@@ -123,6 +123,12 @@ class Decomposition(Runs):
 
         return save(self, path, metrics, dtype)
 
+    def push_to_hub(self, repository: str, **how: Any) -> str:
+        """Publish this decomposition on the Hugging Face hub; see `vpd_lens.interop.hub.push`."""
+        from vpd_lens.interop.hub import push
+
+        return push(self, repository, **how)
+
     def _index(self, name: str) -> int:
         if name not in self.layout.names:
             raise InputError(f"no site named {name!r}; sites: {list(self.layout.names)}.")

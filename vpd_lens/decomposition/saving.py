@@ -12,7 +12,8 @@ subcomponents were folded into the delta, theirs as `<site>.folded_V`, `<site>.f
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -20,11 +21,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from vpd_lens import storage
+from vpd_lens import card, storage
 from vpd_lens.decomposition.attach import attach, decomposition_of
 from vpd_lens.decomposition.handle import Decomposition, target_size
 from vpd_lens.description import BaseModelRecord, DecompositionRecord, Indices, SubcomponentsRecord
 from vpd_lens.errors import ArtefactError, InputError
+from vpd_lens.origin import origin_of
 from vpd_lens.sites import find_sites, model_kind
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -49,6 +51,7 @@ def save(
     """
     record = DecompositionRecord(
         **subcomponents_record(vpd),
+        origin=origin_of(vpd.model, Path(path)),
         importance=vpd.importance_config,
         divergence=vpd.divergence if isinstance(vpd.divergence, str) else "custom",
         trained_steps=vpd.trained_steps,
@@ -58,15 +61,11 @@ def save(
     function = vpd.importance.state_dict()
     tensors = {"subcomponents": subcomponent_tensors(vpd), "causal_importance": function}
     tensors = {file: _rounded(part, dtype) for file, part in tensors.items()}
-    card = _model_card(record)
-    return storage.write(path, record, tensors, lambda new: (new / "README.md").write_text(card))
+    return storage.write(path, record, tensors, lambda new: card.write_card(new, record))
 
 
 def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
-    """Attach a saved decomposition, as `model.vpd`, to the model it was made from.
-
-    The folder is one that `vpd.save` wrote, or the output of a finished training run. The model is
-    processed and in the dtype as it was then. A custom divergence of the training is needed again.
+    """Attach a saved decomposition to the model it was made from; see `vpd_lens.load`.
 
     Raises:
         ArtefactError: If a file is missing, damaged or newer than this library, or a decomposed
@@ -101,7 +100,7 @@ def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
 
 def base_model_record(vpd: Decomposition) -> BaseModelRecord:
     """What identifies a decomposition's model, as it is now."""
-    cfg, version = getattr(vpd.model, "cfg", None), importlib.metadata.version
+    cfg = getattr(vpd.model, "cfg", None)
     return BaseModelRecord(
         transformer_lens_version=version("transformer-lens"),
         torch_version=version("torch"),
@@ -210,20 +209,12 @@ def fingerprint(vpd: Decomposition) -> str:
     versions = [total, *((part.data_ptr(), part.shape, part._version) for part in directions)]
     known, value = _FINGERPRINTS.get(vpd, (None, ""))
     if known != versions:
-        hashes = "".join(storage.tensor_hash(part) for part in directions)
-        value = hashlib.sha256(hashes.encode()).hexdigest()
+        value = fingerprint_of(directions)
         _FINGERPRINTS[vpd] = versions, value
     return value
 
 
-def _model_card(record: DecompositionRecord) -> str:
-    base = record.base_model
-    sizes = zip(record.sites, record.n_subcomponents, strict=True)
-    rows = "\n".join(f"| `{name}` | {size} |" for name, size in sizes)
-    return (
-        f"# VPD decomposition of {base.model_name or base.model_class}\n\n"
-        f"Trained for {record.trained_steps} steps with vpd_lens "
-        f"{importlib.metadata.version('vpd-lens')}. Base model: {base.model_class}, {base.dtype}."
-        '\n\n```python\nimport vpd_lens\n\nmodel = vpd_lens.load("path/to/this/folder", base_model)'
-        f"\n```\n\n| site | subcomponents |\n|---|---|\n{rows}\n"
-    )
+def fingerprint_of(directions: Sequence[Tensor]) -> str:
+    """The `fingerprint` of a decomposition with these `V`, and then `U`, of every site in order."""
+    hashes = "".join(storage.tensor_hash(part) for part in directions)
+    return hashlib.sha256(hashes.encode()).hexdigest()

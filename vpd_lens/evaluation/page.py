@@ -1,8 +1,10 @@
-"""An evaluation report as one self-contained HTML page."""
+"""An evaluation report as one self-contained HTML page, or its main plots as pictures."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
+from pathlib import Path
 
 from markupsafe import Markup
 
@@ -10,6 +12,7 @@ from vpd_lens.evaluation import audit_plots, plots
 from vpd_lens.evaluation.report import EvalReport
 from vpd_lens.evaluation.verdict import findings
 from vpd_lens.viz.html import render_template
+from vpd_lens.viz.svg import write_png
 
 _MODES = {
     "target": "the original model, for comparison",
@@ -60,6 +63,18 @@ def render(
         number=number,
         svg={name: Markup(text) for name, text in svg.items()},
     )
+
+
+def pictures(report: EvalReport, folder: Path) -> dict[str, str]:
+    """Write the main plots into a folder; the name of each file, with what it shows."""
+    unit, named, to = UNITS[report.divergence], [("", report)], partial(write_png, folder)
+    drawn = [plots.l0_plot(named, to=to), plots.mean_importance_plot(report, to=to)]
+    if report.pgd:
+        drawn.append(plots.pgd_plot(named, unit, to=to))
+    if report.audit is not None:
+        shown = (audit_plots.aggregation_plot, audit_plots.levels_plot, audit_plots.layers_plot)
+        drawn += [plot(report, unit, to=to) for plot in shown]
+    return dict(drawn)
 
 
 def _cards(report: EvalReport, of: EvalReport, unit: str) -> dict[str, tuple[str, str]]:

@@ -27,13 +27,16 @@ _COLOURS: dict[str, str] = dict(zip(_KINDS, PALETTE, strict=True))
 Named = Sequence[tuple[str, EvalReport]]
 
 
-def svg(name: str, label: str, size: tuple[float, float]) -> Callable[..., Callable[..., str]]:
-    """Make what fills a figure a function that returns the figure's SVG; see `draw`."""
+def svg(name: str, label: str, size: tuple[float, float]) -> Callable[..., Callable[..., Any]]:
+    """Make what fills a figure a function that returns the figure's SVG; see `draw`.
 
-    def decorate(plot: Callable[..., None]) -> Callable[..., str]:
+    Or what `to` makes of it, which takes what `draw` does.
+    """
+
+    def decorate(plot: Callable[..., None]) -> Callable[..., Any]:
         @wraps(plot)
-        def drawn(*reports: Any) -> str:
-            return draw(name, label, size, lambda figure: plot(figure, *reports))
+        def drawn(*reports: Any, to: Callable[..., Any] = draw) -> Any:
+            return to(name, label, size, lambda figure: plot(figure, *reports))
 
         return drawn
 

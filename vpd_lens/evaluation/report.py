@@ -98,6 +98,12 @@ class EvalReport(BaseModel):
         path.write_text(render(self, title, beside, beside_name), encoding="utf-8")
         return path
 
+    def to_png(self, folder: str | Path) -> dict[str, str]:
+        """Write the main plots into a folder; the name of each file, with what it shows."""
+        from vpd_lens.evaluation.page import pictures
+
+        return pictures(self, Path(folder))
+
     @property
     def worst(self) -> float:
         """What a divergence is judged by: the smaller of ablating everything, and of `blind`.

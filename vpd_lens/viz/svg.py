@@ -1,10 +1,11 @@
-"""Matplotlib figures as inline SVG that takes its colours from the page around it."""
+"""Matplotlib figures as inline SVG that takes its colours from the page around it, or as PNG."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
@@ -77,6 +78,18 @@ def draw(name: str, label: str, size: tuple[float, float], plot: Callable[[Figur
     for stand_in, colour in _CSS.items():
         body = body.replace(stand_in, colour)
     return f'<svg viewBox="{view[1]}" role="img" aria-label="{label}">{body.strip()}'
+
+
+def write_png(
+    folder: Path, name: str, label: str, size: tuple[float, float], plot: Callable[[Figure], object]
+) -> tuple[str, str]:
+    """Draw one figure on white as `<name>.png` in a folder; its file name, and its label."""
+    grey = dict.fromkeys(("grid.color", "axes.edgecolor", "xtick.color"), "#d5d5d5")
+    with rc_context({**_STYLE, **grey}):
+        figure = Figure(figsize=size, layout="constrained")
+        plot(figure)
+        figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
+    return f"{name}.png", label
 
 
 def legend_above(axes: Axes, handles: Sequence[Artist] | None = None) -> None:

@@ -80,8 +80,8 @@ def import_to_folder(
 ) -> nn.Module:
     """Write a published decomposition to `output`, and return it on its model.
 
-    `output/decomposition` is what `vpd_lens.load` reads, `output/target` its base model as
-    `load_model` reads it: a Hugging Face model with its tokenizer.
+    `vpd_lens.load(output)` opens it: `output/decomposition`, on its base model in `output/target`,
+    a Hugging Face model with its tokenizer.
 
     Raises:
         ArtefactError: As for `import_param_decomp`, or something is in `output`.
@@ -100,7 +100,8 @@ def import_to_folder(
     with storage.disk_errors(output), storage.atomic_folder(output) as folder:
         save_target(found, folder / "target")
         model = load_model(folder / "target")
-        model.cfg.model_name = found.name  # else where it lay for this moment
+        # Else the name is where it lay for this moment. The authors' texts begin without BOS.
+        model.cfg.model_name, model.cfg.default_prepend_bos = found.name, False
         import_param_decomp(checkpoint, model=model)
         decomposition_of(model).save(folder / "decomposition")
     return model

@@ -1,0 +1,145 @@
+"""Where a base model came from, and how it is had again: `origin_of` and `load_base`.
+
+TransformerLens keeps a model's name, but not what it did to the weights. That shows in the weights
+themselves: a centred matrix has rows that add up to zero, a folded norm has gains of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpd_lens.description import DecompositionRecord, Origin
+from vpd_lens.errors import ArtefactError
+from vpd_lens.models import load_model
+from vpd_lens.sites import find_sites, model_kind
+from vpd_lens.storage import tensor_hash
+
+_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # of a model on the hub
+_GAIN = re.compile(r"(^|\.)ln(1|2|_final)\.(w|weight)$")
+
+
+def origin_of(model: nn.Module, folder: Path) -> Origin | None:
+    """What a decomposition that is saved in `folder` records of its model's origin.
+
+    `None` if the model came neither from the hub nor from a directory that is still there.
+    """
+    found = _source(model)
+    if found is None:
+        return None
+    source, revision = found
+    if Path(source).is_dir():
+        source, revision = _from(folder, Path(source)), None
+    elif not _NAME.fullmatch(source):
+        return None
+    return Origin(
+        source=source,
+        revision=revision,
+        processing=_processing(model),
+        parameters=_all_parameters(model),
+    )
+
+
+def load_base(record: DecompositionRecord, folder: Path, device: str = "cpu") -> nn.Module:
+    """Load the base model of a decomposition that lies in `folder`, as its record says.
+
+    Raises:
+        ArtefactError: If the record does not say, or what is there now is another model.
+        ConfigError: If the model cannot be downloaded.
+    """
+    origin = record.origin
+    advice = "Pass its base model: vpd_lens.load(..., model=...); on the command line --model."
+    if origin is None:
+        raise ArtefactError(
+            f"{folder}: its record does not say where its base model came from: that was made in "
+            f"Python, or is where nobody else can get it. {advice}"
+        )
+    source = str(folder / origin.source) if origin.is_folder else origin.source
+    if origin.is_folder and not Path(source).is_dir():
+        raise ArtefactError(f"{folder}: its base model was in {source}, which is not here. {advice}")
+    model = load_as_recorded(record, source, device)
+    if _all_parameters(model) != origin.parameters:
+        raise ArtefactError(
+            f"{folder}: the weights of {source} are no longer those that were decomposed, or this "
+            f"TransformerLens processes them otherwise. {advice}"
+        )
+    return model
+
+
+def load_as_recorded(record: DecompositionRecord, source: str | Path, device: str) -> nn.Module:
+    """Load a base model from `source`, in the class, processing and dtype of the recorded one."""
+    base, origin = record.base_model, record.origin
+    model: Any = load_model(
+        source,
+        base.kind if (origin and not origin.is_folder) else "auto",  # type: ignore[arg-type]
+        device,
+        origin.processing if origin else "full" if base.compatibility_mode else "default",
+        revision=origin.revision if origin and str(source) == origin.source else None,
+        dtype=getattr(torch, base.dtype),
+    )
+    if base.compatibility_mode and not model.compatibility_mode:
+        model.enable_compatibility_mode(disable_warnings=True, no_processing=True)
+    if base.default_prepend_bos is not None:
+        model.cfg.default_prepend_bos = base.default_prepend_bos
+    model.cfg.model_name = base.model_name
+    return model
+
+
+def _source(model: nn.Module) -> tuple[str, str | None] | None:
+    """A name or directory, and a commit if it is known; `None` if the model was made in Python."""
+    kind, cfg = model_kind(model), getattr(model, "cfg", None)
+    if kind == "bridge":
+        config = getattr(model.original_model, "config", None)
+        source = getattr(config, "_name_or_path", "")
+        return (source, getattr(config, "_commit_hash", None)) if source else None
+    if kind != "hooked_transformer" or getattr(cfg, "original_architecture", None) is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from transformer_lens.loading_from_pretrained import get_official_model_name
+
+    source = get_official_model_name(cfg.model_name)  # type: ignore[union-attr]
+    file = try_to_load_from_cache(source, "config.json")
+    return source, Path(file).parent.name if isinstance(file, str) else None
+
+
+def _from(folder: Path, source: Path) -> str:
+    """The path of `source`; from `folder` if they are beside each other, and so may be moved."""
+    folder, source = folder.absolute(), source.resolve()
+    beside = source.is_relative_to(folder.parent.resolve())
+    path = os.path.relpath(source, folder.parent.resolve() / folder.name) if beside else source
+    path = Path(path).as_posix()
+    return path if path.startswith((".", "/")) else f"./{path}"
+
+
+def _processing(model: nn.Module) -> dict[str, bool]:
+    """Which of TransformerLens' options have been applied, or would change nothing."""
+    if not getattr(model, "_weights_processed", True):  # a bridge as it came
+        return {}
+    sites = find_sites(model, "")
+    writing = [site.weight for site in sites if site.name.endswith(("attn.o", "mlp.out"))]
+    gains = [x for name, x in model.state_dict().items() if _GAIN.search(name)]
+    biases = [site.bias for site in sites if site.name.endswith("attn.v")]
+    return {
+        "fold_ln": all(bool((gain == 1).all()) for gain in gains),
+        "center_writing_weights": all(_centred(weight) for weight in writing),
+        "center_unembed": all(_centred(s.weight) for s in sites if s.name == "unembed"),
+        "fold_value_biases": not any(bool(bias.any()) for bias in biases if bias is not None),
+    }
+
+
+def _centred(weight: Tensor) -> bool:
+    """Whether the rows add up to zero, but for rounding; of random ones the ratio is about 1."""
+    weight = weight.detach().float()
+    return bool(weight.mean(1).square().mean() * weight.shape[1] < (0.05 * weight.std()) ** 2)
+
+
+def _all_parameters(model: nn.Module) -> str:
+    """SHA-256 of all parameters, whatever their names and order."""
+    hashes = {tensor_hash(parameter) for parameter in model.parameters()}
+    return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
