@@ -12,6 +12,7 @@ KINDS = (
     "ConfigError",
     "DataError",
     "ArtefactError",
+    "HubError",
     "NonFiniteLossError",
     "OutOfMemoryError",
     "TrainingInterrupted",

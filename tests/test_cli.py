@@ -256,7 +256,7 @@ def test_wandb_offline(write_run, tmp_path, monkeypatch):
 
 def test_eval(finished, base, tmp_path):
     folder, _ = finished
-    arguments = ["eval", folder, "--model", base / "model", "--data", base / "tokens.npy"]
+    arguments = ["eval", folder, "--data", base / "tokens.npy"]
     arguments += ["--n-batches", 1, "--batch-size", 2, "--seq-len", 8, "--pgd-steps", "1,2"]
     new = tmp_path / "new"
     result = call(*arguments, "--json", new / "r.json", "--html", new / "r.html")
@@ -278,6 +278,7 @@ def test_eval_of_the_wrong_things(finished, base, tmp_path):
     model = ["--model", base / "model"]
     assert_said(call("eval", tmp_path / "none", *model, *data, code=2), "none")
     assert_said(call("eval", folder, *model, *data, "--pgd-steps", "a", code=2), "--pgd-steps")
+    assert_said(call("eval", folder, *data, "--model-class", "bridge", code=2), "Give --model too")
     other = save_tiny(tmp_path / "other")
     result = call("eval", folder, "--model", other, *data, code=2)
     assert_said(result, "differ")
@@ -286,7 +287,7 @@ def test_eval_of_the_wrong_things(finished, base, tmp_path):
 def test_graph(finished, base, tmp_path):
     from vpd_lens import AttributionGraph
 
-    where = ["--decomposition", finished[0], "--model", base / "model"]
+    where = ["--decomposition", finished[0]]
     saved, page = tmp_path / "saved", tmp_path / "graph.html"
     result = call(
         *("graph", "w5 w9 w7", "--target", "w8", "--target", "w9", *where, "--frozen"),

@@ -24,7 +24,6 @@ from vpd_lens.errors import ArtefactError, AttachError, ConfigError
 from vpd_lens.interop.param_decomp import ParamDecompWarning, import_param_decomp
 from vpd_lens.interop.param_decomp.checkpoint import read_checkpoint, sort_tensors
 from vpd_lens.interop.param_decomp.config import read_config
-from vpd_lens.models import load_model
 
 pytestmark = [
     pytest.mark.compat,
@@ -367,11 +366,13 @@ def test_command(tokens, tmp_path):
     out, run = tmp_path / "out", LLAMA_MLP / "decomposition"
     said = call("import", run, "--target", TARGET, "--output", out).output
     assert "606 subcomponents" in said
-    assert f"--model {out / 'target'}" in said
-    model = vpd_lens.load(out, load_model(out / "target"))
-    assert model.to_tokens("w5 w17", prepend_bos=False).tolist() == [[5, 17]]
+    assert f"vpd-lens eval {out} --data" in said
+    out = out.rename(tmp_path / "moved")  # the target moves with it
+    model = vpd_lens.load(out)
+    assert model.to_tokens("w5 w17").tolist() == [[5, 17]]  # without BOS, as in training
+    assert vpd_lens.load(out, out / "target").to_tokens("w5 w17").tolist() == [[5, 17]]
     np.save(tmp_path / "tokens.npy", tokens.numpy())
-    evaluate = ("eval", out, "--model", out / "target", "--data", tmp_path / "tokens.npy")
+    evaluate = ("eval", out, "--data", tmp_path / "tokens.npy")
     report = tmp_path / "report.json"
     call(*evaluate, "--pgd-steps", "none", "--seq-len", 48, "--json", report, "--quiet")
     kl = json.loads(report.read_text())["modes"]["ci"]["kl"]

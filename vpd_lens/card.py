@@ -44,19 +44,19 @@ def write_card(
     """
     pictures: Mapping[str, str] = {}
     if report is not None:
-        if (tuple(report.n_subcomponents), report.trained_steps) != (
-            record.sites,
-            record.trained_steps,
-        ):
+        measured, n_sites = report.trained_steps, len(report.n_subcomponents)
+        if (tuple(report.n_subcomponents), measured) != (record.sites, record.trained_steps):
             raise InputError(
-                f"report: it is of {len(report.n_subcomponents)} sites after "
-                f"{report.trained_steps} steps, the decomposition of {len(record.sites)} after "
-                f"{record.trained_steps}. Evaluate this decomposition: vpd_lens.evaluate(model, ...)."
+                f"report: it is of {n_sites} sites after {measured} steps, the decomposition of "
+                f"{len(record.sites)} after {record.trained_steps}. Evaluate this one: "
+                "vpd_lens.evaluate(model, ...)."
             )
         pictures = report.to_png(folder)
     parts = _parts(record, report, pictures, repository)
     path = folder / "README.md"
-    path.write_text(_front_matter(record, report, licence) + "\n\n".join(parts) + "\n", encoding="utf-8")
+    path.write_text(
+        _front_matter(record, report, licence) + "\n\n".join(parts) + "\n", encoding="utf-8"
+    )
     return path
 
 

@@ -115,6 +115,8 @@ def _pretrained(
     local = Path(source).is_dir()  # where downloads may keep their progress bars
     with without_progress_bars() if local else nullcontext():
         bridge = TransformerBridge.boot_transformers(source, device=device, **options)
+    if "revision" in options:  # where earlier versions of transformers kept it, for `origin`
+        bridge.original_model.config._commit_hash = options["revision"]
     if any(flags.values()):
         bridge.enable_compatibility_mode(disable_warnings=True, **flags)
     return bridge

@@ -62,7 +62,9 @@ def load_base(record: DecompositionRecord, folder: Path, device: str = "cpu") ->
         )
     source = str(folder / origin.source) if origin.is_folder else origin.source
     if origin.is_folder and not Path(source).is_dir():
-        raise ArtefactError(f"{folder}: its base model was in {source}, which is not here. {advice}")
+        raise ArtefactError(
+            f"{folder}: its base model was in {source}, which is not here. {advice}"
+        )
     model = load_as_recorded(record, source, device)
     if _all_parameters(model) != origin.parameters:
         raise ArtefactError(
@@ -94,18 +96,32 @@ def load_as_recorded(record: DecompositionRecord, source: str | Path, device: st
 def _source(model: nn.Module) -> tuple[str, str | None] | None:
     """A name or directory, and a commit if it is known; `None` if the model was made in Python."""
     kind, cfg = model_kind(model), getattr(model, "cfg", None)
+    revision = None
     if kind == "bridge":
         config = getattr(model.original_model, "config", None)
         source = getattr(config, "_name_or_path", "")
-        return (source, getattr(config, "_commit_hash", None)) if source else None
-    if kind != "hooked_transformer" or getattr(cfg, "original_architecture", None) is None:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-    from transformer_lens.loading_from_pretrained import get_official_model_name
+        revision = getattr(config, "_commit_hash", None)
+    elif kind == "hooked_transformer" and getattr(cfg, "original_architecture", None):
+        from transformer_lens.loading_from_pretrained import get_official_model_name
 
-    source = get_official_model_name(cfg.model_name)  # type: ignore[union-attr]
-    file = try_to_load_from_cache(source, "config.json")
-    return source, Path(file).parent.name if isinstance(file, str) else None
+        source = get_official_model_name(cfg.model_name)  # type: ignore[union-attr]
+    else:
+        return None
+    if not source:
+        return None
+    return source, revision or _cached_commit(source)
+
+
+def _cached_commit(name: str) -> str | None:
+    """The commit of the main branch that this machine has downloaded, and so has loaded."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # a directory
+        return None
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def _from(folder: Path, source: Path) -> str:

@@ -18,7 +18,9 @@ from vpd_lens.errors import ArtefactError, ConfigError, TrainingInterrupted, VPD
 RunFilePath = Annotated[Path, Argument(metavar="RUN.YAML", help="The run file.")]
 Decomposed = Annotated[
     Path,
-    Argument(metavar="DECOMPOSITION", help="A saved decomposition, a run, or user/name on the hub."),
+    Argument(
+        metavar="DECOMPOSITION", help="A saved decomposition, a run, or user/name on the hub."
+    ),
 ]
 Model = Annotated[
     str | None,

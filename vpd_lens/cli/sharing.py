@@ -52,7 +52,9 @@ def push_command(
         bool, Option("--include-model", help="Also the base model, if it came from a directory.")
     ] = False,
     licence: Annotated[str | None, Option(help="By the hub's name for it, such as mit.")] = None,
-    private: Annotated[bool, Option("--private", help="Make the repository a private one.")] = False,
+    private: Annotated[
+        bool, Option("--private", help="Make the repository a private one.")
+    ] = False,
     revision: Annotated[str | None, Option(help="A branch; default: the main one.")] = None,
     message: Annotated[str, Option(help="What to call the commit.")] = "Upload with vpd-lens",
     debug: options.Debug = False,
@@ -97,10 +99,9 @@ def _here(places: list[Path]) -> Table:
             model = Path(base.model_name).name if base.model_name else ""
             sizes = len(record.sites), sum(record.n_subcomponents), record.trained_steps
             row = [model, base.model_class, *(f"{size:,}" for size in sizes)]
-            reports = [place / REPORT for place in (folder, folder.parent)]
-            written = next((path for path in reports if path.is_file()), None)
-            if written is not None:
-                row.append(EvalReport.from_json(written).verdict().split(". ")[0])
+            report = (folder.parent if folder.name == "decomposition" else folder) / REPORT
+            if report.is_file():
+                row.append(EvalReport.from_json(report).verdict().split(". ")[0])
         except ArtefactError as error:
             row = [f"damaged: {error}"]
         _add(table, str(folder), *row)

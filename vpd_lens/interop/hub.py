@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vpd_lens import storage
 from vpd_lens.card import write_card
@@ -39,9 +39,7 @@ _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
-def find(
-    where: str | Path, revision: str | None = None, also: Collection[str] = ()
-) -> Path:
+def find(where: str | Path, revision: str | None = None, also: Collection[str] = ()) -> Path:
     """The folder `where`, or where a repository of that name has been downloaded to.
 
     Args:
@@ -53,9 +51,13 @@ def find(
         ArtefactError: If there is no such folder, or no decomposition in the repository.
         HubError: If the hub cannot be reached, refuses, or has no such repository.
     """
-    path, name = Path(where).expanduser(), str(where)
-    if revision is None and (path.exists() or not _REPOSITORY.fullmatch(name)):
-        return storage.existing_folder(path)
+    name = str(where)
+    if revision is None:
+        try:
+            return storage.existing_folder(Path(where).expanduser())
+        except ArtefactError:
+            if not _REPOSITORY.fullmatch(name):
+                raise
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -231,8 +233,10 @@ def _advice(repository: str, error: Exception) -> str:
             f"you have no permission ({first_line(error)}). Run `hf auth login` with a token that "
             "has the right to write, and check that the user or organisation is yours."
         )
+    if isinstance(error, errors.HFValidationError):
+        return f"{repository!r} cannot be the name of a repository."
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set, and it has not been downloaded before. Unset it, or do so."
+        return "HF_HUB_OFFLINE is set, so only what was downloaded before can be had. Unset it."
     if isinstance(error, errors.HfHubHTTPError) and status is not None:
         return f"the hub answered {first_line(error)}. Try again later."
     return (
