@@ -78,7 +78,7 @@ def load_model(
         name = str(path)
     try:
         options = {"dtype": dtype} | ({} if revision is None else {"revision": revision})
-        return _pretrained(name, model_class, device, processing, weights, options).eval()
+        model = _pretrained(name, model_class, device, processing, weights, options).eval()
     except ArtefactError:
         raise
     except Exception as error:  # whatever transformers, the hub client or TransformerLens raise
@@ -87,6 +87,8 @@ def load_model(
             f"{version('transformer-lens')} can load ({type(error).__name__}: "
             f"{first_line(error)}). Check the spelling, the network and HF_HUB_OFFLINE."
         ) from None
+    model.__dict__["loaded_revision"] = revision  # for `origin_of`; TransformerLens keeps none
+    return model
 
 
 def _pretrained(
@@ -115,8 +117,6 @@ def _pretrained(
     local = Path(source).is_dir()  # where downloads may keep their progress bars
     with without_progress_bars() if local else nullcontext():
         bridge = TransformerBridge.boot_transformers(source, device=device, **options)
-    if "revision" in options:  # where earlier versions of transformers kept it, for `origin`
-        bridge.original_model.config._commit_hash = options["revision"]
     if any(flags.values()):
         bridge.enable_compatibility_mode(disable_warnings=True, **flags)
     return bridge

@@ -77,9 +77,10 @@ def load_base(record: DecompositionRecord, folder: Path, device: str = "cpu") ->
 def load_as_recorded(record: DecompositionRecord, source: str | Path, device: str) -> nn.Module:
     """Load a base model from `source`, in the class, processing and dtype of the recorded one."""
     base, origin = record.base_model, record.origin
+    model_class = "auto" if Path(source).is_dir() or base.kind == "module" else base.kind
     model: Any = load_model(
         source,
-        base.kind if (origin and not origin.is_folder) else "auto",  # type: ignore[arg-type]
+        model_class,  # type: ignore[arg-type]
         device,
         origin.processing if origin else "full" if base.compatibility_mode else "default",
         revision=origin.revision if origin and str(source) == origin.source else None,
@@ -96,20 +97,19 @@ def load_as_recorded(record: DecompositionRecord, source: str | Path, device: st
 def _source(model: nn.Module) -> tuple[str, str | None] | None:
     """A name or directory, and a commit if it is known; `None` if the model was made in Python."""
     kind, cfg = model_kind(model), getattr(model, "cfg", None)
-    revision = None
     if kind == "bridge":
         config = getattr(model.original_model, "config", None)
         source = getattr(config, "_name_or_path", "")
-        revision = getattr(config, "_commit_hash", None)
     elif kind == "hooked_transformer" and getattr(cfg, "original_architecture", None):
-        from transformer_lens.loading_from_pretrained import get_official_model_name
+        from transformer_lens.loading_from_pretrained import OFFICIAL_MODEL_NAMES
 
-        source = get_official_model_name(cfg.model_name)  # type: ignore[union-attr]
+        name = cfg.model_name  # type: ignore[union-attr]  # without the owner
+        source = next((n for n in OFFICIAL_MODEL_NAMES if n.split("/")[-1] == name), "")
     else:
         return None
     if not source:
         return None
-    return source, revision or _cached_commit(source)
+    return source, model.__dict__.get("loaded_revision") or _cached_commit(source)
 
 
 def _cached_commit(name: str) -> str | None:
