@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import vpd_lens
 from vpd_lens import storage
+from vpd_lens.card import REPORT
 from vpd_lens.cli import app
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.description import DecompositionRecord
@@ -263,16 +264,32 @@ def test_report_and_harvest_come_along(evaluated, hub, tmp_path):
         assert hub.files(REPOSITORY)[name].startswith(b"\x89PNG")
     for table in (part for part in report.tables().renderables if not isinstance(part, str)):
         assert f"### {table.title}" in card
+    header = next(line for line in card.splitlines() if "hidden error" in line)
+    assert r"| \|delta\|/\|W\| |" in header  # one column
     kl, ce, recovered = report.modes["stochastic"].values()
     assert f"\n| stochastic | {kl:.4f} | {ce:.3f} | {recovered:.1%} |\n" in card
     folder = sharing.find(REPOSITORY, also=(sharing.HARVEST,))
     again = vpd_lens.Harvest.load(folder / sharing.HARVEST, model.vpd)
     assert again.n_positions == harvest.n_positions
-    assert vpd_lens.EvalReport.from_json(folder / sharing.REPORT) == report
+    assert vpd_lens.EvalReport.from_json(folder / REPORT) == report
     model.vpd.push_to_hub(REPOSITORY)  # without them: nothing of them is left
     left = hub.files(REPOSITORY)
     assert not any(name.endswith(".png") or name.startswith("harvest/") for name in left)
-    assert sharing.REPORT not in left
+    assert REPORT not in left
+
+
+def test_a_card_needs_no_network(evaluated, llama, tmp_path):
+    model, report, _ = evaluated
+    folder = model.vpd.save(tmp_path / "saved", report=report)
+    card = (folder / "README.md").read_text()
+    assert report.verdict() in card
+    assert all((folder / name).is_file() for name in re.findall(r"\]\(([\w-]+\.png)\)", card))
+    assert vpd_lens.EvalReport.from_json(folder / REPORT) == report
+    assert_same(model, vpd_lens.load(folder))
+    other = attach(load_model(llama), "mlp", n_subcomponents=4, importance=IMPORTANCE)
+    with pytest.raises(InputError, match="Evaluate this one"):
+        other.vpd.save(folder, report=report)
+    assert (folder / "README.md").read_text() == card
 
 
 def test_what_is_of_another_decomposition_is_not_pushed(evaluated, hub, llama):

@@ -20,6 +20,7 @@ from vpd_lens.errors import InputError
 if TYPE_CHECKING:
     from vpd_lens.evaluation.report import EvalReport
 
+REPORT = "report.json"
 TAGS = ["vpd_lens", "mechanistic-interpretability", "parameter-decomposition", "transformer-lens"]
 
 
@@ -30,7 +31,7 @@ def write_card(
     repository: str | None = None,
     licence: str | None = None,
 ) -> Path:
-    """Write `README.md`, and the plots of a report beside it, into a decomposition's folder.
+    """Write `README.md` into a decomposition's folder, and a report and its plots beside it.
 
     Args:
         folder: The folder; a card in it is replaced.
@@ -52,6 +53,7 @@ def write_card(
                 "vpd_lens.evaluate(model, ...)."
             )
         pictures = report.to_png(folder)
+        report.to_json(folder / REPORT)
     parts = _parts(record, report, pictures, repository)
     path = folder / "README.md"
     path.write_text(
@@ -101,10 +103,10 @@ def _parts(
     if report is not None:
         yield f"## What it is worth\n\n{markdown(report.tables())}"
         yield from (f"![{label}]({file})" for file, label in pictures.items())
-    yield "## Sites"
-    rows = zip(record.sites, record.n_subcomponents, strict=True)
-    lines = [f"| `{site}` | {size} |" for site, size in rows]
-    yield "\n".join(["| site | subcomponents |", "|---|---|", *lines])
+    else:
+        rows = zip(record.sites, record.n_subcomponents, strict=True)
+        lines = [f"| `{site}` | {size} |" for site, size in rows]
+        yield "\n".join(["| site | subcomponents |", "|---|---|", *lines])
     yield (
         f"Written by vpd_lens {version('vpd-lens')}; trained with TransformerLens "
         f"{base.transformer_lens_version} and PyTorch {base.torch_version}."
@@ -128,9 +130,10 @@ def markdown(group: Group) -> str:
     for part in group.renderables:
         if isinstance(part, Table):
             rows = zip(*(column.cells for column in part.columns), strict=True)
-            lines = [[str(column.header) or " " for column in part.columns]]
-            lines += [["---"] * len(part.columns), *([str(cell) for cell in row] for row in rows)]
-            table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            lines = [[column.header or " " for column in part.columns], *rows]
+            cells = [[str(cell).replace("|", r"\|") for cell in line] for line in lines]
+            cells.insert(1, ["---"] * len(part.columns))
+            table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
             parts.append(f"### {part.title}\n\n{table}")
         elif part:
             parts.append(str(part))

@@ -117,11 +117,12 @@ class Decomposition(Runs):
         path: str | Path,
         metrics: dict[str, Any] | None = None,
         dtype: torch.dtype = torch.float32,
+        report: Any = None,
     ) -> Path:
         """Write this decomposition to a directory; see `vpd_lens.decomposition.saving.save`."""
         from vpd_lens.decomposition.saving import save
 
-        return save(self, path, metrics, dtype)
+        return save(self, path, metrics, dtype, report)
 
     def push_to_hub(self, repository: str, **how: Any) -> str:
         """Publish this decomposition on the Hugging Face hub; see `vpd_lens.interop.hub.push`."""

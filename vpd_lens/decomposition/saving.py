@@ -38,16 +38,19 @@ def save(
     path: str | Path,
     metrics: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
+    report: Any = None,
 ) -> Path:
     """Write a decomposition to a folder, whole or not at all, and return the folder.
 
     An earlier one there is replaced only once the new one is complete. `metrics`, anything
     measured, are stored in the record. A smaller `dtype` rounds what is written, half the size;
-    what is loaded from it is fp32 again, and another decomposition than that in memory.
+    what is loaded from it is fp32 again, and another decomposition than that in memory. Of an
+    `EvalReport`, verdict, tables and plots go into the card, and the figures beside it.
 
     Raises:
         ArtefactError: If something else is there, or it cannot be written.
-        InputError: If `dtype` is none of fp32, fp16 and bf16, or too small for a value.
+        InputError: If `dtype` is none of fp32, fp16 and bf16, or too small for a value; or if the
+            report is of another decomposition.
     """
     record = DecompositionRecord(
         **subcomponents_record(vpd),
@@ -61,7 +64,7 @@ def save(
     function = vpd.importance.state_dict()
     tensors = {"subcomponents": subcomponent_tensors(vpd), "causal_importance": function}
     tensors = {file: _rounded(part, dtype) for file, part in tensors.items()}
-    return storage.write(path, record, tensors, lambda new: card.write_card(new, record))
+    return storage.write(path, record, tensors, lambda new: card.write_card(new, record, report))
 
 
 def load(path: str | Path, model: Model, divergence: Any = None) -> Model:

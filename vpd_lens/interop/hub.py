@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from vpd_lens import storage
-from vpd_lens.card import write_card
+from vpd_lens.card import REPORT, write_card
 from vpd_lens.description import DecompositionRecord
 from vpd_lens.errors import ArtefactError, HubError, InputError, VPDError, first_line
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vpd_lens.decomposition.handle import Decomposition
     from vpd_lens.evaluation.report import EvalReport
 
-MODEL, HARVEST, REPORT = "model", "harvest", "report.json"
+MODEL, HARVEST = "model", "harvest"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Of a Hugging Face directory: configuration, weights and tokenizer, and no pickles.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -121,8 +121,6 @@ def push(
         folder = _shareable(source, Path(place) / "shared", include_model)
         record = storage.read(folder, DecompositionRecord).record
         write_card(folder, record, report, repository, licence)
-        if report is not None:
-            report.to_json(folder / REPORT)
         if harvest is not None:
             harvest.check(_fingerprint(folder))
             harvest.save(folder / HARVEST)
