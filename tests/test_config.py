@@ -92,7 +92,7 @@ def test_a_config_of_version_0_1_loads():
         ("initialization=aligned", "did you mean initialisation"),
         ("lr=1", "did you mean adversary.lr or optimiser.lr"),
         ("minimality.coeficient=1", "training.minimality.coeficient: .*did you mean coefficient"),
-        ("preset=smal", "training.preset: .*paper, recent, small, spd; did you mean small"),
+        ("preset=smal", "training.preset: .*small, spd, targeted; did you mean small"),
         ("model.source.x=1", "model.source.x: source is 'gpt2', which has no fields"),
     ],
 )

@@ -74,7 +74,8 @@ def decompose(
     for name in training.keys() - known:
         hint = did_you_mean(name, (own | known) - {"training"})
         raise ConfigError(f"decompose has no argument {name!r}{hint}")
-    base = config or (VPDConfig() if data is None else VPDConfig.small())
+    start = VPDConfig.small if training.get("elsewhere") is None else VPDConfig.targeted
+    base = config or (VPDConfig() if data is None else start())
     # What a configuration can record: not `Site`s and callables.
     names = isinstance(sites, list | tuple) and all(isinstance(site, str) for site in sites)
     given = {

@@ -16,7 +16,7 @@ from vpd_lens.errors import ConfigError
 
 
 def init_command(
-    preset: Annotated[str, Option(help="paper, small or spd.")] = "small",
+    preset: Annotated[str, Option(help="paper, recent, small, spd or targeted.")] = "small",
     debug: options.Debug = False,
 ) -> None:
     """Print a run file in which every field is explained.
@@ -36,7 +36,7 @@ def plan_command(
     run: Annotated[
         Path | None, Option(metavar="RUN.YAML", help="Plan this run file instead.")
     ] = None,
-    preset: Annotated[str, Option(help="paper, small or spd; not with --run.")] = "paper",
+    preset: Annotated[str, Option(help="A preset, as in init; not with --run.")] = "paper",
     overrides: options.Overrides = None,
     processes: Annotated[int, Option(min=1, help="Processes (GPUs) that share the batch.")] = 1,
     measure: Annotated[
@@ -166,6 +166,7 @@ def train_command(
             progress=not quiet,
             wandb=to_wandb if wandb else None,
             prepend_bos=run.prepend_bos,
+            elsewhere=run.elsewhere,
         )
         if not is_first():
             return

@@ -70,12 +70,14 @@ class RunFile(Config):
     """The base model."""
     data: str
     """Training data: a path (.npy, .safetensors, text, a saved dataset) or `hf:NAME`."""
+    elsewhere: str | None = None
+    """Data of everything else, where one behaviour is decomposed (preset targeted); as `data`."""
     output: str
     """Directory of the results."""
     prepend_bos: bool | None = None
     """Whether sequences of text begin with BOS; `null` follows the model."""
     training: VPDConfig
-    """How to train; `preset` (paper, recent, small or spd) gives the fields that are not named."""
+    """How to train; `preset` (paper, recent, small, spd, targeted) gives fields that are not named."""
     evaluation: EvaluationSection | None = None
     """What to measure at the end, if anything."""
 
@@ -138,14 +140,18 @@ _HEAD = """\
 
 def template(preset: str = "small") -> str:
     """A run file in which every field is explained, those of `training` at a preset's values."""
+    config = VPDConfig.from_mapping({"preset": preset})
     example = RunFile(
         model=ModelSection(source="gpt2"),
         data="path/to/text",
+        elsewhere="path/to/other/text" if config.elsewhere.coefficient else None,
         output="runs/first",
-        training=VPDConfig.from_mapping({"preset": preset}),
+        training=config,
         evaluation=EvaluationSection(data="path/to/held/out/text"),
     )
-    lines = _template(example, active=("model", "source", "data", "output", "training"))
+    active = ("model", "source", "data", "output", "training")
+    active += ("elsewhere",) if example.elsewhere else ()
+    lines = _template(example, active=active)
     lines.insert(lines.index("training:") + 1, f"  preset: {preset}")
     return _HEAD + "\n".join(lines) + "\n"
 

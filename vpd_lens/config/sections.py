@@ -172,6 +172,18 @@ class FaithfulnessConfig(Config):
     """Weight decay of the warm-up."""
 
 
+class ElsewhereConfig(Config):
+    """A second stream of data, on which the decomposition of one behaviour has to do no harm."""
+
+    coefficient: NonNegative = 0.0
+    """Weight of reconstruction there: random masks, the deltas on. 0: no second stream, the
+    subcomponents are to explain the whole of the weights (the paper)."""
+    minimality: NonNegative = 2.0
+    """How many times minimality weighs there what it weighs on the behaviour's own data."""
+    seq_len: Count | None = None
+    """Tokens per sequence there; `None`: as in the behaviour's own data."""
+
+
 class LocalityConfig(Config):
     """Nonlinearity locality: a subcomponent should touch few neurons, or few attention heads."""
 

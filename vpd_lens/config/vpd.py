@@ -13,6 +13,7 @@ from vpd_lens.config.sections import (
     AdversaryConfig,
     CausalImportanceConfig,
     CompactionConfig,
+    ElsewhereConfig,
     FaithfulnessConfig,
     LocalityConfig,
     MinimalityConfig,
@@ -21,7 +22,7 @@ from vpd_lens.config.sections import (
 )
 from vpd_lens.errors import ConfigError, did_you_mean
 
-PRESETS = ("paper", "recent", "small", "spd")
+PRESETS = ("paper", "recent", "small", "spd", "targeted")
 
 
 class VPDConfig(Config):
@@ -57,6 +58,8 @@ class VPDConfig(Config):
     """Importance and frequency minimality."""
     faithfulness: FaithfulnessConfig = FaithfulnessConfig()
     """Delta-L2 and its warm-up."""
+    elsewhere: ElsewhereConfig = ElsewhereConfig()
+    """The second stream of a targeted decomposition (not the paper's)."""
     locality: LocalityConfig = LocalityConfig()
     """Nonlinearity locality (not the paper's)."""
     optimiser: OptimiserConfig = OptimiserConfig()
@@ -109,6 +112,12 @@ class VPDConfig(Config):
                 f"stochastic.donors={random.donors:g} is a share of the positions of the "
                 "stochastic or merged pass, and there is neither; give stochastic.coefficient a "
                 "positive value, or set stochastic.donors=0"
+            )
+        if self.elsewhere.coefficient and self.minimality.half_life:
+            raise ValueError(
+                f"minimality.half_life={self.minimality.half_life:g} averages frequencies over the "
+                "steps of one stream of data, and elsewhere.coefficient asks for a second; set "
+                "minimality.half_life=0 or elsewhere.coefficient=0"
             )
         if self.compile and self.recompute:
             raise ValueError("compile and recompute cannot both be on; choose one")
@@ -207,6 +216,23 @@ class VPDConfig(Config):
             "stochastic": small.stochastic.replaced({"layerwise_coefficient": 1.0}),
             "adversary": AdversaryConfig(coefficient=0.0),
             "minimality": small.minimality.replaced({"frequency": 0.0}),
+        }
+        return cls(**{**base, **changes})
+
+    @classmethod
+    def targeted(cls, **changes: Any) -> VPDConfig:
+        """Decompose one behaviour, and leave the rest of the model to the deltas (tPD).
+
+        Few subcomponents, no faithfulness loss, and a second stream of data on which they have to
+        do no harm: `vpd_lens.train(model, data, config, elsewhere=...)`. From arXiv 2607.13047.
+        """
+        small = cls.small()
+        base = dict(small) | {
+            "n_subcomponents": 64,
+            "initialisation": "random",
+            "importance": CausalImportanceConfig(kind="global_mlp", hidden=(512,)),
+            "elsewhere": ElsewhereConfig(coefficient=1.0),
+            "faithfulness": FaithfulnessConfig(coefficient=0.0, warmup_steps=0),
         }
         return cls(**{**base, **changes})
 

@@ -40,6 +40,7 @@ def budget(vpd: Decomposition, config: VPDConfig, batch: int, pos: int) -> dict[
     adversarial, random = config.adversary.coefficient > 0, config.stochastic
     sets = {"position": batch * pos, "sequence": batch, "batch": pos, "single": 1}
     sets["pool"] = batch * config.adversary.pool
+    streams = 1 + (config.elsewhere.coefficient > 0)
     passes = random.n_samples * (random.coefficient > 0) + adversarial
     passes += len(vpd.sites) * (random.layerwise_coefficient > 0)
     moments = 1 if config.optimiser.kind == "muon" else 2
@@ -50,9 +51,9 @@ def budget(vpd: Decomposition, config: VPDConfig, batch: int, pos: int) -> dict[
         "the target's weights": sum(p.nbytes for p in vpd.model.parameters()),
         "V, U and importance function, gradients and moments": (2 + moments) * trained,
         "sources, gradients and moments": 4 * masks * sets[config.adversary.scope] * adversarial,
-        "importances": 4 * c_total * (3 * part + batch * pos),
+        "importances": 4 * c_total * (3 * part + batch * pos) * streams,
         "masked passes": passes * part * width * per_position,
-        "logits": vocabulary * width * (2 * batch * pos + 2 * passes * part),
+        "logits": vocabulary * width * (2 * batch * pos * streams + 2 * passes * part),
     }
     return {name: float(bytes_) for name, bytes_ in size.items() if bytes_}
 

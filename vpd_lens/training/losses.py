@@ -33,16 +33,20 @@ def stochastic_reconstruction(
     generator: torch.Generator | None = None,
     donors: float = 0.0,
     real: Bool[Tensor, "*batch"] | None = None,
+    delta: float | None = None,
 ) -> Float[Tensor, ""]:
     """`E_r D(f(x | masks(g, r)))`, the mean of `n_samples` draws of masks.
 
     `divergence_of(masks)` is how far the output under them is from the target's. `routing` says
     which sites are masked at a position (see `routed`). A share `donors` of the positions is
-    attacked by what others need instead (see `aggregate`).
+    attacked by what others need instead (see `aggregate`). The deltas' masks are random, too, or
+    all `delta`.
     """
     losses = []
     for _ in range(n_samples):
         masks = uniform_sources(importance, layout, generator).over(importance)
+        if delta is not None:
+            masks.delta = torch.full_like(masks.delta, delta)
         masks.routed = routed(routing, masks.delta.shape, masks.delta.device, generator)
         if donors:
             aggregate(masks, donors, real, generator)
@@ -200,11 +204,21 @@ class StepImportance:
     """
 
     parts: list[tuple[Tensor, Tensor | None]]
+    elsewhere: StepImportance | None = None  # those of the second stream
 
     def whole(self) -> Float[Tensor, "batch *pos C_total"]:
         """The importances of this process's rows, 0 where there is padding."""
         found = ((z.clamp(0, 1), real) for z, real in self.parts)
         return torch.cat([g if real is None else g * real.unsqueeze(-1) for g, real in found])
+
+    @classmethod
+    def of(cls, parts: Sequence[Part]) -> StepImportance:
+        """Those of the micro-batches of a stream."""
+        return cls([(part.z.detach(), part.real) for part in parts])
+
+    def l0(self) -> float:
+        """How many subcomponents are active at a position, on the mean."""
+        return float(self.mean((self.whole() > 0).sum(-1)))
 
     def mean(self, per_position: Tensor) -> Tensor:
         """The mean over real positions of a value `[batch, pos, ...]` that is 0 at padding."""

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from vpd_lens.config import VPDConfig
+from vpd_lens.data import Batch
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.training.step import Stepper
@@ -72,7 +73,7 @@ def plan_step(
         tokens = torch.zeros(batch, pos, dtype=torch.long)
         for step in range(2):
             meter.restart()
-            stepper.step(tokens, step)
+            stepper.step(tokens, step, elsewhere=_other_rows(config, tokens))
         return StepCost(dict(meter.flop), meter.now, meter.peak, meter.peak_phase)
 
 
@@ -89,10 +90,15 @@ def measured_step(
     seconds = []
     for step in range(steps + 1):
         begun = time.perf_counter()
-        losses, _ = stepper.step(tokens, step)
+        losses, _ = stepper.step(tokens, step, elsewhere=_other_rows(config, tokens))
         float(losses["total"])  # waits for the device
         seconds.append(time.perf_counter() - begun)
     return min(seconds[1:])
+
+
+def _other_rows(config: VPDConfig, tokens: Tensor) -> Batch | None:
+    """As many rows for the second stream, if there is one."""
+    return Batch(tokens.clone()) if config.elsewhere.coefficient else None
 
 
 def _replace_tensors(modules: list[nn.Module], device: str) -> None:

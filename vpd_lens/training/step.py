@@ -6,6 +6,9 @@
 4. All losses and one backward pass, which also yields the adversary's last gradient.
 5. The adversary's last update, gradient clipping, the optimiser.
 
+To decompose one behaviour, a step has a batch from `elsewhere`, too: there the deltas stay on, no
+adversary looks, and one more loss asks that random masks change nothing (tPD, arXiv 2607.13047).
+
 How a batch is cut into micro-batches and shared between processes is in `losses.py`.
 """
 
@@ -21,6 +24,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from vpd_lens.config import VPDConfig
+from vpd_lens.data import Batch
 from vpd_lens.decomposition import Decomposition, Divergence
 from vpd_lens.decomposition.call import right_padding
 from vpd_lens.decomposition.importance import lower_leaky
@@ -85,6 +89,7 @@ class Stepper:
             "layerwise": config.stochastic.layerwise_coefficient,
             "adversarial": 0.0 if merged else adversary,
             "merged": random + adversary if merged else 0.0,
+            "elsewhere": config.elsewhere.coefficient,
             "faithfulness": config.faithfulness.coefficient,
             "locality": config.locality.coefficient,
         }
@@ -115,7 +120,11 @@ class Stepper:
         self.sizes = squared_sizes(self.weights) if config.faithfulness.relative else None
 
     def step(
-        self, batch: Tensor, step: int, real: Tensor | None = None
+        self,
+        batch: Tensor,
+        step: int,
+        real: Tensor | None = None,
+        elsewhere: Batch | None = None,
     ) -> tuple[Losses, StepImportance]:
         """Train on one batch.
 
@@ -123,6 +132,7 @@ class Stepper:
             batch: Tokens `[batch, pos]` (or whatever the model takes): this process's rows.
             step: The step, from 0; it decides learning rates and the penalty.
             real: Positions that are no padding, `[batch, pos]`; `None`: all.
+            elsewhere: Rows of the second stream, if `config.elsewhere` asks for one.
 
         Returns:
             The losses of the global batch by name (unweighted, plus `total` and the gradient
@@ -131,24 +141,31 @@ class Stepper:
         Raises:
             NonFiniteLossError: On CPU, if a loss is not finite; the parameters are untouched.
         """
-        batch = batch.to(self.device, non_blocking=True)
-        real = None if real is None else real.to(self.device, non_blocking=True)
-        parts = cut(batch, real, self.config.micro_batches, self.processes)
+        parts = self._cut(Batch(batch, real))
+        others = [] if elsewhere is None else self._cut(elsewhere)
         with self.vpd.undisturbed(), self.vpd.kept_below():
             with self._autocast():
                 for part in parts:
                     self._look(part, gradient=len(parts) == 1, first=step == 0)
+                for part in others:
+                    self._look(part, gradient=len(others) == 1)
                 if step == 0:
                     self.price.begin(self._worst(parts))
                 if step == self.config.steps // 2 and self.config.minimality.tolerance:
                     self.price.unmasked = self._unmasked(parts)
                 if self.attack > 0:
                     self._refine_adversary(parts, batch.shape[0], step)
-            losses = self._backward(parts, step)
-        importance = StepImportance([(part.z.detach(), part.real) for part in parts])
+            losses = self._backward(parts, others, step)
+        importance = StepImportance.of(parts)
+        importance.elsewhere = StepImportance.of(others) if others else None
         with record_function("vpd::update"):
             self._update(losses, parts, step)
         return losses, importance
+
+    def _cut(self, batch: Batch) -> list[Part]:
+        """The micro-batches of a batch, on the device."""
+        tokens, real = batch.to(self.device)
+        return cut(tokens, real, self.config.micro_batches, self.processes)
 
     def _look(self, part: Part, gradient: bool, first: bool = False) -> None:
         """1 and 2: the target's output on a part, and its importances."""
@@ -212,27 +229,34 @@ class Stepper:
                     loss.backward(inputs=self.adversary.leaves())
                 self.adversary.ascend(self._scale(parts))
 
-    def _backward(self, parts: list[Part], step: int) -> Losses:
+    def _backward(self, parts: list[Part], others: list[Part], step: int) -> Losses:
         """4: gradients of the total, and every loss of the global batch."""
-        minimal, minimal_of = self.minimality.of(parts, step, self.config.steps, self.processes)
+        at = (step, self.config.steps, self.processes)
+        whole_batch: Losses = {}  # on every process that of the global batch already
+        whole_batch["minimality"], minimal_of = self.minimality.of(parts, *at)
+        work = [(p, partial(self._losses, p, minimal_of, i, step)) for i, p in enumerate(parts)]
+        if others:
+            whole_batch["minimality_elsewhere"], minimal_of = self.minimality.of(others, *at)
+            work += [(part, partial(self._losses_elsewhere, part, minimal_of)) for part in others]
         losses: Losses = {}
-        weights = {**self.coefficients, "minimality": self.price.coefficient}
-        for index, part in enumerate(parts):
+        price = self.price.coefficient
+        weights = {**self.coefficients, "minimality": price}
+        weights["minimality_elsewhere"] = price * self.config.elsewhere.minimality
+        for part, losses_of in work:
             with record_function("vpd::losses"), self._autocast():
                 if len(parts) > 1:
                     part.z = self.vpd.pre_importance(part.inputs, part.real)
-                own = self._losses(part, minimal_of, index, step)
+                own = losses_of()
                 total = torch.stack([weights[name] * own[name] for name in own]).sum()
             with record_function("vpd::backward"):
                 total.backward()
             for name, loss in own.items():
                 losses[name] = losses.get(name, 0) + loss.detach()
-        losses["minimality"] = minimal
+        losses |= whole_batch
         if self.processes.world > 1:
             parameters = [p for group in self.parameters.values() for p in group]
             gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
-            # The minimality loss is that of the global batch already, on every process.
-            shares = [loss for name, loss in losses.items() if name != "minimality"]
+            shares = [loss for name, loss in losses.items() if name not in whole_batch]
             self.processes.sum_(gradients + shares)
         weighted = [weights[name] * loss for name, loss in losses.items()]
         losses["total"] = torch.stack(weighted).sum()
@@ -279,6 +303,15 @@ class Stepper:
                 if self.locality is not None:
                     losses["locality"] = self.locality(step / self.config.steps) / world
         return losses
+
+    def _losses_elsewhere(self, part: Part, minimal_of: Callable[[Part], Tensor]) -> Losses:
+        """The losses on a part of the second stream: the deltas hold all that happens there."""
+        config = self.config.stochastic
+        g = lower_leaky(part.z).to(self.mask_dtype)
+        draws = (config.routing, config.n_samples, self.generator)
+        under = partial(self._divergence, part)
+        harm = stochastic_reconstruction(under, g, self.vpd.layout, *draws, delta=1.0)
+        return {"elsewhere": part.share * harm, "minimality_elsewhere": minimal_of(part)}
 
     def _divergence(self, part: Part, masks: SourceMasks) -> Tensor:
         """How far the output under masks is from the target's."""

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from vpd_lens.config import VPDConfig
-from vpd_lens.data import token_batches
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.attach import attach, removed_if_untrained
 from vpd_lens.decomposition.saving import base_model_record, save
@@ -32,6 +31,7 @@ from vpd_lens.training.log import Diagnostics, MetricsLog, SilentLog
 from vpd_lens.training.losses import StepImportance
 from vpd_lens.training.sharding import sharded_importance
 from vpd_lens.training.step import Losses, Stepper, require_finite, warm_up_faithfulness
+from vpd_lens.training.streams import Streams
 
 # Between checkpoints where `checkpoint_every` asks for none: what is lost when a process dies. A
 # state that takes long to write is written less often.
@@ -66,6 +66,7 @@ def train(
     progress: bool = True,
     wandb: dict[str, Any] | None = None,
     prepend_bos: bool | None = None,
+    elsewhere: Any = None,
     example: Tensor | None = None,
 ) -> TrainingResult:
     """Train the decomposition of a model (attaching one if it has none).
@@ -92,6 +93,9 @@ def train(
         progress: Show a progress bar (or lines where there is no terminal).
         wandb: Arguments of `wandb.init`, to log there too.
         prepend_bos: BOS policy for text; `None` follows the model.
+        elsewhere: Data of everything else, on which the subcomponents have to do no harm, where one
+            behaviour is decomposed (`VPDConfig.targeted()`); as `data`, which then shows the
+            behaviour.
         example: One input batch, for models that are not TransformerLens transformers.
 
     Returns:
@@ -102,14 +106,14 @@ def train(
             holds another run, or holds none that could be resumed.
         ArtefactError: If the checkpoint is damaged or of another run, or `output` cannot be
             written.
-        DataError: If the data cannot be read or does not fit the model.
+        DataError: If data cannot be read or does not fit the model, or `data` is `elsewhere`.
         CollapseError: If the importance function collapses and `stop_on_collapse` is set.
         NonFiniteLossError: If a loss becomes NaN or infinite; the last checkpoint is kept.
         OutOfMemoryError: If the run runs out of memory; `MemoryWarning` comes before that.
         ProcessError: If another process died, or has other arguments.
         TrainingInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    config = config or VPDConfig.small()
+    config = config or (VPDConfig.small() if elsewhere is None else VPDConfig.targeted())
     if output is None:
         output = Path("runs") / f"vpd-{datetime.now():%Y%m%d-%H%M%S}"
     with ExitStack() as stack:
@@ -123,28 +127,21 @@ def train(
             attach(model, config.sites, counts, importance, example, seed=config.seed)
             stack.enter_context(removed_if_untrained(model))
         vpd: Decomposition = model.__dict__["vpd"]
-        batches = token_batches(
-            data,
-            model=model,
-            batch_size=config.batch_size,
-            seq_len=config.seq_len,
-            seed=config.seed,
-            prepend_bos=prepend_bos,
-            rows=rows,
-        )
-        needed = budget(vpd, config, config.batch_size // processes.world, batches.seq_len or 1)
+        reading = {"model": model, "prepend_bos": prepend_bos, "rows": rows}
+        streams = Streams(config, data, elsewhere, **reading)
+        needed = budget(vpd, config, config.batch_size // processes.world, streams.longest)
         warn_if_short(needed, vpd)
         found = _left_by_another_run(folder, processes, resume)
         if processes.world > 1:
             processes.require_same(
                 model=json.dumps(base_model_record(vpd).weights),
-                data=json.dumps(batches.state_dict(), sort_keys=True),
+                data=json.dumps(streams.state_dict(), sort_keys=True),
                 configuration=f"{config} resume={resume}",
             )
             processes.first_(list(vpd.parameters()))
         memory = explained_out_of_memory(needed, vpd.device)
         with sharded_importance(vpd, processes, config.shard_importance), memory:
-            run = _Run(Stepper(vpd, config, processes), batches, folder)
+            run = _Run(Stepper(vpd, config, processes), streams, folder)
             if found == "checkpoint":
                 run.resume()
             with run.open_log(progress, wandb) as log:
@@ -167,8 +164,8 @@ def train(
 class _Run:
     """One call of `train`: what it begins from, the loop, and its checkpoints."""
 
-    def __init__(self, stepper: Stepper, batches: Any, folder: Path) -> None:
-        self.stepper, self.batches, self.folder = stepper, batches, folder
+    def __init__(self, stepper: Stepper, streams: Streams, folder: Path) -> None:
+        self.stepper, self.streams, self.folder = stepper, streams, folder
         self.vpd, self.config, self.processes = stepper.vpd, stepper.config, stepper.processes
         self.checkpoint = folder / "checkpoint"
         self.start, self.trained_before = 0, stepper.vpd.trained_steps  # steps of this run, before
@@ -180,7 +177,7 @@ class _Run:
     def resume(self) -> None:
         """Take up the checkpoint; nothing is changed unless all of it fits."""
         found = Checkpoint.open(self.checkpoint, self.stepper)
-        self.batches.load_state_dict(found.record.data)
+        self.streams.load_state_dict(found.record.data)
         found.restore(self.stepper)
         self.start = self.saved = found.record.step
         self.trained_before, self.extra = found.record.trained_before, dict(found.record.extra)
@@ -216,10 +213,10 @@ class _Run:
         diagnostics = Diagnostics(c_total, config.steps, config.minimality)
         with stop_requests() as requests, self.processes.contact(self._what_is_left):
             for step in range(self.start, config.steps):
-                batch = next(self.batches)  # this process's rows
+                batch, other = next(self.streams)  # this process's rows
                 if step == self.start:
                     self._data_state()  # before any step: do all processes read the same data?
-                losses, importance = stepper.step(batch.tokens, step, batch.real)
+                losses, importance = stepper.step(batch.tokens, step, batch.real, other)
                 window.add(losses)
                 done = step + 1
                 self.vpd.trained_steps = self.trained_before + done
@@ -269,7 +266,7 @@ class _Run:
         return (signal.Signals(number).name if number else ""), bool(due and not suspicious)
 
     def _data_state(self) -> dict[str, Any]:
-        state = self.batches.state_dict()
+        state = self.streams.state_dict()
         self.processes.require_same(data=json.dumps(state, sort_keys=True))
         return state
 
@@ -309,13 +306,15 @@ class _Window:
         g = importance.whole()
         metrics = {name: float(total) / self.count for name, total in self.sums.items()}
         figures = {
-            "l0": float(importance.mean((g > 0).sum(-1))),
+            "l0": importance.l0(),
             "ci_max": float(importance.mean(g.amax(-1))),
             "lr": stepper.optimisers[0].param_groups[0]["lr"],
             "coefficient": float(stepper.price.coefficient),
             "worst": float(stepper.price.worst),
             "seconds_per_step": (time.perf_counter() - self.since) / self.count,
         }
+        if importance.elsewhere is not None:
+            figures["l0_elsewhere"] = importance.elsewhere.l0()
         if stepper.price.unmasked is not None:
             figures["unmasked"] = float(stepper.price.unmasked)
         every = stepper.processes.all(figures)
