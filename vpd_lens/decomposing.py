@@ -8,10 +8,12 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from vpd_lens.decomposition import CausalImportanceConfig
-from vpd_lens.decomposition.attach import attach, removed_if_untrained
+from vpd_lens.decomposition.attach import attach, decomposition_of, removed_if_untrained
+from vpd_lens.decomposition.difference import differing_sites
 from vpd_lens.decomposition.divergence import CustomDivergence, DivergenceKind
-from vpd_lens.decomposition.subcomponents import CountSpec
+from vpd_lens.decomposition.subcomponents import CountSpec, singular
 from vpd_lens.errors import AttachError, ConfigError, did_you_mean
+from vpd_lens.sites import find_sites
 from vpd_lens.sites.discovery import SiteSelection
 from vpd_lens.training import VPDConfig, train
 
@@ -27,6 +29,7 @@ def decompose(
     n_subcomponents: CountSpec | None = None,
     importance: CausalImportanceConfig | None = None,
     divergence: DivergenceKind | CustomDivergence | None = None,
+    base: nn.Module | None = None,
     example: Tensor | None = None,
     seed: int | None = None,
     **training: Any,
@@ -48,13 +51,17 @@ def decompose(
         importance: The causal importance function; default: a transformer sized by the target.
         divergence: `"kl"` (default for transformers), `"mse"` (default for other modules), or a
             callable `(masked, target) -> scalar`.
+        base: Another model of the same shape, usually what `model` was fine-tuned from: decompose
+            the difference of the weights, `W = W_base + V U`. Masks of 0 give its matrices; all
+            else stays `model`'s. Sites without difference are left out.
         example: One input batch, needed for models that are not transformers.
         seed: Seed of the initialisation.
         **training: Further arguments of `vpd_lens.train` (`output`, `resume`, `wandb`, ...).
 
     Raises:
         AttachError: If no site matches, a site fails the self-check, or the model is decomposed
-            already, compiled, on several devices or under an adapter; the message says which.
+            already, compiled, on several devices or under an adapter, or if `base` has other
+            shapes or the same weights; the message says which.
         ConfigError: If a number of subcomponents is below 1, `data` is a configuration, or there
             is no such argument.
 
@@ -75,7 +82,9 @@ def decompose(
         hint = did_you_mean(name, (own | known) - {"training"})
         raise ConfigError(f"decompose has no argument {name!r}{hint}")
     start = VPDConfig.small if training.get("elsewhere") is None else VPDConfig.targeted
-    base = config or (VPDConfig() if data is None else start())
+    run = config or (VPDConfig() if data is None else start())
+    if base is not None and config is None:
+        run = run.replaced({"initialisation": "svd"})
     # What a configuration can record: not `Site`s and callables.
     names = isinstance(sites, list | tuple) and all(isinstance(site, str) for site in sites)
     given = {
@@ -84,7 +93,7 @@ def decompose(
         "importance": importance and importance.model_dump(),
         "seed": seed,
     }
-    base = base.replaced({name: value for name, value in given.items() if value is not None})
+    run = run.replaced({name: value for name, value in given.items() if value is not None})
     if training and data is None:
         raise ConfigError(f"{sorted(training)} only make sense with data=...; none was given.")
     if "vpd" in model.__dict__:
@@ -92,10 +101,15 @@ def decompose(
             "This model is decomposed already. Call vpd_lens.remove(model) first, or train the "
             "decomposition it carries with vpd_lens.train(model, data, config)."
         )
-    where = base.sites if sites is None else sites
-    counts = base.n_subcomponents if n_subcomponents is None else n_subcomponents
-    attach(model, where, counts, base.importance, example, divergence, base.seed)
+    where = run.sites if sites is None else sites
+    counts = run.n_subcomponents if n_subcomponents is None else n_subcomponents
+    if base is not None:
+        where = differing_sites(find_sites(model, where), base)
+    attach(model, where, counts, run.importance, example, divergence, run.seed)
+    if base is not None:
+        vpd = decomposition_of(model)
+        singular(vpd.subcomponents, [site.decomposed for site in vpd.sites])
     if data is not None:
         with removed_if_untrained(model):
-            train(model, data, base, **training)
+            train(model, data, run, **training)
     return model

@@ -31,6 +31,7 @@ class BaseModelRecord(BaseModel):
     normalization_type: str | None  # which folding of layer norms changes
     compatibility_mode: bool
     weights: dict[str, str]  # SHA-256 of every decomposed weight
+    origin: dict[str, str] = Field(default_factory=dict)  # of those whose difference is decomposed
 
 
 class Origin(BaseModel):

@@ -77,7 +77,7 @@ class RunFile(Config):
     prepend_bos: bool | None = None
     """Whether sequences of text begin with BOS; `null` follows the model."""
     training: VPDConfig
-    """How to train; `preset` (paper, recent, small, spd, targeted) gives fields that are not named."""
+    """How to train; `preset` (paper, recent, small, spd or targeted) gives what is not named."""
     evaluation: EvaluationSection | None = None
     """What to measure at the end, if anything."""
 

@@ -34,9 +34,10 @@ class VPDConfig(Config):
     """How many per site: an int, `"paper"` (the paper's ratios), `"faithful"` (those, but at least
     the matrix' rank), `"2x-rank"` (twice the singular values that hold 99 % of its energy), or a
     mapping from patterns to ints."""
-    initialisation: Literal["random", "aligned"] = "random"
-    """`"random"` (the paper), or `"aligned"`: subcomponents of attention and MLP matrices start
-    along neurons and head dimensions, whose nonlinearities they have to respect."""
+    initialisation: Literal["random", "aligned", "svd"] = "random"
+    """`"random"` (the paper), `"aligned"`: subcomponents of attention and MLP matrices start along
+    neurons and head dimensions, whose nonlinearities they have to respect, or `"svd"`: as the
+    largest singular components of what is decomposed."""
     importance: CausalImportanceConfig = CausalImportanceConfig()
     """The causal importance function."""
     steps: Count = 400_000
@@ -229,7 +230,7 @@ class VPDConfig(Config):
         small = cls.small()
         base = dict(small) | {
             "n_subcomponents": 64,
-            "initialisation": "random",
+            "initialisation": "svd",
             "importance": CausalImportanceConfig(kind="global_mlp", hidden=(512,)),
             "elsewhere": ElsewhereConfig(coefficient=1.0),
             "faithfulness": FaithfulnessConfig(coefficient=0.0, warmup_steps=0),

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from vpd_lens.decomposition.below import Kept, blocks_below
-from vpd_lens.decomposition.heads import head_acts
+from vpd_lens.decomposition.heads import empty_heads, head_acts
 from vpd_lens.decomposition.masks import AnyMasks, Layout, Masks, edited_site, masked_site
 from vpd_lens.decomposition.modes import MaskContext
 from vpd_lens.decomposition.subcomponents import Subcomponents
@@ -271,7 +271,8 @@ class Forwards:
             )
         current.by_head.add(index)
         mask, delta = mask.unsqueeze(-2), delta.unsqueeze(-2)
-        return (edited_site(results, u, acts, acts, mask, delta, None),)
+        empty = empty_heads(self.sites[index], current.inputs[index], results.shape[-2])
+        return (edited_site(results, u, acts, acts, mask, delta, empty),)
 
     def note_end(self, _module: nn.Module, _args: tuple) -> None:
         """See that the forward has reached the model's end."""
@@ -288,7 +289,7 @@ class Forwards:
             y = self._watched(current, index, y, masks)
         elif masks is not None and not by_head:
             x, (v, u) = self._input_of(current, index, y), self._directions(current, index)
-            y = masked_site(x, y, v, u, masks, site.bias)
+            y = masked_site(x, y, v, u, masks, site.empty(x))
         elif masks is None and not has_listeners(hooks.hook_out):
             return None
         return hooks.hook_out(y)  # type: ignore[no-any-return]
@@ -327,7 +328,7 @@ class Forwards:
         # The untouched path: hooks that only look leave the model's own output in place.
         if masks is None and not any(edited) and not backward:
             return y
-        return edited_site(y, u, clean, acts, mask, delta, self.sites[index].bias)
+        return edited_site(y, u, clean, acts, mask, delta, self.sites[index].empty(x))
 
     def _shown(
         self, index: int, acts: Tensor, masks: Masks | None

@@ -5,7 +5,7 @@ Every forward of the model goes through `_forward`, which decides the masks of `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from io import StringIO
@@ -99,14 +99,22 @@ class Decomposition(Runs):
 
     @torch.no_grad()
     def delta(self, name: str) -> Float[Tensor, "d_in d_out"]:
-        """What the subcomponents leave over: `W - V U`."""
-        weight = self.site(name).weight.float()
+        """What the subcomponents leave over of what is decomposed: `W - V U`."""
+        weight = self.site(name).decomposed.float()
         return torch.addmm(weight, self.v(name), self.u(name), alpha=-1)
 
     @cached_property
     def ranks(self) -> list[Ranks | None]:
-        """Ranks of every site's weight, as it was when they were first asked for."""
-        return [ranks(site.weight) for site in self.sites]
+        """Ranks of what is decomposed at every site, as it was when they were first asked for."""
+        return [ranks(site.decomposed) for site in self.sites]
+
+    def project(
+        self, gradients: Mapping[str, Tensor] | Callable[[], Tensor]
+    ) -> dict[str, Float[Tensor, " C"]]:
+        """The derivative of a loss by the strength of each subcomponent; see `projection`."""
+        from vpd_lens.decomposition.projection import project
+
+        return project(self, gradients)
 
     def original_indices(self, name: str) -> list[int]:
         """The column number that each subcomponent of a site had before others were folded."""

@@ -23,6 +23,11 @@ def head_acts(x: Any, v: Tensor, n_heads: int) -> Float[Tensor, "*batch head C"]
     return einsum(z, v, "... head d, head d c -> ... head c")
 
 
+def empty_heads(site: Site, x: Any, n_heads: int) -> Float[Tensor, "*batch head d_model"] | None:
+    """The results of every head with all masks 0, if they are not 0."""
+    return None if site.origin is None else head_acts(x, site.origin, n_heads)
+
+
 @torch.no_grad()
 def compute_head_results(
     model: Any, sites: Sequence[Site], subcomponents: Subcomponents, cache: Any
@@ -54,5 +59,6 @@ def compute_head_results(
             kept = einsum(z, weight, "... h d, h d out -> ... h out")
             v, u = subcomponents.v[index], subcomponents.u[index]
             acts = head_acts(z.flatten(-2), v, heads)
-            result = edited_site(kept, u, acts, acts, mask, delta, None)
+            empty = empty_heads(sites[index], z.flatten(-2), heads)
+            result = edited_site(kept, u, acts, acts, mask, delta, empty)
         cache.cache_dict[f"{name}.hook_result"] = result

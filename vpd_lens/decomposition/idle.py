@@ -29,7 +29,7 @@ def idle(vpd: Decomposition, share: float = IDLE) -> Bool[Tensor, " C_total"]:
     found = []
     for site in vpd.sites:
         sizes = vpd.v(site.name).norm(dim=0) * vpd.u(site.name).norm(dim=1)
-        found.append(sizes <= share * site.weight.float().norm())
+        found.append(sizes <= share * site.decomposed.float().norm())
     return torch.cat(found)
 
 
@@ -46,5 +46,5 @@ def contributing(
     for site, x in zip(vpd.sites, inputs, strict=True):
         x = x.float()
         sizes = (x @ vpd.v(site.name)).abs() * vpd.u(site.name).norm(dim=1)
-        found.append(sizes > share * (x @ site.weight.float()).norm(dim=-1, keepdim=True))
+        found.append(sizes > share * (x @ site.decomposed.float()).norm(dim=-1, keepdim=True))
     return torch.cat(found, dim=-1) & ~idle(vpd, share)

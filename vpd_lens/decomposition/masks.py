@@ -8,7 +8,8 @@ With `y = x W + b` computed by the model itself, the site under masks is
 
     y' = m_delta y + (1 - m_delta) b + ((m - m_delta) * (x V)) U
 
-which equals `x (V diag(m) U + m_delta Delta) + b` exactly, because `Delta = W - V U`.
+which equals `x (V diag(m) U + m_delta Delta) + b` exactly, because `Delta = W - V U`. Where the
+difference from another model's weight W_0 is decomposed, `x W_0 + b` takes the place of `b`.
 """
 
 from __future__ import annotations
@@ -198,22 +199,22 @@ class _MaskedSite(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        x, y, v, u, mask, delta_mask, bias, routed = args
+        x, y, v, u, mask, delta_mask, empty, routed = args
         acts = x @ v
         weight = mask - delta_mask
         if routed is not None:
             weight.mul_(routed)
             delta_mask = torch.where(routed, delta_mask, 1)
-        out = y * delta_mask if bias is None else torch.lerp(bias, y, delta_mask)
+        out = y * delta_mask if empty is None else torch.lerp(empty, y, delta_mask)
         out.addmm_(weight * acts, u)
-        ctx.save_for_backward(x, y, v, u, delta_mask, bias, acts, weight, routed)
+        ctx.save_for_backward(x, y, v, u, delta_mask, empty, acts, weight, routed)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, y, v, u, delta_mask, bias, acts, weight, routed = ctx.saved_tensors
-        need_x, need_y, need_v, need_u, need_mask, need_delta, _, _ = ctx.needs_input_grad
+        x, y, v, u, delta_mask, empty, acts, weight, routed = ctx.saved_tensors
+        need_x, need_y, need_v, need_u, need_mask, need_delta, need_empty, _ = ctx.needs_input_grad
         grad_weighted = grad @ u.T
         grad_u = (weight * acts).T @ grad if need_u else None
         grad_mask = grad_delta = grad_x = grad_v = None
@@ -222,7 +223,7 @@ class _MaskedSite(torch.autograd.Function):
             if routed is not None:
                 grad_mask.mul_(routed)
             if need_delta:
-                kept = y if bias is None else y - bias
+                kept = y if empty is None else y - empty
                 grad_delta = torch.linalg.vecdot(grad, kept).unsqueeze(-1)
                 if routed is not None:
                     grad_delta.mul_(routed)
@@ -232,7 +233,8 @@ class _MaskedSite(torch.autograd.Function):
             grad_x = grad_acts @ v.T if need_x else None
             grad_v = x.T @ grad_acts if need_v else None
         grad_y = grad * delta_mask if need_y else None
-        return grad_x, grad_y, grad_v, grad_u, grad_mask, grad_delta, None, None
+        grad_empty = grad - grad * delta_mask if need_empty else None
+        return grad_x, grad_y, grad_v, grad_u, grad_mask, grad_delta, grad_empty, None
 
 
 def masked_site(
@@ -241,11 +243,12 @@ def masked_site(
     v: Float[Tensor, "d_in C"],
     u: Float[Tensor, "C d_out"],
     masks: Masks,
-    bias: Float[Tensor, " d_out"] | None,
+    empty: Float[Tensor, "*n d_out"] | None,
 ) -> Float[Tensor, "*batch d_out"]:
-    """A site's output under masks, `x (V diag(m) U + m_delta Delta) + bias`, in the dtype of `y`.
+    """A site's output under masks, `x (V diag(m) U + m_delta Delta) + empty`, in the dtype of `y`.
 
-    By the identity at the top of this file, from the unmasked `y = x W + bias`.
+    By the identity at the top of this file, from the unmasked `y`. `empty` is the output with all
+    masks 0: the bias, or one of every position.
     """
     dtype, batch = y.dtype, y.shape[:-1]
 
@@ -253,9 +256,10 @@ def masked_site(
         return t.expand(*batch, t.shape[-1]).reshape(-1, t.shape[-1])
 
     parts = (rows(x), rows(y), v, u, rows(masks.components), rows(masks.delta))
-    bias = None if bias is None else bias.to(dtype)
+    if empty is not None:
+        empty = (empty if empty.ndim == 1 else rows(empty)).to(dtype)
     routed = None if masks.routed is None else rows(masks.routed)
-    out = _MaskedSite.apply(*(part.to(dtype) for part in parts), bias, routed)
+    out = _MaskedSite.apply(*(part.to(dtype) for part in parts), empty, routed)
     return out.view(*batch, -1)  # type: ignore[no-any-return]
 
 
@@ -266,7 +270,7 @@ def edited_site(
     edited_acts: Float[Tensor, "*batch C"],
     mask: Float[Tensor, "*#batch C"],
     delta_mask: Float[Tensor, "*#batch 1"],
-    bias: Float[Tensor, " d_out"] | None,
+    empty: Float[Tensor, "*n d_out"] | None,
 ) -> Float[Tensor, "*batch d_out"]:
     """The same output when hooks may have replaced activations `x V` or masks.
 
@@ -274,6 +278,6 @@ def edited_site(
     never cancelled by the delta. Dimensions of size 1 of the masks are shared.
     """
     delta = delta_mask.to(y.dtype)
-    kept = y * delta if bias is None else torch.lerp(bias.to(y.dtype), y, delta)
+    kept = y * delta if empty is None else torch.lerp(empty.to(y.dtype), y, delta)
     moved = mask.to(y.dtype) * edited_acts - delta * acts
     return kept + moved @ u.to(y.dtype)

@@ -48,6 +48,8 @@ class Runs(nn.Module):
             # Tensors made in `generate`'s inference mode could not take part in a backward pass.
             with torch.inference_mode(False):
                 self.to(device)
+                for site in self.sites:
+                    site.origin = None if site.origin is None else site.origin.to(device)
         return device
 
     def undisturbed(self) -> AbstractContextManager[None]:

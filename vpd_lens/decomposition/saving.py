@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vpd_lens import card, storage
 from vpd_lens.decomposition.attach import attach, decomposition_of
+from vpd_lens.decomposition.difference import differing_sites
 from vpd_lens.decomposition.handle import Decomposition, target_size
 from vpd_lens.description import BaseModelRecord, DecompositionRecord, Indices, SubcomponentsRecord
 from vpd_lens.errors import ArtefactError, InputError
@@ -67,7 +68,9 @@ def save(
     return storage.write(path, record, tensors, lambda new: card.write_card(new, record, report))
 
 
-def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
+def load(
+    path: str | Path, model: Model, divergence: Any = None, base: nn.Module | None = None
+) -> Model:
     """Attach a saved decomposition to the model it was made from; see `vpd_lens.load`.
 
     Raises:
@@ -87,7 +90,12 @@ def load(path: str | Path, model: Model, divergence: Any = None) -> Model:
     if importance.kind == "transformer":  # older ones have gaps, once filled from all of the target
         importance = importance.filled(*target_size(model, find_sites(model, names)))
     measure: Any = divergence or record.divergence
-    attach(model, names, lambda s: counts[s.name], importance, divergence=measure, check=False)
+    chosen = find_sites(model, names)
+    if base is not None:
+        chosen = differing_sites(chosen, base)
+    if missing := set(names) - {site.name for site in chosen}:
+        raise ArtefactError(f"base does not differ from the model at {sorted(missing)}, as then.")
+    attach(model, chosen, lambda s: counts[s.name], importance, divergence=measure, check=False)
     vpd = decomposition_of(model)
     try:
         check_base_model(vpd, record.base_model)
@@ -115,12 +123,18 @@ def base_model_record(vpd: Decomposition) -> BaseModelRecord:
         normalization_type=getattr(cfg, "normalization_type", None),
         compatibility_mode=bool(getattr(vpd.model, "compatibility_mode", False)),
         weights={site.name: storage.tensor_hash(site.weight) for site in vpd.sites},
+        origin={s.name: storage.tensor_hash(s.origin) for s in vpd.sites if s.origin is not None},
     )
 
 
 def check_base_model(vpd: Decomposition, then: BaseModelRecord) -> None:
     """Refuse a model that is not the recorded one, naming the sites that differ and a cause."""
     now = base_model_record(vpd)
+    if then.origin != now.origin:
+        raise ArtefactError(
+            "the other model, from which the decomposed difference is taken, is not the one of "
+            "then: its weights differ, or it was given then or now only. Pass that one as base=."
+        )
     different = [name for name, weight in now.weights.items() if then.weights.get(name) != weight]
     if not different:
         return

@@ -71,7 +71,7 @@ def rank_count(site: Site) -> int:
     Raises:
         ConfigError: If the site has no weights, as in a plan.
     """
-    weight = getattr(site, "weight", None)
+    weight = getattr(site, "decomposed", None)
     found = None if weight is None else ranks(weight)
     if found is None:
         raise ConfigError(
@@ -224,11 +224,29 @@ def align(subcomponents: Subcomponents, sites: Sequence[Site]) -> None:
     before any training; of a matrix of zeros they are 0.
     """
     for site, v, u in zip(sites, subcomponents.v, subcomponents.u, strict=True):
-        weight, part = site.weight.to(v), site.name.rsplit(".", 1)[-1]
+        weight, part = site.decomposed.to(v), site.name.rsplit(".", 1)[-1]
         if part in WRITES:
             _along_columns(v, u, weight)
         elif part in READS:
             _along_columns(u.T, v.T, weight.T)
+
+
+@torch.no_grad()
+def singular(subcomponents: Subcomponents, weights: Sequence[Float[Tensor, "_i _o"]]) -> None:
+    """Set subcomponent `j` of every site to the `j`-th singular component of its weight.
+
+    The root of the singular value is in V and in U. Further ones than the weight has dimensions
+    keep a random direction in V, of the norm of the last of those, and are 0 in U.
+    """
+    for weight, v, u in zip(weights, subcomponents.v, subcomponents.u, strict=True):
+        left, values, right = torch.linalg.svd(weight.to(v), full_matrices=False)
+        least = torch.finfo(v.dtype).eps * max(weight.shape) * values[0]
+        n = min(int((values > least).sum()), v.shape[1])
+        roots = values[:n].sqrt()
+        if n:
+            v[:, n:] *= roots[-1] / v[:, n:].norm(dim=0).clamp(min=1e-12)
+        u.zero_()
+        v[:, :n], u[:n] = left[:, :n] * roots, right[:n] * roots[:, None]
 
 
 def _along_columns(

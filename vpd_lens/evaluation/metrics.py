@@ -145,7 +145,7 @@ def delta_sizes(vpd: Decomposition) -> dict[str, dict[str, float]]:
     `||W - F - V U||_F / ||W||_F`, `folded` = `||F||_F / ||W||_F`. The last two are NaN for a matrix
     of zeros that is not explained as zeros.
     """
-    weights = [site.weight.float() for site in vpd.sites]
+    weights = [site.decomposed.float() for site in vpd.sites]
     references = vpd.subcomponents.references(weights)
     deltas = vpd.subcomponents.deltas(references)
     rows = [

@@ -81,6 +81,8 @@ class Site:
         results: A hook point that may receive every head's share, `[batch, pos, heads, d_out]`.
         has_heads: Whether its input or output may come as `[batch, pos, heads, d_head]`, which
             no shape tells of a single head.
+        origin: The weight `[d_in, d_out]` of another model, if the difference from it is what is
+            decomposed.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Site:
     results: nn.Module | None = None
     has_heads: bool = False
     hooks: SiteHooks = field(default_factory=SiteHooks)
+    origin: Tensor | None = None
     _rows: torch.Size | None = field(default=None, init=False, repr=False)
 
     @property
@@ -101,10 +104,22 @@ class Site:
         return self.read_weight().detach()
 
     @property
+    def decomposed(self) -> Num[Tensor, "d_in d_out"]:
+        """What subcomponents and delta add up to: the weight, less the `origin` if there is one."""
+        return self.weight if self.origin is None else self.weight.float() - self.origin.float()
+
+    @property
     def bias(self) -> Float[Tensor, " d_out"] | None:
         """The bias added by the matrix itself, or `None`."""
         bias = self.read_bias()
         return None if bias is None else bias.detach()
+
+    def empty(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*n d_out"] | None:
+        """The output with every mask 0, from the input: the bias, and `x` times the `origin`."""
+        if self.origin is None:
+            return self.bias
+        y = x.to(self.origin.dtype) @ self.origin
+        return y if self.bias is None else y + self.bias
 
     @property
     def shape(self) -> tuple[int, int]:

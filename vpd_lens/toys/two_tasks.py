@@ -25,7 +25,7 @@ Task = Literal["add", "copy"]
 class TwoTasks:
     """Addition modulo `p` and copying; numbers are the tokens `0 .. p - 1`, then the two tasks."""
 
-    p: int = 11
+    p: int = 7
 
     def rows(self, task: Task) -> Int[Tensor, "rows 3"]:
         """All `p * p` rows of a task, `b` varying fastest."""
@@ -47,13 +47,13 @@ class TwoTasks:
         rows = self.rows(task)
         return float((model(rows)[:, -1].argmax(-1) == self.answers(rows)).float().mean())
 
-    def train_target(self, seed: int = 0, steps: int = 1500, progress: bool = True) -> nn.Module:
-        """Train one layer of width 32, 4 heads, 128 relu neurons, no layer norm, on both tasks.
+    def train_target(self, seed: int = 0, steps: int = 500, progress: bool = True) -> nn.Module:
+        """Train one layer of width 32, 4 heads, 64 relu neurons, no layer norm, on both tasks.
 
         Full batches and weight decay, so that what it has learnt is of the task.
         """
         attention = {"n_heads": 4, "d_head": 8, "n_ctx": 3, "d_vocab": self.p + 2}
-        mlp = {"d_mlp": 128, "act_fn": "relu", "normalization_type": None}
+        mlp = {"d_mlp": 64, "act_fn": "relu", "normalization_type": None}
         model = native_transformer(seed, n_layers=1, d_model=32, **attention, **mlp)
         rows = torch.cat([self.rows("add"), self.rows("copy")])
         answers = self.answers(rows)

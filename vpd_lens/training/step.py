@@ -63,7 +63,7 @@ class Stepper:
         adversary: The persistent sources; made at the first batch, whose shape they take.
         generator: Source of all randomness of the steps.
         run: Masked forwards of the model, compiled if the configuration says so.
-        weights: What `V U` should add up to: the base weights, less what was folded.
+        weights: What `V U` should add up to: what is decomposed, less what was folded.
         sizes: What their deltas are relative to, if to anything.
         locality: The locality loss at a fraction of training, if it has a weight.
         window: Sum over steps, since compaction last looked, of the mean importance `[C_total]`.
@@ -116,7 +116,7 @@ class Stepper:
             self.run = CompiledForwards(vpd).run
         elif config.recompute:
             self.run = recomputed(vpd)
-        self.weights = vpd.subcomponents.references([site.weight for site in vpd.sites])
+        self.weights = vpd.subcomponents.references([site.decomposed for site in vpd.sites])
         self.sizes = squared_sizes(self.weights) if config.faithfulness.relative else None
 
     def step(

@@ -19,7 +19,7 @@ from vpd_lens.config import VPDConfig
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.attach import attach, removed_if_untrained
 from vpd_lens.decomposition.saving import base_model_record, save
-from vpd_lens.decomposition.subcomponents import align
+from vpd_lens.decomposition.subcomponents import align, singular
 from vpd_lens.errors import ArtefactError, CollapseError, ConfigError, TrainingInterrupted
 from vpd_lens.models import usable_device
 from vpd_lens.storage import disk_errors, existing_folder
@@ -187,6 +187,8 @@ class _Run:
         if self.trained_before == 0:
             if self.config.initialisation == "aligned":
                 align(self.vpd.subcomponents, self.vpd.sites)
+            if self.config.initialisation == "svd":
+                singular(self.vpd.subcomponents, self.stepper.weights)
             warm_up_faithfulness(self.stepper)
         self.processes.first_(self.stepper.parameters["subcomponents"])
 

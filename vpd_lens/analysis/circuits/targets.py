@@ -192,6 +192,11 @@ def in_prompt(position: int, n_tokens: int) -> int:
 def explained_decomposition(model: nn.Module) -> Decomposition:
     """The decomposition that a model carries, with a warning if it is untrained."""
     vpd = decomposition_of(model)
+    if any(site.origin is not None for site in vpd.sites):
+        raise InputError(
+            "attributions add up to what whole weights write, and this decomposition is of the "
+            "difference from another model. Decompose the model without base= for them."
+        )
     if not vpd.trained_steps:
         warnings.warn(
             "this decomposition is untrained: its subcomponents and importances mean nothing yet.",
