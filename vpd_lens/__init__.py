@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vpd_lens.decomposing import decompose
     from vpd_lens.decomposition import Decomposition, Masks
     from vpd_lens.decomposition.attach import remove
-    from vpd_lens.evaluation import EvalReport, evaluate
+    from vpd_lens.evaluation import EvalReport, Redundancy, evaluate, redundancy
     from vpd_lens.interop.param_decomp import import_param_decomp
     from vpd_lens.loading import load
     from vpd_lens.sites import Site
@@ -48,7 +48,7 @@ _MODULES = {
     "decomposing": "decompose",
     "decomposition": "Decomposition Masks",
     "decomposition.attach": "remove",
-    "evaluation": "EvalReport evaluate",
+    "evaluation": "EvalReport Redundancy evaluate redundancy",
     "interop.param_decomp": "import_param_decomp",
     "loading": "load",
     "sites": "Site",
@@ -58,10 +58,18 @@ _WHERE = {name: f"vpd_lens.{where}" for where in _MODULES for name in _MODULES[w
 
 # Written out for type checkers.
 __all__ = ["Ablate", "AttributionGraph", "CausalImportanceConfig", "DatasetAttributions"]
-__all__ += ["Decomposition", "EvalReport", "Harvest", "Masks", "Patch", "PruneConfig", "Scale"]
-__all__ += ["Site", "VPDConfig", "attribute", "dataset_attributions", "decompose", "edited"]
-__all__ += ["evaluate", "harvest", "import_param_decomp", "intervene", "load", "prune", "remove"]
-__all__ += ["train"]
+__all__ += ["Decomposition", "EvalReport", "Harvest", "Masks", "Patch", "PruneConfig"]
+__all__ += ["Redundancy", "Scale", "Site", "VPDConfig", "attribute", "dataset_attributions"]
+__all__ += [
+    "decompose",
+    "edited",
+    "evaluate",
+    "harvest",
+    "import_param_decomp",
+    "intervene",
+    "load",
+]
+__all__ += ["prune", "redundancy", "remove", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -133,8 +133,9 @@ def train(
         warn_if_short(needed, vpd)
         found = _left_by_another_run(folder, processes, resume)
         if processes.world > 1:
+            base = base_model_record(vpd)
             processes.require_same(
-                model=json.dumps(base_model_record(vpd).weights),
+                model=json.dumps([base.weights, base.origin]),
                 data=json.dumps(streams.state_dict(), sort_keys=True),
                 configuration=f"{config} resume={resume}",
             )
