@@ -129,6 +129,16 @@ def test_training_on_text_with_an_evaluation(finished):
     assert f"Next: vpd-lens harvest {folder}" in result.stdout
 
 
+def test_one_behaviour_has_a_second_source(write_run, base, tmp_path):
+    targeted = {"preset": "targeted", "importance": {"hidden": [8]}}
+    path = write_run(targeted, elsewhere=str(base / "text"))
+    call("train", path)
+    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    assert {"elsewhere", "l0_elsewhere"} <= json.loads(lines[-1]).keys()
+    result = call("train", write_run(targeted, output=str(tmp_path / "other")), code=2)
+    assert_said(result, "elsewhere is None")
+
+
 def test_overrides(write_run, base, tmp_path):
     path = write_run(output="not/here", data="nor/here")
     changes = ["steps=2", "optimiser.lr=1e-3", "training.seed=7", "minimality={p_end: 0.5}"]

@@ -41,7 +41,7 @@ def test_every_public_name_is_completed_and_nothing_else():
 # ------------------------------------------------------------------------- templates
 
 
-@pytest.mark.parametrize("preset", ["paper", "small", "spd"])
+@pytest.mark.parametrize("preset", ["paper", "small", "spd", "targeted"])
 def test_a_template_is_its_preset_commented_and_uncommented(preset, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(template(preset))

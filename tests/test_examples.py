@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import shared_folder
+from conftest import save_tiny, shared_folder
 
 import quickstart_target
 import vpd_lens
@@ -179,6 +179,31 @@ def test_modular_addition_in_small(tmp_path, monkeypatch, capsys):
     assert len(figures["left"]) == 2 * 3 * len(figures["keys"]) + 4
     assert (tmp_path / "ablation.svg").exists()
     assert "key frequencies" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
+def test_one_behaviour_in_small(tmp_path, monkeypatch, capsys):
+    """Of the toy, and of a model in a folder with two files of tokens."""
+    example = script("targeted")
+    save_tiny(tmp_path / "model")
+    random = np.random.default_rng(0)
+    for name in ("inside", "outside"):
+        np.save(tmp_path / f"{name}.npy", random.integers(4, 29, (16, 8)))
+    monkeypatch.setattr(example.TwoTasks, "train_target", lambda task: task.transformer())
+    other = ["--model", str(tmp_path / "model")]
+    other += ["--data", str(tmp_path / "inside.npy"), "--elsewhere", str(tmp_path / "outside.npy")]
+    for name, arguments in (("toy", ["--each"]), ("other", other)):
+        always = ["--output", str(tmp_path / name), "--steps", "2", "--set", "batch_size=8"]
+        always += ["--set", "n_subcomponents=4", "--set", "importance.hidden=[8]"]
+        monkeypatch.setattr("sys.argv", ["targeted.py", *always, *arguments])
+        example.main()
+        figures = json.loads((tmp_path / name / "figures.json").read_text())
+        config = VPDConfig(**figures["config"])
+        assert config.elsewhere.coefficient > 0
+        assert (config.steps, config.n_subcomponents) == (2, 4)
+        assert figures["inside"].keys() == figures["outside"].keys()
+        assert ("accuracy" in figures) == (name == "toy")
+    assert "important subcomponents" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")

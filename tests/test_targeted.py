@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_bridge
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vpd_lens import VPDConfig, decompose, redundancy
@@ -19,10 +20,15 @@ from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.masks import uniform_sources
 from vpd_lens.errors import ConfigError, DataError
+from vpd_lens.toys.modular_addition import last_position_kl
+from vpd_lens.toys.two_tasks import TwoTasks
 from vpd_lens.training import train
 from vpd_lens.training.minimality import Power, minimality, penalty_sum
 from vpd_lens.training.step import Stepper
 from vpd_lens.training.streams import Streams
+
+# A target that `TwoTasks().train_target()` made; `python tests/test_targeted.py` makes it anew.
+TARGET = Path(__file__).parent / "data" / "two_tasks.safetensors"
 
 pytestmark = pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
 
@@ -200,6 +206,60 @@ def test_streams_that_make_no_sense_change_nothing() -> None:
     assert "vpd" not in model.__dict__
 
 
+# ------------------------------------------------------------------- the truth
+
+
+def target(task: TwoTasks) -> nn.Module:
+    """The trained transformer with two tasks."""
+    model = task.transformer()
+    different = model.load_state_dict(load_file(TARGET), strict=False)
+    assert not different.unexpected_keys
+    return model.eval()
+
+
+@pytest.mark.slow
+def test_ablating_what_was_found_destroys_one_task_and_leaves_the_other(tmp_path: Path) -> None:
+    task = TwoTasks()
+    model = target(task)
+    assert task.accuracy(model, "add") == task.accuracy(model, "copy") == 1
+    changes = {"importance.hidden": (128,), "adversary.scope": "sequence"}
+    changes |= {"adversary.inner_steps": 1}
+    start = VPDConfig.targeted(steps=STEPS, batch_size=49, n_subcomponents=32).replaced(changes)
+    streams = {"data": task.data("add"), "elsewhere": task.data("copy")}
+    run = {"divergence": last_position_kl, "output": tmp_path, "progress": False}
+    decompose(model, config=start, **streams, **run)
+    rows = task.rows("add"), task.rows("copy")
+    found = redundancy(model, *rows, batch_size=49, progress=False)
+    _, ablated, alone, nothing = found.inside
+    chosen = torch.zeros(model.vpd.layout.total)
+    names = [f"{n}:{i}" for n in model.vpd.layout.names for i in model.vpd.original_indices(n)]
+    chosen[[names.index(name) for name in found.important]] = 1
+    assert found.inside[ablated] > 1 > 0.1 > found.outside[ablated]
+    assert found.inside[alone] < 0.1 < found.inside[nothing]
+    assert "does not need" not in found.verdict
+    with model.vpd.masked(1 - chosen, delta=1.0):
+        assert task.accuracy(model, "add") < 0.4
+        assert task.accuracy(model, "copy") > 0.95
+    with model.vpd.masked(chosen, delta=0.0):
+        assert task.accuracy(model, "add") > 0.95
+
+
+def test_the_target_of_two_tasks_learns() -> None:
+    task = TwoTasks()
+    rows = torch.cat([task.rows("add"), task.rows("copy")])
+
+    def loss(steps: int) -> float:
+        model = task.train_target(steps=steps, progress=False)
+        with torch.no_grad():
+            logits = model(rows)[:, -1]
+        return float(nn.functional.cross_entropy(logits, task.answers(rows)))
+
+    assert loss(40) < 0.9 * loss(1)
+    drawn = task.data("copy")(torch.Generator().manual_seed(0), 5)
+    assert drawn[:, 0].eq(task.p + 1).all()
+    assert task.answers(drawn).equal(drawn[:, 2])
+
+
 # ------------------------------------------------------------------- redundancy
 
 
@@ -254,3 +314,8 @@ def test_redundancy_counts_every_position_once_and_names_bad_data() -> None:
     for data, elsewhere, name in ((INSIDE[:0], OUTSIDE, "data"), (INSIDE, [], "elsewhere")):
         with pytest.raises(DataError, match=f"^{name}"):
             redundancy(model, data, elsewhere, progress=False)
+
+
+if __name__ == "__main__":
+    made = TwoTasks().train_target().named_parameters()
+    save_file({name: x.detach().contiguous() for name, x in made}, TARGET)

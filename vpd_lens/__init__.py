@@ -60,16 +60,8 @@ _WHERE = {name: f"vpd_lens.{where}" for where in _MODULES for name in _MODULES[w
 __all__ = ["Ablate", "AttributionGraph", "CausalImportanceConfig", "DatasetAttributions"]
 __all__ += ["Decomposition", "EvalReport", "Harvest", "Masks", "Patch", "PruneConfig"]
 __all__ += ["Redundancy", "Scale", "Site", "VPDConfig", "attribute", "dataset_attributions"]
-__all__ += [
-    "decompose",
-    "edited",
-    "evaluate",
-    "harvest",
-    "import_param_decomp",
-    "intervene",
-    "load",
-]
-__all__ += ["prune", "redundancy", "remove", "train"]
+__all__ += ["decompose", "edited", "evaluate", "harvest", "import_param_decomp", "intervene"]
+__all__ += ["load", "prune", "redundancy", "remove", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -47,14 +47,15 @@ class TwoTasks:
         rows = self.rows(task)
         return float((model(rows)[:, -1].argmax(-1) == self.answers(rows)).float().mean())
 
-    def train_target(self, seed: int = 0, steps: int = 500, progress: bool = True) -> nn.Module:
-        """Train one layer of width 32, 4 heads, 64 relu neurons, no layer norm, on both tasks.
-
-        Full batches and weight decay, so that what it has learnt is of the task.
-        """
+    def transformer(self, seed: int = 0) -> nn.Module:
+        """One layer of width 32, 4 heads, 64 relu neurons, no layer norm; its weights are random."""
         attention = {"n_heads": 4, "d_head": 8, "n_ctx": 3, "d_vocab": self.p + 2}
         mlp = {"d_mlp": 64, "act_fn": "relu", "normalization_type": None}
-        model = native_transformer(seed, n_layers=1, d_model=32, **attention, **mlp)
+        return native_transformer(seed, n_layers=1, d_model=32, **attention, **mlp)
+
+    def train_target(self, seed: int = 0, steps: int = 500, progress: bool = True) -> nn.Module:
+        """Train the transformer on all rows of both tasks, with weight decay."""
+        model = self.transformer(seed)
         rows = torch.cat([self.rows("add"), self.rows("copy")])
         answers = self.answers(rows)
         recipe = {"lr": 3e-3, "weight_decay": 0.3, "betas": (0.9, 0.98), "fused": True}

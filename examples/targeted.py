@@ -1,0 +1,141 @@
+"""Decompose one behaviour of a model, and ask whether the model needs what was found.
+
+    python examples/targeted.py                    # addition, in a model that also copies
+    python examples/targeted.py --model NAME --data inside.npy --elsewhere outside.npy
+    python examples/targeted.py --help
+
+Without `--model`, a transformer is trained on two tasks first. Writes the decomposition and
+`figures.json` (configuration, versions and date included) to the output directory; run again, it
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import vpd_lens
+from recorded.record import json_in_rows, versions
+from toy_runs.weights import save_weights
+from vpd_lens.config.base import parse_yaml
+from vpd_lens.decomposition.saving import fingerprint
+from vpd_lens.storage import write_text
+from vpd_lens.toys.modular_addition import last_position_kl
+from vpd_lens.toys.two_tasks import TwoTasks
+from vpd_lens.training import VPDConfig
+
+console = Console()
+# The toy's matrices have 32 dimensions at most: as many subcomponents, so that nothing is missing.
+TOY = {
+    "n_subcomponents": 32,
+    "batch_size": 49,
+    "importance.hidden": (128,),
+    "adversary.scope": "sequence",
+    "adversary.inner_steps": 1,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/targeted"))
+    parser.add_argument(
+        "--model", help="a directory, or a name TransformerLens knows; default: toy"
+    )
+    parser.add_argument("--data", help="tokens or text that show the behaviour; with --model")
+    parser.add_argument("--elsewhere", help="tokens or text of everything else; with --model")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--each", action="store_true", help="ablate every subcomponent singly, too")
+    arguments = parser.parse_args()
+    changes = {k: parse_yaml(v, k) for k, _, v in (s.partition("=") for s in arguments.set)}
+    config = VPDConfig.targeted(steps=arguments.steps, seed=arguments.seed)
+    config = config.replaced({"log_every": max(1, arguments.steps // 20)})
+
+    if arguments.model is None:
+        task = TwoTasks()
+        model = toy(task, arguments.output / "target.safetensors")
+        config = config.replaced({**TOY, **changes})
+        streams = task.data("add"), task.data("copy")
+        measured = task.rows("add"), task.rows("copy")
+        divergence = last_position_kl
+    else:
+        from vpd_lens.models import load_model
+
+        if arguments.data is None or arguments.elsewhere is None:
+            parser.error("--model needs --data and --elsewhere")
+        task, model = None, load_model(arguments.model)
+        config = config.replaced(changes)
+        streams = measured = arguments.data, arguments.elsewhere
+        divergence = None
+
+    run = arguments.output / "vpd"
+    vpd_lens.decompose(
+        model,
+        streams[0],
+        config,
+        elsewhere=streams[1],
+        divergence=divergence,
+        output=run,
+        resume=(run / "checkpoint").exists(),
+    )
+    sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
+    found = vpd_lens.redundancy(model, *measured, each=arguments.each, **sizes)
+    console.print(found.table())
+    figures = about(model, config) | asdict(found)
+    if task is not None:
+        figures["accuracy"] = accuracies(task, model, found)
+        console.print(figures["accuracy"])
+    write_text(arguments.output / "figures.json", json_in_rows(figures) + "\n")
+    console.print(f"Figures: {arguments.output / 'figures.json'}")
+
+
+def toy(task: TwoTasks, path: Path) -> torch.nn.Module:
+    """The transformer with two tasks, trained unless its weights are there."""
+    if not path.exists():
+        save_weights(task.train_target(), path)
+    model = task.transformer()
+    model.load_state_dict(load_file(path), strict=False)
+    return model.eval()
+
+
+def accuracies(
+    task: TwoTasks, model: torch.nn.Module, found: vpd_lens.Redundancy
+) -> dict[str, dict[str, float]]:
+    """Of both tasks: with everything, without what was found, and with that alone."""
+    vpd = model.vpd
+    important = torch.zeros(vpd.layout.total)
+    names = [f"{name}:{i}" for name in vpd.layout.names for i in vpd.original_indices(name)]
+    important[[names.index(name) for name in found.important]] = 1
+    states = {"everything": (torch.ones_like(important), 1.0), "ablated": (1 - important, 1.0)}
+    states["alone"] = important, 0.0
+    result = {}
+    for state, (mask, delta) in states.items():
+        with vpd.masked(mask, delta=delta):
+            result[state] = {t: round(task.accuracy(model, t), 4) for t in ("add", "copy")}
+    return result
+
+
+def about(model: torch.nn.Module, config: VPDConfig) -> dict[str, Any]:
+    """What was decomposed and how, for `figures.json`."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "decomposition": fingerprint(model.vpd),
+        "versions": versions(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+if __name__ == "__main__":
+    main()
