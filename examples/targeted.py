@@ -37,12 +37,15 @@ from vpd_lens.training import VPDConfig
 
 console = Console()
 # The toy's matrices have 32 dimensions at most: as many subcomponents, so that nothing is missing.
+# Both tasks read the same numbers; less weight elsewhere leaves them some subcomponents in common.
 TOY = {
     "n_subcomponents": 32,
     "batch_size": 49,
     "importance.hidden": (128,),
     "adversary.scope": "sequence",
     "adversary.inner_steps": 1,
+    "elsewhere.coefficient": 3.0,
+    "elsewhere.minimality": 30.0,
 }
 
 

@@ -82,6 +82,11 @@ def test_masks_lead_from_one_model_to_the_other(kind: str) -> None:
     assert tuned(rows()).equal(target)
     with vpd.masked("zero"):
         torch.testing.assert_close(tuned(rows()), start, atol=1e-5, rtol=1e-4)
+    if kind == "hooked":  # which then adds up the results of its heads
+        tuned.set_use_attn_result(True)
+        with vpd.masked("zero"):
+            torch.testing.assert_close(tuned(rows()), start, atol=1e-5, rtol=1e-4)
+        tuned.set_use_attn_result(False)
     with vpd.masked(torch.ones(vpd.layout.total), delta=1.0):
         torch.testing.assert_close(tuned(rows()), target, atol=1e-5, rtol=1e-4)
     # Singular components of a difference of low rank are all of it.

@@ -84,6 +84,26 @@ def test_unmasked_equals_the_weights_swapped_for_v_u(pair: Pair, attached: nn.Mo
 
 
 @torch.no_grad()
+def test_masks_of_a_difference_lead_from_another_weight(pair: Pair, attached: nn.Module) -> None:
+    vpd, generator = attached.vpd, torch.Generator().manual_seed(1)
+    masks, deltas = random_masks(vpd)
+    try:
+        for site in vpd.sites:
+            noise = torch.randn(site.shape, generator=generator)
+            site.origin = site.weight + 0.1 * noise.to(site.weight)
+        with vpd.masked(masks, delta=deltas):
+            got = attached(tokens())
+        left = masked_weights(vpd, masks, deltas)
+        weights = {site.name: site.origin + left[site.name] for site in vpd.sites}
+    finally:
+        for site in vpd.sites:
+            site.origin = None
+    with dense_weights(pair.reference, weights):
+        expected = pair.reference(tokens())
+    assert error(got, expected) < 1e-4
+
+
+@torch.no_grad()
 def test_random_masks_equal_dense_weights(pair: Pair, attached: nn.Module) -> None:
     masks, deltas = random_masks(attached.vpd)
     with attached.vpd.masked(masks, delta=deltas):

@@ -233,6 +233,7 @@ class VPDConfig(Config):
             "initialisation": "svd",
             "importance": CausalImportanceConfig(kind="global_mlp", hidden=(512,)),
             "elsewhere": ElsewhereConfig(coefficient=1.0),
+            "minimality": MinimalityConfig(coefficient=3e-3),
             "faithfulness": FaithfulnessConfig(coefficient=0.0, warmup_steps=0),
         }
         return cls(**{**base, **changes})

@@ -48,7 +48,7 @@ class TwoTasks:
         return float((model(rows)[:, -1].argmax(-1) == self.answers(rows)).float().mean())
 
     def transformer(self, seed: int = 0) -> nn.Module:
-        """One layer of width 32, 4 heads, 64 relu neurons, no layer norm; its weights are random."""
+        """One layer, width 32, 4 heads, 64 relu neurons, no layer norm; its weights are random."""
         attention = {"n_heads": 4, "d_head": 8, "n_ctx": 3, "d_vocab": self.p + 2}
         mlp = {"d_mlp": 64, "act_fn": "relu", "normalization_type": None}
         return native_transformer(seed, n_layers=1, d_model=32, **attention, **mlp)

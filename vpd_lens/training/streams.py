@@ -5,6 +5,8 @@ Both give as many rows a step, each in an order of its own, and stop and go on t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vpd_lens.config import VPDConfig
@@ -33,11 +35,9 @@ class Streams:
         self.elsewhere: TokenBatches | None = None
         if elsewhere is not None:
             length = config.elsewhere.seq_len or config.seq_len
-            try:
-                own = {"seq_len": length, "seed": config.seed + 1, **reading}
+            own = {"seq_len": length, "seed": config.seed + 1, **reading}
+            with _named():
                 self.elsewhere = token_batches(elsewhere, **own)
-            except (DataError, InputError) as error:
-                raise type(error)(f"elsewhere: {error}") from error
 
     @property
     def longest(self) -> int:
@@ -46,7 +46,9 @@ class Streams:
 
     def __next__(self) -> tuple[Batch, Batch | None]:
         """This process's rows of the next step."""
-        return next(self.data), None if self.elsewhere is None else next(self.elsewhere)
+        batch = next(self.data)
+        with _named():
+            return batch, None if self.elsewhere is None else next(self.elsewhere)
 
     def state_dict(self) -> dict[str, Any]:
         """The positions of both, as JSON."""
@@ -60,6 +62,15 @@ class Streams:
         self.data.load_state_dict(state)
         if self.elsewhere is not None:
             self.elsewhere.load_state_dict(state["elsewhere"])
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Errors of the second stream's data say that they are of it."""
+    try:
+        yield
+    except (DataError, InputError) as error:
+        raise type(error)(f"elsewhere: {error}") from error
 
 
 def _require_asked_for(config: VPDConfig, data: Any, elsewhere: Any) -> None:
