@@ -287,7 +287,7 @@ def test_a_second_mechanism_in_the_delta_is_seen(share: float) -> None:
         vpd.subcomponents.v[0].fill_(1.0)
         vpd.subcomponents.u[0].fill_(40.0 * share)
     vpd.causal_importance = lambda rows: (rows > 0).float()
-    found = redundancy(model, x, -x, each=True, batch_size=5, progress=False)
+    found = redundancy(model, [x[:5], x[5:]], [-x], each=True, progress=False)
     lost = list(found.inside.values())
     assert found.important == ["linear:0"]
     assert lost[0] == pytest.approx(0, abs=1e-6)  # everything on
