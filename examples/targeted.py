@@ -117,7 +117,7 @@ def accuracies(
     task: TwoTasks, model: torch.nn.Module, found: vpd_lens.Redundancy
 ) -> dict[str, dict[str, float]]:
     """Of both tasks: with everything, without what was found, and with that alone."""
-    vpd = model.vpd
+    vpd: Any = model.vpd
     important = torch.zeros(vpd.layout.total)
     names = [f"{name}:{i}" for name in vpd.layout.names for i in vpd.original_indices(name)]
     important[[names.index(name) for name in found.important]] = 1
