@@ -165,7 +165,8 @@ def _template(config: Config, active: Sequence[str], indent: str = "") -> list[s
         lines += textwrap.indent(textwrap.fill(words, 94), f"{indent}# ").splitlines()
         if isinstance(value, Config):
             lines.append(f"{indent}{off}{name}:")
-            lines += _template(value, () if off else active, indent + "  ")
+            inner = () if off else [name for name in active if name not in values]
+            lines += _template(value, inner, indent + "  ")
         else:
             lines.append(f"{indent}{off}{name}: {json.dumps(values[name])}")
     return lines
