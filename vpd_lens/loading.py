@@ -21,6 +21,7 @@ def load(
     *,
     device: str = "cpu",
     revision: str | None = None,
+    base: nn.Module | None = None,
 ) -> nn.Module:
     """Open a saved decomposition: its base model, with the decomposition as `model.vpd`.
 
@@ -36,6 +37,7 @@ def load(
         device: Where to put a base model that is loaded here: `"cpu"`, `"cuda"`, `"cuda:N"`, or
             `"auto"` for CUDA if there is.
         revision: A commit, branch or tag of the repository; makes `where` one.
+        base: The other model again, if what was decomposed is the difference from it.
 
     Raises:
         ArtefactError: If a file is missing, damaged or newer than this library, the record does not
@@ -55,4 +57,4 @@ def load(
         model = load_base(artefact.record, artefact.folder, device)
     elif not isinstance(model, nn.Module):
         model = load_as_recorded(artefact.record, model, device)
-    return saving.load(artefact.folder, model, divergence)
+    return saving.load(artefact.folder, model, divergence, base)
