@@ -791,10 +791,10 @@ def test_a_run_with_everything_resumes_bit_identically(tokens, tmp_path):
 
     original = Stepper.step
 
-    def stopping(self, batch, step, real=None):
+    def stopping(self, batch, step, *rest):
         if step == 4:
             raise Stop
-        return original(self, batch, step, real)
+        return original(self, batch, step, *rest)
 
     Stepper.step = stopping
     try:

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import time
 from contextlib import nullcontext
 
 import pytest

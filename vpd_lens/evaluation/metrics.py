@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,16 +40,16 @@ class Means:
     """Running means by name, weighted by the number of positions of each batch."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.counts: dict[str, int] = defaultdict(int)
+        self.sums: dict[Hashable, float] = defaultdict(float)
+        self.counts: dict[Hashable, int] = defaultdict(int)
 
-    def add(self, name: str, mean: float, n_positions: int) -> None:
+    def add(self, name: Hashable, mean: float, n_positions: int) -> None:
         """Add the mean of one batch."""
         if n_positions:
             self.sums[name] += mean * n_positions
             self.counts[name] += n_positions
 
-    def means(self) -> dict[str, float]:
+    def means(self) -> dict[Any, float]:
         """All means."""
         return {name: self.sums[name] / self.counts[name] for name in self.sums}
 
