@@ -8,10 +8,14 @@ export OMP_WAIT_POLICY = passive
 # Tests start many processes, each of which would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-fast compat lint types docs check clean
+.PHONY: quickstart train-example test test-fast compat lint types docs check clean
 
 quickstart: .venv/ready
 	.venv/bin/python -W ignore::DeprecationWarning examples/quickstart.py
+
+# The long way: the model, its decomposition and its report that the quickstart looks at.
+train-example: .venv/ready
+	.venv/bin/python examples/train_example.py
 
 # One thread per worker: many small tensors, and threads that wait for each other are slower.
 ON_TWO = -m pytest -n 2 --dist loadgroup tests

@@ -1,8 +1,8 @@
 """Find the circuits of three behaviours, with and without an adversary, and see which hold.
 
-    python examples/circuits.py RUN      # RUN: what examples/quickstart.py wrote; about 15 minutes
+    python examples/circuits.py      # of the example that ships with the library
 
-For each behaviour and each way of pruning, RUN/circuits receives a record (JSON: configuration,
+For each behaviour and each way of pruning, `--output` receives a record (JSON: configuration,
 probabilities under every kind of mask, nodes by site, versions) and, for adversarial pruning, the
 attribution graph of the first prompt as a page.
 """
@@ -26,14 +26,13 @@ from rich.table import Table
 
 import vpd_lens
 from vpd_lens.decomposition.saving import fingerprint
-from vpd_lens.models import load_model
 from vpd_lens.storage import write_text
 
-# Behaviours that the quickstart's language model really has.
+# Behaviours that the example's language model really has.
 BEHAVIOURS = {
-    "self": ("self", ["    def __len__(", "    def close(", "    def __repr__("]),
-    "bracket": ("]", ["    return self._names[name", "    value = items[key", "    x = self[i"]),
-    "colon": (":", ["    if name is None", "    if value is None", "    else"]),
+    "self": ("self", ["    def __len__(", "    def __repr__(", "class Queue:\n    def __init__("]),
+    "bracket": ("]\n", ["    return self._names[name", "    value = items[key"]),
+    "colon": (":\n", ["    if name is None", "    except ValueError", "    while True"]),
 }
 SHOWN = (
     "target",
@@ -50,14 +49,11 @@ console = Console()
 def main() -> None:
     """Prune, write records, draw graphs, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, help="directory that examples/quickstart.py wrote")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--coefficient", type=float, default=5e-3)
-    parser.add_argument("--output", type=Path, help="default: RUN/circuits")
+    parser.add_argument("--output", type=Path, default=Path("runs/circuits"))
     arguments = parser.parse_args()
-    output = arguments.output or arguments.run / "circuits"
-    base = load_model(arguments.run / "target")
-    model = vpd_lens.load(arguments.run / "vpd" / "decomposition", base)
+    output, model = arguments.output, vpd_lens.load_example()
     table = Table("behaviour", "pruned", "nodes", *SHOWN)
     for name, (target, prompts) in BEHAVIOURS.items():
         for method in ("ci", "stochastic", "adversarial"):

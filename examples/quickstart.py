@@ -1,14 +1,13 @@
-"""Train a small transformer on Python code, decompose it with VPD, and look at what came out.
+"""Look at a decomposition that is good, then watch one being made.
 
-Everything happens offline: the text is the source of Python's own standard library.
+Everything happens offline: the example ships with the library, and the text to train on is the
+source of Python's own standard library.
 
-    python examples/quickstart.py            # 8 to 13 minutes on two idle CPU cores in version 0.1
+    python examples/quickstart.py            # about 3 minutes on two idle CPU cores
     python examples/quickstart.py --help
 
-Run again after an interruption, it goes on from the last checkpoint.
-
-The steps are those of any project: a target model, `vpd_lens.decompose(model, data, config)`,
-`vpd_lens.evaluate`, and ordinary TransformerLens on the result.
+What is done here is what any project does: load, look at the verdict, ask what a prompt needs,
+find the circuit of a behaviour, train. `make train-example` made the example.
 """
 
 from __future__ import annotations
@@ -26,87 +25,127 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from rich.table import Table
+from rich.text import Text
+from torch import nn
 
 import vpd_lens
-from quickstart_target import get_target
+from quickstart_target import standard_library_text, tokenise
+from vpd_lens.analysis.harvest import Harvest
 from vpd_lens.errors import VPDError
-from vpd_lens.evaluation import EvalReport
-from vpd_lens.training import VPDConfig
+from vpd_lens.example import example_harvest, example_report
+from vpd_lens.viz.harvest_page import write
 
-N_NEW = 16  # tokens of a continuation
-STORED = Path(__file__).parent / "quickstart_without_adversary.json"
+PROMPT, TARGET = "class Queue:\n    def __init__(", "self"
+N_NEW = 12  # tokens of a continuation
+N_CHARACTERS = 2_000_000  # of text to train on
 console = Console()
-
-
-def configuration(steps: int, seed: int) -> VPDConfig:
-    """The run of this example: the preset for small models, shortened."""
-    return VPDConfig.small(steps=steps, seed=seed, log_every=max(1, steps // 20))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--target-steps", type=int, default=2500)
-    parser.add_argument("--steps", type=int, default=500, help="VPD training steps")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--without-adversary", action="store_true", help="the control, stored beside this script"
-    )
+    parser.add_argument("--steps", type=int, default=60, help="steps of the training to watch")
+    parser.add_argument("--prune-steps", type=int, default=100, help="steps of finding a circuit")
     arguments = parser.parse_args()
-    begun = time.perf_counter()
+    begun, output = time.perf_counter(), arguments.output
+    output.mkdir(parents=True, exist_ok=True)
 
-    console.rule("1. A target model")
-    model, train_tokens, held_out = get_target(
-        arguments.output / "target", arguments.target_steps, arguments.seed
+    console.rule("1. A decomposition, and whether to trust it")
+    model = vpd_lens.load_example()
+    harvest, report = example_harvest(model.vpd), example_report()
+    console.print(model.vpd)
+    console.print(report)
+    report.to_html(output / "report.html", "The example of vpd_lens")
+    write(harvest, output / "harvest", "The example of vpd_lens")
+
+    console.rule("2. What does a prompt need?")
+    needs(model, harvest, PROMPT)
+    continuations(model, PROMPT)
+
+    console.rule("3. The circuit of one behaviour")
+    # A short search and short attacks; by default both take four times as long.
+    config = vpd_lens.PruneConfig(
+        steps=arguments.prune_steps, attack_steps=(4, 20), attack_restarts=1
+    )
+    graph = vpd_lens.attribute(model, PROMPT, TARGET, prune=config)
+    console.print(graph.circuit.table())
+    console.print(graph.summary())
+    graph.to_html(output / "circuit.html", harvest=harvest)
+
+    console.rule("4. Training, of three matrices, for as long as one likes to watch")
+    live(vpd_lens.remove(model), output / "live", arguments.steps)
+    console.print(
+        f"\nDone in {(time.perf_counter() - begun) / 60:.1f} minutes. Pages to open:\n"
+        f"  {output / 'report.html'}         what was measured on the example\n"
+        f"  {output / 'circuit.html'}        the circuit of section 3\n"
+        f"  {output / 'harvest/index.html'}  what every subcomponent responds to\n\n"
+        "What to try next:\n"
+        '  model = vpd_lens.load_example(), then model.run_with_cache("def f(self") and names\n'
+        "  that contain '.vpd.'; model.vpd.masked(...), vpd_lens.attribute, vpd_lens.evaluate\n"
+        '  vpd-lens graph "    def close(" --target self\n'
+        "  your own model: vpd_lens.decompose(model, data, vpd_lens.VPDConfig.small())"
     )
 
-    console.rule("2. Its decomposition")
-    config = configuration(arguments.steps, arguments.seed)
-    if arguments.without_adversary:
-        config = config.without_adversary()
-    name = "vpd-without-adversary" if arguments.without_adversary else "vpd"
-    folder = arguments.output / name
-    resume = (folder / "checkpoint").exists()
-    vpd_lens.decompose(model, train_tokens, config, output=folder, resume=resume)
-    console.print(model.vpd)
 
-    console.rule("3. Is it any good?")
-    attacks = {"pgd_steps": (20, 40, 80, 160), "pgd_restarts": 2, "audit": True}
-    report = vpd_lens.evaluate(model, held_out[:64], **attacks)
-    report.to_json(folder / "report.json")
-    show(report, model, held_out, folder)
-    console.print(f"\nDone in {(time.perf_counter() - begun) / 60:.1f} minutes.")
+@torch.no_grad()
+def needs(model: nn.Module, harvest: Harvest, prompt: str, n_shown: int = 8) -> None:
+    """How many subcomponents every token needs, and those that write most at the last one."""
+    _, cache = model.run_with_cache(prompt, names_filter=lambda name: ".vpd." in name)
+    vpd, tokens = model.vpd, model.to_tokens(prompt)[0].tolist()
+    groups = [f"blocks.{layer}.{part}" for layer in range(4) for part in ("attn", "mlp")]
+    table = Table("token", *(group.removeprefix("blocks.") for group in groups))
+    for position, token in enumerate(tokens):
+        counts = [
+            sum(int((cache[f"{name}.vpd.hook_ci"][0, position] > 0.1).sum()) for name in names)
+            for names in ([n for n in vpd.layout.names if n.startswith(g)] for g in groups)
+        ]
+        table.add_row(Text(repr(model.to_string([token]))), *map(str, counts))
+    console.print("Subcomponents in use, by token and place:")
+    console.print(table)
+
+    strongest = []
+    for name in vpd.layout.names:
+        importance, acts = (cache[f"{name}.vpd.hook_{x}"][0, -1] for x in ("ci", "acts"))
+        written = importance * acts.abs() * vpd.u(name).norm(dim=1)
+        share = written / written.norm().clamp(min=1e-12)  # of what the matrix writes
+        strongest += [(float(share[c]), name, int(c)) for c in share.topk(2).indices]
+    table = Table(
+        "subcomponent", "responds to", "promotes", title="At the last token, among others"
+    )
+    for _, name, c in sorted(strongest, reverse=True)[:n_shown]:
+        sides = [[repr(harvest.strings[t.token]) for t in harvest.tokens(name, c, side, k=4)]
+                 for side in ("input", "output")]  # fmt: skip
+        table.add_row(f"{name}:{c}", *(Text(" ".join(words)) for words in sides))
+    console.print(table)
 
 
-def show(report: EvalReport, model: torch.nn.Module, held_out: Tensor, folder: Path) -> None:
-    """The tables beside the stored run without the adversary, some text, and what to do next."""
-    beside = EvalReport.from_json(STORED) if STORED.exists() else None
-    name = "without adversary"
-    console.print(report.tables(beside, name))
-    report.to_html(folder / "report.html", "VPD of the quickstart model", beside, name)
-    prompt = held_out[:1, :24]
+def continuations(model: nn.Module, prompt: str) -> None:
+    """What the model writes on under different masks."""
     console.print("A prompt and its continuation under different masks (greedy):")
-    console.print(repr(model.to_string(prompt[0])), highlight=False, markup=False)
+    console.print(repr(prompt), highlight=False, markup=False)
+    tokens = model.to_tokens(prompt)
     for mode in ("target", "rounded", "stochastic", "adversarial"):
         with model.vpd.masked(mode, seed=0):
             out = model.generate(
-                prompt, max_new_tokens=N_NEW, do_sample=False, stop_at_eos=False, verbose=False
+                tokens, max_new_tokens=N_NEW, do_sample=False, stop_at_eos=False, verbose=False
             )
-        text = repr(model.to_string(out[0, prompt.shape[1] :]))
+        text = repr(model.to_string(out[0, tokens.shape[1] :]))
         console.print(f"  {mode:12s} {text}", highlight=False, markup=False)
-    console.print(
-        f"\nReport:        {folder / 'report.html'}\n"
-        f"Decomposition: {folder / 'decomposition'}\n"
-        f"Target model:  {folder.parent / 'target'}\n\n"
-        "What to try next:\n"
-        f"  vpd-lens info {folder / 'decomposition'}\n"
-        f"  vpd-lens eval {folder / 'decomposition'} --model {folder.parent / 'target'} "
-        "--data <a folder of text>\n"
-        "  python examples/quickstart.py --steps 4000 --output runs/longer\n"
-        "  In Python: model = vpd_lens.load(decomposition, load_model(target)), then\n"
-        "  model.run_with_cache(tokens) and look for names that contain '.vpd.'."
+
+
+def live(model: nn.Module, folder: Path, steps: int) -> None:
+    """Decompose one MLP of the example's model anew."""
+    tokens = tokenise(model.tokenizer, standard_library_text(N_CHARACTERS))
+    config = vpd_lens.VPDConfig.small(
+        steps=steps, sites=r"blocks\.1\.mlp", batch_size=8, log_every=max(1, steps // 10)
     )
+    resume = (folder / "checkpoint").exists()
+    vpd_lens.decompose(model, tokens[:-8192], config, output=folder, resume=resume)
+    rows = tokens[-8192:].view(-1, 128)
+    report = vpd_lens.evaluate(model, rows[:16], pgd_steps=(20,), pgd_restarts=1)
+    console.print(report.verdict())
+    console.print("A minute of training makes no good decomposition; the example took hours.")
 
 
 if __name__ == "__main__":

@@ -34,10 +34,12 @@ class TargetSize:
 
     Attributes:
         n_layers: Blocks.
-        d_model: Residual width; the gated MLP has as many weights as one four times as wide.
+        d_model: Residual width.
         n_heads: Attention heads.
         vocabulary: Tokens of its tokenizer.
         context: Tokens per sequence.
+        d_mlp: Hidden width of the gated MLP; `None`: one with as many weights as an ungated one
+            four times as wide as the stream.
         batch_size: Sequences per training step.
     """
 
@@ -46,6 +48,7 @@ class TargetSize:
     n_heads: int = 4
     vocabulary: int = 512
     context: int = 64
+    d_mlp: int | None = None
     batch_size: int = 32
 
 
@@ -87,7 +90,7 @@ def new_model(seed: int, size: TargetSize = QUICKSTART) -> Qwen2ForCausalLM:
     config = Qwen2Config(
         vocab_size=size.vocabulary,
         hidden_size=size.d_model,
-        intermediate_size=8 * size.d_model // 3 // 8 * 8,
+        intermediate_size=size.d_mlp or 8 * size.d_model // 3 // 8 * 8,
         num_hidden_layers=size.n_layers,
         num_attention_heads=size.n_heads,
         num_key_value_heads=size.n_heads,

@@ -1,10 +1,11 @@
 """Decompose one behaviour of a model, and ask whether the model needs what was found.
 
     python examples/targeted.py                    # addition, in a model that also copies
+    python examples/targeted.py --behaviour self   # or brackets: in the example that ships
     python examples/targeted.py --model NAME --data inside.npy --elsewhere outside.npy
     python examples/targeted.py --help
 
-Without `--model`, a transformer is trained on two tasks first. Writes the decomposition and
+Without either, a transformer is trained on two tasks first. Writes the decomposition and
 `figures.json` (configuration, versions and date included) to the output directory; run again, it
 goes on where it was.
 """
@@ -22,10 +23,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from jaxtyping import Int
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import Tensor
 
 import vpd_lens
+from quickstart_target import standard_library_text, tokenise
 from recorded.record import json_in_rows, versions
 from toy_runs.weights import save_weights
 from vpd_lens.config.base import parse_yaml
@@ -47,6 +51,9 @@ TOY = {
     "elsewhere.coefficient": 3.0,
     "elsewhere.minimality": 30.0,
 }
+# What the example's model predicts, by how a token begins.
+BEHAVIOURS = {"self": ("self",), "brackets": (")", "]", "}")}
+LENGTH, N_MEASURED = 16, 256  # tokens of a window, and windows kept apart to measure on
 
 
 def main() -> None:
@@ -55,6 +62,7 @@ def main() -> None:
     parser.add_argument(
         "--model", help="a directory, or a name TransformerLens knows; default: toy"
     )
+    parser.add_argument("--behaviour", choices=BEHAVIOURS, help="of the example's model")
     parser.add_argument("--data", help="tokens or text that show the behaviour; with --model")
     parser.add_argument("--elsewhere", help="tokens or text of everything else; with --model")
     parser.add_argument("--steps", type=int, default=600)
@@ -66,19 +74,25 @@ def main() -> None:
     config = VPDConfig.targeted(steps=arguments.steps, seed=arguments.seed)
     config = config.replaced({"log_every": max(1, arguments.steps // 20)})
 
-    if arguments.model is None:
+    task, divergence = None, last_position_kl
+    if arguments.behaviour is not None:
+        model = vpd_lens.remove(vpd_lens.load_example())
+        config = config.replaced({"batch_size": 32, **changes})
+        both = windows(model, BEHAVIOURS[arguments.behaviour])
+        streams = [rows[:-N_MEASURED] for rows in both]
+        measured = [rows[-N_MEASURED:] for rows in both]
+    elif arguments.model is None:
         task = TwoTasks()
         model = toy(task, arguments.output / "target.safetensors")
         config = config.replaced({**TOY, **changes})
         streams = task.data("add"), task.data("copy")
         measured = task.rows("add"), task.rows("copy")
-        divergence = last_position_kl
     else:
         from vpd_lens.models import load_model
 
         if arguments.data is None or arguments.elsewhere is None:
             parser.error("--model needs --data and --elsewhere")
-        task, model = None, load_model(arguments.model)
+        model = load_model(arguments.model)
         config = config.replaced(changes)
         streams = measured = arguments.data, arguments.elsewhere
         divergence = None
@@ -111,6 +125,28 @@ def toy(task: TwoTasks, path: Path) -> torch.nn.Module:
     model = task.transformer()
     model.load_state_dict(load_file(path), strict=False)
     return model.eval()
+
+
+@torch.no_grad()
+def windows(
+    model: torch.nn.Module, begins: tuple[str, ...], n_rows: int = 8000
+) -> list[Int[Tensor, "n length"]]:
+    """Windows of text whose next token, rightly predicted, begins so; and windows without it."""
+    tokens = tokenise(model.tokenizer, standard_library_text(n_rows * 500))
+    context = model.cfg.n_ctx
+    rows = tokens[: n_rows * context].view(-1, context)
+    ids = range(model.cfg.d_vocab)
+    wanted = torch.tensor([model.to_string([i]).startswith(begins) for i in ids])
+    found: list[list[Tensor]] = [[], []]
+    for part in rows.split(64):
+        p = model(part)[:, :-1].softmax(-1)[..., wanted].sum(-1)
+        follows = wanted[part[:, 1:]]
+        for kept, where in zip(found, ((p > 0.5) & follows, (p < 0.01) & ~follows), strict=True):
+            ends = where[:, LENGTH - 1 :]  # with a whole window before them
+            kept.append(part.unfold(1, LENGTH, 1)[:, :-1][ends])
+    shows, without = map(torch.cat, found)
+    generator = torch.Generator().manual_seed(0)
+    return [x[torch.randperm(len(x), generator=generator)[: len(shows)]] for x in (shows, without)]
 
 
 def accuracies(

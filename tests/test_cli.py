@@ -345,8 +345,8 @@ def test_folders_without_a_decomposition_say_what_they_are(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert_said(call("info", "none", code=2), "no such directory")
     assert_said(call("info", tmp_path, code=2), "there is no decomposition in it")
-    default = call("graph", "a prompt", code=2)
-    assert_said(default, "runs/quickstart/vpd, the default of --decomposition", "make quickstart")
+    half = call("graph", "a prompt", "--model", "x", code=2)
+    assert_said(half, "--model is the base model of a --decomposition")
 
 
 def test_an_older_version_is_told_to_upgrade(tmp_path):
@@ -361,7 +361,8 @@ def test_help_and_mistakes_in_a_run_file_do_not_wait_for_torch(tmp_path):
     program = (
         "import sys, time; start = time.process_time(); from vpd_lens.cli import app\n"
         "for words in (['train', '--help'], ['train', 'none.yaml'], ['info', 'none'],\n"
-        "              ['graph', 'x'], ['init'], ['eval', 'none', '--model=m', '--data=d'],\n"
+        "              ['graph', 'x', '--decomposition=none', '--model=m'], ['init'],\n"
+        "              ['eval', 'none', '--model=m', '--data=d'],\n"
         "              ['harvest', 'none', '--model=m', '--data=d', '--output=o']):\n"
         "    try: app(words, standalone_mode=False)\n"
         "    except BaseException as error: pass\n"

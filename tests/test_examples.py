@@ -13,6 +13,8 @@ from conftest import save_tiny, shared_folder
 import quickstart_target
 import vpd_lens
 from recorded import RunRecord
+from vpd_lens.example import example_harvest, example_report
+from vpd_lens.models import load_model
 from vpd_lens.training import VPDConfig
 
 pytestmark = pytest.mark.slow
@@ -109,40 +111,64 @@ def test_a_recipe_from_the_command_line(tmp_path, monkeypatch):
 def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
     """The script's own main, with a few steps of everything, twice: the second run resumes."""
     quickstart = script("quickstart")
-    monkeypatch.setattr(
-        quickstart,
-        "configuration",
-        lambda steps, seed: VPDConfig.small(
-            steps=steps,
-            seed=seed,
-            batch_size=2,
-            seq_len=16,
-            importance={"d_model": 16, "n_blocks": 1, "n_heads": 2},
-            faithfulness={"warmup_steps": 5},
-            log_every=1,
-        ),
-    )
     monkeypatch.setattr(quickstart, "N_NEW", 2)
-    text = quickstart_target.standard_library_text
-    monkeypatch.setattr(quickstart_target, "standard_library_text", lambda _n: text(300_000))
+    monkeypatch.setattr(quickstart, "N_CHARACTERS", 60_000)
+    small = VPDConfig.small
+    tiny = {"seq_len": 16, "importance": TINY["importance"], "faithfulness": {"warmup_steps": 2}}
+    monkeypatch.setattr(VPDConfig, "small", lambda **given: small(**given | tiny))
     evaluate = vpd_lens.evaluate
+    monkeypatch.setattr(
+        vpd_lens, "evaluate", lambda model, rows, **_: evaluate(model, rows[:2], pgd_steps=())
+    )
+    arguments = ["quickstart.py", "--output", str(tmp_path), "--steps", "2", "--prune-steps", "2"]
+    monkeypatch.setattr("sys.argv", arguments)
+    (tmp_path / "live").mkdir()  # as left by a run that was killed before its first checkpoint
+    (tmp_path / "live" / "metrics.jsonl").write_text("")
+    quickstart.main()
+    for page in ("report.html", "circuit.html", "harvest/index.html"):
+        assert (tmp_path / page).stat().st_size > 10_000
+    assert (tmp_path / "live" / "decomposition" / "record.json").exists()
+    quickstart.main()
+    printed = capsys.readouterr().out
+    assert printed.count("What to try next") == 2
+
+
+def test_train_example_in_small(tmp_path, monkeypatch):
+    """The script's own main with few steps: what it packs is what `load_example` reads."""
+    train_example = script("train_example")
+    configuration = train_example.configuration
+    few = {"faithfulness.warmup_steps": 0, "log_every": 1, "batch_size": 2}
+    monkeypatch.setattr(
+        train_example, "configuration", lambda *given: configuration(*given).replaced(few)
+    )
+    monkeypatch.setattr(train_example, "N_CHARACTERS", 300_000)
+    monkeypatch.setattr(quickstart_target, "N_HELD_OUT", 20_000)
+    evaluate, harvest = vpd_lens.evaluate, vpd_lens.harvest
     monkeypatch.setattr(
         vpd_lens,
         "evaluate",
-        lambda model, tokens, **_: evaluate(model, tokens[:2, :16], pgd_steps=(2,), pgd_restarts=1),
+        lambda model, rows, **_: evaluate(model, rows[:2], pgd_steps=(), progress=False),
     )
-    arguments = ["quickstart.py", "--output", str(tmp_path), "--target-steps", "3", "--steps", "2"]
-    monkeypatch.setattr("sys.argv", arguments)
-    (tmp_path / "vpd").mkdir()  # as left by a run that was killed before its first checkpoint
-    (tmp_path / "vpd" / "metrics.jsonl").write_text("")
-    quickstart.main()
-    assert (tmp_path / "vpd" / "report.html").stat().st_size > 10_000
-    assert (tmp_path / "vpd" / "decomposition" / "record.json").exists()
-    first = (tmp_path / "vpd" / "report.json").read_text()
-    quickstart.main()
-    assert (tmp_path / "vpd" / "report.json").read_text() == first
-    printed = capsys.readouterr().out
-    assert "What to try next" in printed
+    monkeypatch.setattr(
+        vpd_lens,
+        "harvest",
+        lambda model, tokens, **given: harvest(model, tokens, **given | {"n_batches": 1}),
+    )
+    arguments = ["train_example.py", "--output", str(tmp_path), "--target-steps", "2"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--steps", "1", "--note", "In small."])
+    train_example.main()
+    packed = (tmp_path / "example").rename(tmp_path / "packed")
+    assert "In small." in (packed / "README.md").read_text()
+    for file in (packed / "decomposition").glob("*.*"):
+        assert str(tmp_path).encode() not in file.read_bytes()
+    assert vpd_lens.load(packed / "decomposition").vpd.trained_steps == 1
+    model = vpd_lens.load_example(packed)
+    assert model.vpd.trained_steps == 1
+    trained = vpd_lens.load(tmp_path / "vpd", load_model(tmp_path / "target")).vpd
+    for ours, theirs in zip(model.vpd.subcomponents.v, trained.subcomponents.v, strict=True):
+        assert torch.equal(ours, theirs.half().float())
+    example_harvest(model.vpd, packed)
+    assert example_report(packed).n_positions == 2 * 128
 
 
 TINY = {
@@ -224,14 +250,6 @@ def test_induction_in_small(tmp_path, monkeypatch):
         if row.startswith("blocks.0.attn.q, head 0"):
             assert values["previous 1"] == pytest.approx(first["previous 1"], abs=2e-3)
     assert any("others" in row for row in figures)
-
-
-def test_the_stored_control_is_what_the_readme_says():
-    """The figures shown beside the quickstart come from a run without the adversary."""
-    stored = vpd_lens.EvalReport.from_json(EXAMPLES / "quickstart_without_adversary.json")
-    assert stored.trained_steps == 500
-    assert stored.modes["unmasked"]["kl"] < 0.02
-    assert stored.pgd["20"]["mean"] > stored.modes["stochastic"]["kl"]
 
 
 @pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vpd_lens.decomposition import Decomposition, Masks
     from vpd_lens.decomposition.attach import remove
     from vpd_lens.evaluation import EvalReport, Redundancy, evaluate, redundancy
+    from vpd_lens.example import load_example
     from vpd_lens.interop.param_decomp import import_param_decomp
     from vpd_lens.loading import load
     from vpd_lens.sites import Site
@@ -49,6 +50,7 @@ _MODULES = {
     "decomposition": "Decomposition Masks",
     "decomposition.attach": "remove",
     "evaluation": "EvalReport Redundancy evaluate redundancy",
+    "example": "load_example",
     "interop.param_decomp": "import_param_decomp",
     "loading": "load",
     "sites": "Site",
@@ -61,7 +63,7 @@ __all__ = ["Ablate", "AttributionGraph", "CausalImportanceConfig", "DatasetAttri
 __all__ += ["Decomposition", "EvalReport", "Harvest", "Masks", "Patch", "PruneConfig"]
 __all__ += ["Redundancy", "Scale", "Site", "VPDConfig", "attribute", "dataset_attributions"]
 __all__ += ["decompose", "edited", "evaluate", "harvest", "import_param_decomp", "intervene"]
-__all__ += ["load", "prune", "redundancy", "remove", "train"]
+__all__ += ["load", "load_example", "prune", "redundancy", "remove", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -86,8 +86,9 @@ def info_command(decomposition: options.Decomposed, debug: options.Debug = False
 def graph_command(
     prompt: Annotated[str, Argument(help="The prompt.")],
     decomposition: Annotated[
-        Path, Option(help="A saved decomposition, a run, or user/name on the hub.")
-    ] = options.QUICKSTART / "vpd",
+        Path | None,
+        Option(help="A saved decomposition, a run, or user/name on the hub; default: the example."),
+    ] = None,
     model: options.Model = None,
     target: Annotated[
         list[str] | None,
@@ -121,11 +122,20 @@ def graph_command(
     with readable_errors(debug):
         if keep == 0:
             raise InputError("--keep 0 keeps nothing; give a share above 0.")
-        loaded = load_decomposed(decomposition, model, model_class, device, processing)
+        if decomposition is None:
+            if model is not None:
+                raise InputError("--model is the base model of a --decomposition; give both.")
+            from vpd_lens.example import example_harvest, load_example
+
+            loaded = load_example(device=device or "auto")
+            examples = example_harvest(loaded.vpd)
+        else:
+            loaded = load_decomposed(decomposition, model, model_class, device, processing)
+            examples = None
         from vpd_lens.analysis.circuits import Token, TopTokens, attribute
         from vpd_lens.analysis.harvest import Harvest
 
-        examples = None if harvest is None else Harvest.load(harvest, loaded.vpd)
+        examples = examples if harvest is None else Harvest.load(harvest, loaded.vpd)
         prompt, *tokens = (
             text.replace("\\n", "\n").replace("\\t", "\t") for text in (prompt, *(target or []))
         )

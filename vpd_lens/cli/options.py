@@ -50,7 +50,6 @@ Overrides = Annotated[
 ]
 
 BAD_INPUT, INTERRUPTED = 2, 130
-QUICKSTART = Path("runs/quickstart")
 
 
 @contextmanager
@@ -82,18 +81,13 @@ def say(what: Any, quiet: bool) -> None:
         show(what)
 
 
-def require_folder(path: Path, option: str = "") -> None:
-    """Say that a directory is missing, and that nobody named it if so, before torch is imported.
+def require_folder(path: Path) -> None:
+    """Say that a directory is missing before torch is imported.
 
     What may be a repository on the hub passes.
     """
     if path.is_dir() or path.with_name(f".{path.name}.old").is_dir():
         return
-    if path.is_relative_to(QUICKSTART):
-        raise ArtefactError(
-            f"{path}, the default of {option}, does not exist. Run `make quickstart`, or pass "
-            "--decomposition."
-        )
     if len(path.parts) != 2 or path.is_absolute() or path.parts[0].startswith((".", "~")):
         raise ArtefactError(f"{path}: there is no such directory. Check the path.")
 
@@ -102,7 +96,7 @@ def load_decomposed(
     decomposition: Path, model: str | None, model_class: str, device: str | None, processing: str
 ) -> Any:
     """A base model with a saved decomposition; what is missing is said before torch is imported."""
-    require_folder(decomposition, "--decomposition")
+    require_folder(decomposition)
     from vpd_lens.loading import load
     from vpd_lens.models import load_model
 

@@ -180,15 +180,15 @@ class GraphBuilder:
             before = before + of_layer[name]
         reached = before.cumsum(0) if self.forward.mixes_positions else before
         estimate += sum(float(reached[output.position]) for output in self.outputs)
-        size = f"{estimate:,.0f} edges (about {estimate * BYTES_PER_EDGE / 2**30:.1g} GiB)"
+        size = f"about {estimate * BYTES_PER_EDGE / 2**30:.1g} GiB"
         if estimate > max_edges:
             raise InputError(
-                f"the graph may have {size}, more than max_edges="
+                f"the graph may have {estimate:,.0f} edges ({size}), more than max_edges="
                 f"{max_edges:,}. Raise threshold, prune to a behaviour (prune='adversarial'), "
                 "use a shorter prompt, or raise max_edges."
             )
         matrices = sum(bool(count.any()) for count in self.counts.values())
-        return f"at most {size}, into {matrices} matrices and the outputs"
+        return f"at most {estimate:,.0f} edges ({size}), into {matrices} matrices and the outputs"
 
     def _nodes_at(self, name: str) -> list[Contributor]:
         """The nodes at one matrix, norm or `embed`; of a decomposed matrix, subcomponents first."""

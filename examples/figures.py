@@ -1,0 +1,142 @@
+"""Draw the figures of the README and the documentation from what ships and what was recorded.
+
+    python examples/figures.py          # needs playwright (pip install --group test) and Chromium
+
+For each, `docs/assets/<name>_light` and `_dark`: the example's resistance (beside that of the run
+without an adversary, if its report is there), what a prompt needs, and its circuit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+from playwright.sync_api import sync_playwright
+
+import vpd_lens
+from quickstart import PROMPT, TARGET
+from vpd_lens.evaluation import EvalReport
+from vpd_lens.evaluation.plots import BESIDE, MAIN, line
+from vpd_lens.example import example_harvest, example_report
+from vpd_lens.storage import write_text
+from vpd_lens.viz.svg import INK, MUTED, draw, legend_above
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTROL = ROOT / "docs" / "results" / "example" / "without_adversary.json"
+COLOURS = {
+    "light": {"currentColor": "#1f2328", "var(--muted)": "#59636e", "var(--grid)": "#d1d9e0"},
+    "dark": {"currentColor": "#e6edf3", "var(--muted)": "#9198a1", "var(--grid)": "#3d444d"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "assets")
+    output = parser.parse_args().output
+    reports = {"VPD": example_report()}
+    if CONTROL.exists():
+        reports["without the adversary"] = EvalReport.from_json(CONTROL)
+    save(output, "example_resistance", (9, 2.9), lambda figure: resistance(figure, reports))
+    model = vpd_lens.load_example()
+    save(output, "example_needs", (9, 4.6), lambda figure: needs(figure, model, PROMPT))
+    circuit(model, output)
+
+
+def save(
+    folder: Path, name: str, size: tuple[float, float], plot: Callable[[Figure], None]
+) -> None:
+    """One figure as two files, in the colours of light and of dark pages."""
+    for theme, colours in COLOURS.items():
+        text = draw(name, name, size, plot)
+        for stand_in, colour in colours.items():
+            text = text.replace(stand_in, colour)
+        write_text(
+            folder / f"{name}_{theme}.svg",
+            text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" '
+                         'font-family="system-ui, sans-serif" ', 1),
+        )  # fmt: skip
+
+
+def resistance(figure: Figure, reports: dict[str, EvalReport]) -> None:
+    """Left, the adversary by its steps; right, what other tokens need switched on, by their number.
+
+    The band goes up to the worst attack, or two standard errors to either side.
+    """
+    left, right = figure.subplots(1, 2)
+    for (name, report), colour in zip(reports.items(), (MAIN, BESIDE), strict=False):
+        steps = [int(step) for step in report.pgd]
+        mean, largest = ([found[of] for found in report.pgd.values()] for of in ("mean", "max"))
+        left.fill_between(steps, mean, largest, color=colour, alpha=0.18, linewidth=0)
+        left.plot(steps, mean, "o-", color=colour, markersize=3.5, label=name)
+        donors = report.audit.aggregation["donors"]
+        x, means = [int(k) for k in donors], [at.mean for at in donors.values()]
+        spread = [2 * at.error for at in donors.values()]
+        low, high = ([m + s * e for m, e in zip(means, spread, strict=True)] for s in (-1, 1))
+        right.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        right.plot(x, means, "o-", color=colour, markersize=3.5, label=name)
+    left.set(xscale="log", yscale="log", xlabel="steps of the adversary", ylabel="KL, nats")
+    right.set(xscale="log", xlabel="other tokens whose needs are switched on", ylabel="KL, nats")
+    right.set_ylim(bottom=0)
+    for axes, ticks in ((left, steps), (right, x)):
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
+        legend_above(axes)
+    line(left, reports["VPD"].worst, "knowing nothing of the input")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_minor_locator(NullLocator())
+    left.yaxis.set_major_formatter("{x:g}")
+
+
+@torch.no_grad()
+def needs(figure: Figure, model: torch.nn.Module, prompt: str) -> None:
+    """How many subcomponents of every matrix each token needs; larger dots for more."""
+    vpd, tokens = model.vpd, model.to_tokens(prompt)
+    importance = vpd.causal_importance(tokens)[0]  # [pos, C_total]
+    names = vpd.layout.names
+    counts = torch.stack([(g > 0.1).sum(-1) for g in vpd.layout.split(importance)])  # [site, pos]
+    axes = figure.subplots()
+    x = torch.arange(counts.shape[1]).repeat(len(names))
+    y = torch.arange(len(names)).repeat_interleave(counts.shape[1])
+    flat = counts.flatten().float()
+    axes.scatter(x, y, s=90 * flat / flat.max(), color=MAIN, linewidths=0)
+    strings = [model.to_string([token]).replace("\n", "⏎") for token in tokens[0].tolist()]
+    axes.set_xticks(range(len(strings)), strings, family="monospace", fontsize=8)
+    axes.set_yticks(range(len(names)), [n.removeprefix("blocks.") for n in names], fontsize=6.5)
+    axes.tick_params(axis="x", length=0, labelcolor=INK)
+    axes.set_title(
+        f"subcomponents in use: {int(flat.min())} to {int(flat.max())} of a matrix at a token",
+        loc="left", color=MUTED,
+    )  # fmt: skip
+    for layer in range(1, 4):
+        axes.axhline(7 * layer - 0.5, color=MUTED, linewidth=0.5)
+
+
+def circuit(model: torch.nn.Module, folder: Path) -> None:
+    """The circuit's page, as a browser shows it."""
+    graph = vpd_lens.attribute(model, PROMPT, TARGET, prune="adversarial")
+    with TemporaryDirectory() as place, sync_playwright() as playwright:
+        path = graph.to_html(Path(place) / "circuit.html", harvest=example_harvest(model.vpd))
+        program = shutil.which("chromium")  # the system's, or else playwright's own
+        browser = playwright.chromium.launch(
+            executable_path=program, args=["--no-sandbox", "--disable-gpu"]
+        )
+        for theme in COLOURS:
+            page = browser.new_page(viewport={"width": 1280, "height": 720}, color_scheme=theme)
+            page.goto(path.as_uri())
+            page.wait_for_timeout(1000)
+            page.screenshot(path=folder / f"example_circuit_{theme}.png")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
