@@ -8,10 +8,12 @@ import shutil
 
 import numpy as np
 import pytest
+import rich
 import torch
 import yaml
 from compat.builders import boot, has_hooked_transformer, hooked, native, save_architecture, tokens
 from hub_server import WRITER, Hub
+from rich.console import Console
 from typer.testing import CliRunner
 
 import vpd_lens
@@ -385,7 +387,7 @@ def call(*arguments, code=0):
 
 
 def test_commands(evaluated, hub, llama, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(rich, "_console", Console(width=300))
     model, report, harvest = evaluated
     run = tmp_path / "runs" / "first"
     model.vpd.save(run / "decomposition")
