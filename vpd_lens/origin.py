@@ -156,6 +156,9 @@ def _centred(weight: Tensor) -> bool:
 
 
 def _all_parameters(model: nn.Module) -> str:
-    """SHA-256 of all parameters, whatever their names and order."""
-    hashes = {tensor_hash(parameter) for parameter in model.parameters()}
+    """SHA-256 of all parameters, whatever their names and order.
+
+    Those that are 0 do not count: TransformerLens 3 gives an unembedding without a bias one.
+    """
+    hashes = {tensor_hash(parameter) for parameter in model.parameters() if parameter.any()}
     return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
