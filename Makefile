@@ -20,10 +20,11 @@ train-example: .venv/ready
 # One thread per worker: many small tensors, and threads that wait for each other are slower.
 ON_TWO = -m pytest -n 2 --dist loadgroup tests
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python $(ON_TWO)
+PYTEST_TL4 = OMP_NUM_THREADS=1 .venv-tl4/bin/python $(ON_TWO)
 
 # What trains, and what is repeated for every architecture, runs without checks of types and
-# shapes, which take longer than tiny models do. Those of the fast tests, and of `make compat` on
-# the other version, cover the same functions.
+# shapes, which take longer than tiny models do. Those of the fast tests, and of some models of
+# `make compat` on the other version, cover the same functions.
 test: test-fast .venv/browser
 	$(PYTEST) -m "slow or compat" -o addopts="--strict-markers -ra"
 
@@ -31,8 +32,10 @@ test: test-fast .venv/browser
 test-fast: .venv/test .venv/browser
 	$(PYTEST) -m "not slow and not compat"
 
+# Checks of types and shapes take longer than the models: they see a few models in every test.
 compat: .venv-tl4/test
-	OMP_NUM_THREADS=1 .venv-tl4/bin/python $(ON_TWO) -m compat
+	$(PYTEST_TL4) -m "compat and not repeated"
+	$(PYTEST_TL4) -m "compat and repeated" -o addopts="--strict-markers -ra"
 
 lint: .venv/lint
 	.venv/bin/ruff check .

@@ -18,6 +18,9 @@ gc.set_threshold(20_000, 20)
 # over. Models that tests of many files share are on one worker, too: `bridge-llama-default`.
 LONG = ("addition", "circuit", "finished", "first_claim", "report", "whole", "found", "dense")
 CASES = ("bridge-", "native-", "hooked-")
+# The cases of which every test of many models has one: on another version of TransformerLens these
+# run with checks of types and shapes, and the others, marked `repeated`, without.
+CHECKED = ("bridge-gpt2-default", "bridge-llama-processed", "native-ln", "native-rms_gated")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -34,6 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
             if isinstance(value, str) and value.startswith(CASES):
                 item.add_marker(pytest.mark.xdist_group(value))
+                if not value.startswith(CHECKED):
+                    item.add_marker(pytest.mark.repeated)
                 break
 
 
