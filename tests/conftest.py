@@ -126,6 +126,20 @@ def tokens():
     return torch.randint(0, 29, (64, 8), generator=torch.Generator().manual_seed(1))
 
 
+def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make figures and leave them empty: drawing one takes longer than all else of its page."""
+
+    def savefig(figure, file, **_):
+        file.write('<svg viewBox="0 0 1 1"></svg>')
+
+    monkeypatch.setattr("vpd_lens.viz.svg.Figure.savefig", savefig)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    without_drawing(monkeypatch)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 64 KiB, where the tests may mount one."""

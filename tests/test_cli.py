@@ -264,7 +264,7 @@ def test_wandb_offline(write_run, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------- eval and info
 
 
-def test_eval(finished, base, tmp_path):
+def test_eval(finished, base, tmp_path, undrawn):
     folder, _ = finished
     arguments = ["eval", folder, "--data", base / "tokens.npy"]
     arguments += ["--n-batches", 1, "--batch-size", 2, "--seq-len", 8, "--pgd-steps", "1,2"]

@@ -58,7 +58,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
-def test_every_python_block_runs(page: Path, scratch: Path) -> None:
+def test_every_python_block_runs(page: Path, scratch: Path, undrawn: None) -> None:
     namespace = {"__name__": "docs"}
     for block in blocks(page):
         # Blank lines in front, so that a traceback names the line of the page.

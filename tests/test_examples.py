@@ -120,6 +120,15 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         vpd_lens, "evaluate", lambda model, rows, **_: evaluate(model, rows[:2], pgd_steps=())
     )
+    attribute, pruning, graphs = vpd_lens.attribute, vpd_lens.PruneConfig, []
+    short = {"attack_steps": (1, 2), "draws": 1}
+    monkeypatch.setattr(vpd_lens, "PruneConfig", lambda **given: pruning(**given | short))
+
+    def once(*arguments, **given):
+        graphs.extend([] if graphs else [attribute(*arguments, **given)])
+        return graphs[0]
+
+    monkeypatch.setattr(vpd_lens, "attribute", once)
     arguments = ["quickstart.py", "--output", str(tmp_path), "--steps", "2", "--prune-steps", "2"]
     monkeypatch.setattr("sys.argv", arguments)
     (tmp_path / "live").mkdir()  # as left by a run that was killed before its first checkpoint
@@ -128,6 +137,10 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
     for page in ("report.html", "circuit.html", "harvest/index.html"):
         assert (tmp_path / page).stat().st_size > 10_000
     assert (tmp_path / "live" / "decomposition" / "record.json").exists()
+    # Again, for the training.
+    for shown in ("needs", "continuations", "write"):
+        monkeypatch.setattr(quickstart, shown, lambda *_: None)
+    monkeypatch.setattr(vpd_lens.EvalReport, "to_html", lambda *_: None)
     quickstart.main()
     printed = capsys.readouterr().out
     assert printed.count("What to try next") == 2
@@ -253,14 +266,14 @@ def test_induction_in_small(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
-def test_gpu_run_on_a_cpu(tmp_path, monkeypatch):
+def test_gpu_run_on_a_cpu(tmp_path, monkeypatch, undrawn):
     """The script for a GPU, with its small model: it has to be right before there is one."""
-    arguments = ["--output", str(tmp_path), "--tiny", "--device", "cpu", "--target-steps", "20"]
-    monkeypatch.setattr("sys.argv", ["gpu_run.py", *arguments, "--steps", "10"])
+    arguments = ["--output", str(tmp_path), "--tiny", "--device", "cpu", "--target-steps", "5"]
+    monkeypatch.setattr("sys.argv", ["gpu_run.py", *arguments, "--steps", "3"])
     script("gpu_run").main()
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["device"] == "cpu"
-    assert run["target"]["steps"] == 20
+    assert run["target"]["steps"] == 5
     report = json.loads((tmp_path / "report.json").read_text())
     assert [int(steps) for steps in report["pgd"]] == [5, 10]
 

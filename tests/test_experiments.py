@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from conftest import save_tiny, tiny_bridge
+from conftest import save_tiny, tiny_bridge, without_drawing
 from typer.testing import CliRunner
 
 import reproduce as reproduce_script
@@ -76,19 +76,33 @@ def finished(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     path = write_run(base, folder)
     flags = [part for axis in GRID for part in ("--grid", axis)]
-    result = CliRunner().invoke(sweep_script.app, [str(path), *flags])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        without_drawing_reports(monkeypatch)
+        result = CliRunner().invoke(sweep_script.app, [str(path), *flags])
     assert result.exit_code == 0, (result.output, result.exception)
     return path, folder / "out", result
 
 
 @pytest.fixture(autouse=True)
 def _no_report_pages(monkeypatch):
-    """Drawing them takes longer than all else; `finished` has them."""
+    """Making them takes longer than all else; `finished` has them."""
     without_report_pages(monkeypatch)
 
 
 def without_report_pages(monkeypatch):
     monkeypatch.setattr(vpd_lens.EvalReport, "to_html", lambda *_, **__: None)
+
+
+def without_drawing_reports(monkeypatch):
+    """Reports have their pages, without what is drawn; pages of experiments are whole."""
+    to_html = vpd_lens.EvalReport.to_html
+
+    def undrawn(*arguments):
+        with pytest.MonkeyPatch.context() as within:
+            without_drawing(within)
+            return to_html(*arguments)
+
+    monkeypatch.setattr(vpd_lens.EvalReport, "to_html", undrawn)
 
 
 @pytest.fixture
@@ -231,6 +245,8 @@ def test_what_a_sweep_leaves(finished):
     assert {path.name for path in out.iterdir()} == {"records", "report.html", "rows.csv", "runs"}
     assert sorted(path.stem for path in (out / "records").iterdir()) == names
     assert sorted(path.name for path in (out / "runs").iterdir()) == names
+    for name in names:
+        assert f"VPD evaluation of {name}" in (out / "runs" / name / "report.html").read_text()
     rows = list(csv.DictReader((out / "rows.csv").open()))
     assert [row["name"] for row in rows] == names
     assert [row["seed"] for row in rows] == ["0", "1", "0", "1"]
@@ -328,6 +344,7 @@ def test_an_interrupted_sweep_goes_on(base, tmp_path, monkeypatch):
     with pytest.raises(TrainingInterrupted, match="Repeat the command"):
         sweep(path, ["seed=0,1"], **QUIET)
     monkeypatch.undo()
+    without_report_pages(monkeypatch)  # which that has undone, too
     assert [file.name for file in (tmp_path / "out" / "records").iterdir()] == ["seed=0.json"]
     trained = Trained(monkeypatch)
     sweep(path, ["seed=0,1"], **QUIET)
@@ -479,10 +496,19 @@ def test_one_claim_from_the_command_line(first_claim, monkeypatch):
     assert (folder / "claims" / "adversary.json").read_text() == stored
 
 
-def test_every_claim_from_its_runs_to_the_page(first_claim, tmp_path):
+def test_every_claim_from_its_runs_to_the_page(first_claim, tmp_path, monkeypatch):
+    """The page of all of them; that of one is in `first_claim`."""
+    names = ["adversary", "pareto", "splitting", "seeds", "controls", "generations"]
+    write = reproduce_script.write_page
+
+    def last(path, title, about, sections, *rest):
+        if len(sections) == len(names):
+            write(path, title, about, sections, *rest)
+
+    monkeypatch.setattr(reproduce_script, "write_page", last)
+    monkeypatch.setattr("claims.generations.N_NEW", 3)
     shutil.copytree(first_claim[0], tmp_path, dirs_exist_ok=True)
     sections = reproduce(tmp_path, quick=True, **QUIET)
-    names = ["adversary", "pareto", "splitting", "seeds", "controls", "generations"]
     assert [section.name for section in sections] == names
     by_name = {section.name: section for section in sections}
     assert [row["training"] for row in by_name["adversary"].rows] == [

@@ -74,7 +74,7 @@ def test_a_position_counts_by_what_is_written_there(model: nn.Module, known: Ten
 
 
 def test_they_count_in_l0_and_not_in_what_contributes(
-    model: nn.Module, known: Tensor, tmp_path: Any
+    model: nn.Module, known: Tensor, tmp_path: Any, undrawn: None
 ) -> None:
     tokens = torch.randint(29, (4, 8), generator=torch.Generator().manual_seed(1))
     report = vpd_lens.evaluate(model, tokens, pgd_steps=(), progress=False)

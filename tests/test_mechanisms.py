@@ -175,8 +175,8 @@ class Circuit:
         self.model = trained("induction", REPEATED.transformer(0, n_heads=2))
         self.tokens = REPEATED(torch.Generator().manual_seed(10**6), 256)
         config = VPDConfig.small(
-            steps=500, n_subcomponents=64, importance={"d_model": 64, "n_blocks": 2, "n_heads": 4}
-        ).replaced({"minimality.coefficient": 1e-3})
+            steps=300, n_subcomponents=64, importance={"d_model": 64, "n_blocks": 1, "n_heads": 4}
+        ).replaced({"minimality.coefficient": 1e-3, "adversary.inner_steps": 1})
         vpd_lens.decompose(self.model, REPEATED, config, output=output, progress=False)
         self.loss, self.scores = self.measured()
         self.previous = int(self.scores.previous[0].argmax())

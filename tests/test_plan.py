@@ -29,7 +29,8 @@ BATCH, POS = 4, 8
 
 def config_of(**changes):
     config = VPDConfig.small(steps=4, batch_size=BATCH, n_subcomponents=8, importance=IMPORTANCE)
-    return config.replaced({"initialisation": "random", "faithfulness.warmup_steps": 0, **changes})
+    few = {"initialisation": "random", "faithfulness.warmup_steps": 0, "adversary.inner_steps": 1}
+    return config.replaced({**few, **changes})
 
 
 def tiny():

@@ -10,6 +10,7 @@ from torch import nn
 
 from .builders import ARCHITECTURES, HOOKED, NATIVE, tokens
 
+LENGTH = 4
 CASES = [f"bridge-{name}-{m}" for name in ARCHITECTURES for m in ("default", "processed")]
 CASES += [f"native-{name}" for name in NATIVE] + [f"hooked-{name}" for name in HOOKED]
 
@@ -18,7 +19,7 @@ def traced(model: nn.Module, **settings: object) -> object:
     from vpd_lens.analysis.circuits import attribute
 
     generator = torch.Generator().manual_seed(0)
-    prompt = tokens(1)[0]
+    prompt = tokens(1, LENGTH)[0]
     g = torch.rand(len(prompt), model.vpd.layout.total, generator=generator)
     with pytest.warns(UserWarning, match="untrained"):
         return attribute(model, prompt, [3, 7], importance=g, idle=0.0, progress=False, **settings)
@@ -43,7 +44,7 @@ def test_with_everything_frozen_the_edges_into_a_node_are_its_activation(
         traced(model)
     else:
         graph = traced(model, frozen=True)
-        assert int(graph.nodes.of_kind("subcomponent").sum()) == 6 * model.vpd.layout.total
+        assert int(graph.nodes.of_kind("subcomponent").sum()) == LENGTH * model.vpd.layout.total
         assert abs(1 - graph.completeness()) < 1e-4
     assert torch.equal(model(tokens(1)), before)
 

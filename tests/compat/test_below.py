@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from compat.builders import boot, has_hooked_transformer, hooked, native, save_architecture, tokens
+from compat.builders import native, tokens
 from vpd_lens import CausalImportanceConfig, VPDConfig
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.masks import SourceMasks
@@ -20,19 +20,15 @@ IMPORTANCE = CausalImportanceConfig(d_model=16, n_blocks=1, n_heads=2)
 LAST = r"blocks\.1\."
 
 
-def two_layers(kind, folder):
-    if kind == "hooked":
-        if not has_hooked_transformer():
-            pytest.skip("TransformerLens 4 has no HookedTransformer")
-        return hooked("rms")
-    return native("grouped") if kind == "native" else boot(save_architecture(kind, folder))
+CASES = [
+    *("hooked-rms", "native-grouped"),
+    *(f"bridge-{name}-default" for name in ("llama", "gpt2", "gpt_neox")),
+]
 
 
-@pytest.fixture(params=["hooked", "native", "llama", "gpt2", "gpt_neox"])
-def model(request, tmp_path):
-    return attach(
-        two_layers(request.param, tmp_path), LAST, n_subcomponents=7, importance=IMPORTANCE
-    )
+@pytest.fixture(params=CASES)
+def model(request, build):
+    return attach(build(request.param), LAST, n_subcomponents=7, importance=IMPORTANCE)
 
 
 class Calls:
@@ -185,7 +181,7 @@ def test_a_model_that_would_compute_something_else_is_run_whole(model):
     assert calls.n == before + 1
 
 
-def test_nothing_is_passed_by_where_the_first_block_is_decomposed(tmp_path):
+def test_nothing_is_passed_by_where_the_first_block_is_decomposed():
     model = attach(native("grouped"), n_subcomponents=7, importance=IMPORTANCE)
     calls, x = Calls(inner(model.blocks[0])), tokens()
     with model.vpd.kept_below(), torch.no_grad():
@@ -194,7 +190,7 @@ def test_nothing_is_passed_by_where_the_first_block_is_decomposed(tmp_path):
     assert calls.n == 2
 
 
-def test_importances_run_no_block_above_the_last_site(tmp_path):
+def test_importances_run_no_block_above_the_last_site():
     """And are the same; under masks that follow from them the model runs whole, once."""
     model = attach(native("grouped"), r"blocks\.0\.", n_subcomponents=7, importance=IMPORTANCE)
     x = tokens()
