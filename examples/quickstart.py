@@ -23,15 +23,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # Threads that spin while they wait make a step many times as long when anything else runs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 import vpd_lens
 from quickstart_target import standard_library_text, tokenise
-from vpd_lens.analysis.harvest import Harvest
 from vpd_lens.errors import VPDError
 from vpd_lens.example import example_harvest, example_report
 from vpd_lens.viz.harvest_page import write
@@ -57,10 +53,13 @@ def main() -> None:
     console.print(model.vpd)
     console.print(report)
     report.to_html(output / "report.html", "The example of vpd_lens")
-    write(harvest, output / "harvest", "The example of vpd_lens")
+    cards = vpd_lens.Cards(model, harvest)
+    write(harvest, output / "harvest", "The example of vpd_lens", cards)
 
     console.rule("2. What does a prompt need?")
-    needs(model, harvest, PROMPT)
+    found = vpd_lens.explain(model, PROMPT, TARGET, harvest=harvest)
+    console.print(found)
+    found.to_html(output / "explained.html")
     continuations(model, PROMPT)
 
     console.rule("3. The circuit of one behaviour")
@@ -71,13 +70,14 @@ def main() -> None:
     graph = vpd_lens.attribute(model, PROMPT, TARGET, prune=config)
     console.print(graph.circuit.table())
     console.print(graph.summary())
-    graph.to_html(output / "circuit.html", harvest=harvest)
+    graph.to_html(output / "circuit.html", cards=cards)
 
     console.rule("4. Training, of three matrices, for as long as one likes to watch")
     live(vpd_lens.remove(model), output / "live", arguments.steps)
     console.print(
         f"\nDone in {(time.perf_counter() - begun) / 60:.1f} minutes. Pages to open:\n"
         f"  {output / 'report.html'}         what was measured on the example\n"
+        f"  {output / 'explained.html'}      what the prompt needs, token by token\n"
         f"  {output / 'circuit.html'}        the circuit of section 3\n"
         f"  {output / 'harvest/index.html'}  what every subcomponent responds to\n\n"
         "What to try next:\n"
@@ -86,38 +86,6 @@ def main() -> None:
         '  vpd-lens graph "    def close(" --target self\n'
         "  your own model: vpd_lens.decompose(model, data, vpd_lens.VPDConfig.small())"
     )
-
-
-@torch.no_grad()
-def needs(model: nn.Module, harvest: Harvest, prompt: str, n_shown: int = 8) -> None:
-    """How many subcomponents every token needs, and those that write most at the last one."""
-    _, cache = model.run_with_cache(prompt, names_filter=lambda name: ".vpd." in name)
-    vpd, tokens = model.vpd, model.to_tokens(prompt)[0].tolist()
-    groups = [f"blocks.{layer}.{part}" for layer in range(4) for part in ("attn", "mlp")]
-    table = Table("token", *(group.removeprefix("blocks.") for group in groups))
-    for position, token in enumerate(tokens):
-        counts = [
-            sum(int((cache[f"{name}.vpd.hook_ci"][0, position] > 0.1).sum()) for name in names)
-            for names in ([n for n in vpd.layout.names if n.startswith(g)] for g in groups)
-        ]
-        table.add_row(Text(repr(model.to_string([token]))), *map(str, counts))
-    console.print("Subcomponents in use, by token and place:")
-    console.print(table)
-
-    strongest = []
-    for name in vpd.layout.names:
-        importance, acts = (cache[f"{name}.vpd.hook_{x}"][0, -1] for x in ("ci", "acts"))
-        written = importance * acts.abs() * vpd.u(name).norm(dim=1)
-        share = written / written.norm().clamp(min=1e-12)  # of what the matrix writes
-        strongest += [(float(share[c]), name, int(c)) for c in share.topk(2).indices]
-    table = Table(
-        "subcomponent", "responds to", "promotes", title="At the last token, among others"
-    )
-    for _, name, c in sorted(strongest, reverse=True)[:n_shown]:
-        sides = [[repr(harvest.strings[t.token]) for t in harvest.tokens(name, c, side, k=4)]
-                 for side in ("input", "output")]  # fmt: skip
-        table.add_row(f"{name}:{c}", *(Text(" ".join(words)) for words in sides))
-    console.print(table)
 
 
 def continuations(model: nn.Module, prompt: str) -> None:

@@ -38,11 +38,11 @@ from quickstart_target import (
     train_tokenizer,
 )
 from vpd_lens import example, storage
-from vpd_lens.card import write_card
 from vpd_lens.config import CausalImportanceConfig, VPDConfig
 from vpd_lens.description import DecompositionRecord
 from vpd_lens.errors import VPDError
 from vpd_lens.evaluation import EvalReport
+from vpd_lens.model_card import write_card
 from vpd_lens.models import load_model
 
 SIZE = TargetSize(n_layers=4, d_model=128, d_mlp=256, vocabulary=1024, context=128, batch_size=16)

@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 import vpd_lens
 from vpd_lens import storage
-from vpd_lens.card import REPORT
 from vpd_lens.cli import app
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.description import DecompositionRecord
 from vpd_lens.errors import ArtefactError, ConfigError, HubError, InputError
 from vpd_lens.interop import hub as sharing
+from vpd_lens.model_card import REPORT
 from vpd_lens.models import FLAGS, load_model
 
 pytestmark = pytest.mark.compat

@@ -19,6 +19,7 @@ if os.environ.get("VPD_LENS_TYPECHECK") == "1":
     install_import_hook("vpd_lens", "beartype.beartype")
 
 if TYPE_CHECKING:
+    from vpd_lens.analysis.cards import Card, Cards, card
     from vpd_lens.analysis.circuits.attribute import attribute
     from vpd_lens.analysis.circuits.behaviour import PruneConfig
     from vpd_lens.analysis.circuits.edits import Ablate, Patch, Scale, edited
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.intervene import intervene
     from vpd_lens.analysis.circuits.prune import prune
     from vpd_lens.analysis.dataset_attribution import DatasetAttributions, dataset_attributions
+    from vpd_lens.analysis.explain import Explanation, explain
     from vpd_lens.analysis.harvest import Harvest, harvest
     from vpd_lens.config import CausalImportanceConfig, VPDConfig
     from vpd_lens.decomposing import decompose
@@ -41,9 +43,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "analysis.cards": "Card Cards card",
     "analysis.circuits": "Ablate AttributionGraph Patch PruneConfig Scale attribute edited "
     "intervene prune",
     "analysis.dataset_attribution": "DatasetAttributions dataset_attributions",
+    "analysis.explain": "Explanation explain",
     "analysis.harvest": "Harvest harvest",
     "config": "CausalImportanceConfig VPDConfig",
     "decomposing": "decompose",
@@ -59,11 +63,12 @@ _MODULES = {
 _WHERE = {name: f"vpd_lens.{where}" for where in _MODULES for name in _MODULES[where].split()}
 
 # Written out for type checkers.
-__all__ = ["Ablate", "AttributionGraph", "CausalImportanceConfig", "DatasetAttributions"]
-__all__ += ["Decomposition", "EvalReport", "Harvest", "Masks", "Patch", "PruneConfig"]
-__all__ += ["Redundancy", "Scale", "Site", "VPDConfig", "attribute", "dataset_attributions"]
-__all__ += ["decompose", "edited", "evaluate", "harvest", "import_param_decomp", "intervene"]
-__all__ += ["load", "load_example", "prune", "redundancy", "remove", "train"]
+__all__ = ["Ablate", "AttributionGraph", "Card", "Cards", "CausalImportanceConfig"]
+__all__ += ["DatasetAttributions", "Decomposition", "EvalReport", "Explanation", "Harvest"]
+__all__ += ["Masks", "Patch", "PruneConfig", "Redundancy", "Scale", "Site", "VPDConfig"]
+__all__ += ["attribute", "card", "dataset_attributions", "decompose", "edited", "evaluate"]
+__all__ += ["explain", "harvest", "import_param_decomp", "intervene", "load", "load_example"]
+__all__ += ["prune", "redundancy", "remove", "train"]
 
 
 def __getattr__(name: str) -> Any:

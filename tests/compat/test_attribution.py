@@ -1,4 +1,7 @@
-"""Attribution graphs on every model class, architecture and mode: the edges add up."""
+"""Attribution graphs on every model class, architecture and mode: the edges add up.
+
+And read and write directions say what the edges through the residual stream are.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,47 @@ def test_with_everything_frozen_the_edges_into_a_node_are_its_activation(
         graph = traced(model, frozen=True)
         assert int(graph.nodes.of_kind("subcomponent").sum()) == LENGTH * model.vpd.layout.total
         assert abs(1 - graph.completeness()) < 1e-4
+        assert_directions_are_edges(model, graph)
     assert torch.equal(model(tokens(1)), before)
+
+
+def assert_directions_are_edges(model: nn.Module, graph: object) -> None:
+    """A frozen edge is a product of directions, up to the scales of norms at its position."""
+    from vpd_lens.analysis.directions import Directions
+
+    directions, nodes, edges = Directions(model.vpd), graph.nodes, graph.edges
+    own, last = nodes.of_kind("subcomponent"), len(graph.tokens) - 1
+    here = (nodes.position == last) & (own | nodes.of_kind("output"))
+    weights = torch.zeros(len(nodes), len(nodes))
+    weights[edges.source.long(), edges.target.long()] = edges.weight
+    weights = weights / (nodes.activation * nodes.importance)[:, None]
+    place = {name: number for number, name in enumerate(nodes.places)}
+    found = 0
+    for source in model.vpd.layout.names:
+        if (writes := directions.writes(source)) is None:
+            continue
+        rows = here & own & (nodes.place == place[source])
+        writes = writes[nodes.index[rows]]
+        for target in model.vpd.layout.names:
+            reads = directions.reads(target)
+            if reads is not None and source in directions._before(target):
+                columns = here & own & (nodes.place == place[target])
+                product = writes @ reads[nodes.index[columns]].T
+                assert_proportional(weights[rows][:, columns], product)
+                found += 1
+            elif reads is not None:
+                columns = here & own & (nodes.place == place[target])
+                assert not weights[rows][:, columns].any()
+        columns = here & nodes.of_kind("output")
+        logits = torch.stack([directions.logits(source, c)[[3, 7]] for c in nodes.index[rows]])
+        assert_proportional(weights[rows][:, columns].diff(dim=1), logits.diff(dim=1))
+    assert found
+
+
+def assert_proportional(got: torch.Tensor, expected: torch.Tensor) -> None:
+    scale = (got * expected).sum() / expected.square().sum()
+    assert scale > 0
+    torch.testing.assert_close(got, scale * expected, rtol=1e-3, atol=1e-4 * float(got.abs().max()))
 
 
 @pytest.mark.filterwarnings("ignore:this decomposition is untrained")

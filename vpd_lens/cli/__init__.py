@@ -11,7 +11,13 @@ import typer
 from typer import Option
 
 from vpd_lens import __version__
-from vpd_lens.cli.analyse import eval_command, graph_command, harvest_command, info_command
+from vpd_lens.cli.analyse import (
+    eval_command,
+    explain_command,
+    graph_command,
+    harvest_command,
+    info_command,
+)
 from vpd_lens.cli.importing import import_command
 from vpd_lens.cli.sharing import list_command, push_command
 from vpd_lens.cli.train import init_command, plan_command, train_command
@@ -30,6 +36,7 @@ app.command("eval")(eval_command)
 app.command("info")(info_command)
 app.command("harvest")(harvest_command)
 app.command("graph")(graph_command)
+app.command("explain")(explain_command)
 app.command("import")(import_command)
 app.command("list")(list_command)
 app.command("push")(push_command)

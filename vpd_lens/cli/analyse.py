@@ -1,4 +1,4 @@
-"""`vpd-lens eval`, `info`, `graph` and `harvest`: what is done with a saved decomposition."""
+"""`vpd-lens eval`, `info`, `graph`, `explain`, `harvest`: what is done with what was saved."""
 
 from __future__ import annotations
 
@@ -122,23 +122,12 @@ def graph_command(
     with readable_errors(debug):
         if keep == 0:
             raise InputError("--keep 0 keeps nothing; give a share above 0.")
-        if decomposition is None:
-            if model is not None:
-                raise InputError("--model is the base model of a --decomposition; give both.")
-            from vpd_lens.example import example_harvest, load_example
-
-            loaded = load_example(device=device or "auto")
-            examples = example_harvest(loaded.vpd)
-        else:
-            loaded = load_decomposed(decomposition, model, model_class, device, processing)
-            examples = None
-        from vpd_lens.analysis.circuits import Token, TopTokens, attribute
-        from vpd_lens.analysis.harvest import Harvest
-
-        examples = examples if harvest is None else Harvest.load(harvest, loaded.vpd)
-        prompt, *tokens = (
-            text.replace("\\n", "\n").replace("\\t", "\t") for text in (prompt, *(target or []))
+        loaded, examples = _with_examples(
+            decomposition, model, model_class, device, processing, harvest
         )
+        from vpd_lens.analysis.circuits import Token, TopTokens, attribute
+
+        prompt, *tokens = map(_unescaped, (prompt, *(target or [])))
         targets: Any = [Token(token, position) for token in tokens]
         if not targets and prune is None:
             targets = [TopTokens(position=position)]
@@ -152,7 +141,76 @@ def graph_command(
         if save is not None:
             say(f"Graph: {graph.save(save)}", quiet)
         if html is not None:
-            say(f"Page: {graph.to_html(html, examples)}", quiet)
+            from vpd_lens.analysis.cards import Cards
+
+            cards = Cards(loaded, examples)
+            say(f"Page: {graph.to_html(html, examples, cards=cards)}", quiet)
+
+
+def explain_command(
+    text: Annotated[str, Argument(help="The text.")],
+    decomposition: Annotated[
+        Path | None,
+        Option(help="A saved decomposition, a run, or user/name on the hub; default: the example."),
+    ] = None,
+    model: options.Model = None,
+    target: Annotated[
+        str | None, Option(metavar="TOKEN", help="Whose probability; default: the likeliest.")
+    ] = None,
+    position: Annotated[int, Option(help="After which token of the text.")] = -1,
+    top: Annotated[int, Option(min=1, help="Subcomponents to show.")] = 8,
+    html: Annotated[Path | None, Option(help="Write a page to explore.")] = None,
+    harvest: Annotated[
+        Path | None, Option(help="What `vpd-lens harvest` wrote; what subcomponents respond to.")
+    ] = None,
+    model_class: options.ModelClassName = "auto",
+    processing: options.ProcessingName = "default",
+    device: options.Device = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    r"""Show which subcomponents a text needs, and which of them matter for a prediction.
+
+    In TEXT and TOKEN, \n and \t stand for a newline and a tab.
+    """
+    with readable_errors(debug):
+        loaded, examples = _with_examples(
+            decomposition, model, model_class, device, processing, harvest
+        )
+        from vpd_lens.analysis.explain import explain
+
+        goal = None if target is None else _unescaped(target)
+        found = explain(loaded, _unescaped(text), goal, position=position, harvest=examples)
+        say(found.summary(top), quiet)
+        if html is not None:
+            say(f"Page: {found.to_html(html)}", quiet)
+
+
+def _unescaped(text: str) -> str:
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _with_examples(
+    decomposition: Path | None,
+    model: str | None,
+    model_class: str,
+    device: str | None,
+    processing: str,
+    harvest: Path | None,
+) -> tuple[Any, Any]:
+    """A decomposed model, without a name the example, and what its subcomponents respond to."""
+    from vpd_lens.analysis.harvest import Harvest
+
+    if decomposition is not None:
+        loaded = load_decomposed(decomposition, model, model_class, device, processing)
+        return loaded, None if harvest is None else Harvest.load(harvest, loaded.vpd)
+    if model is not None:
+        raise InputError("--model is the base model of a --decomposition; give both.")
+    from vpd_lens.example import example_harvest, load_example
+
+    loaded = load_example(device=device or "auto")
+    given = None if harvest is None else Harvest.load(harvest, loaded.vpd)
+    return loaded, given or example_harvest(loaded.vpd)
 
 
 def harvest_command(
@@ -191,6 +249,7 @@ def harvest_command(
     """
     with readable_errors(debug):
         loaded = load_decomposed(decomposition, model, model_class, device, processing)
+        from vpd_lens.analysis.cards import Cards
         from vpd_lens.analysis.harvest import harvest
         from vpd_lens.viz.harvest_page import write
 
@@ -212,5 +271,6 @@ def harvest_command(
             progress=not quiet,
         )
         say(repr(result), quiet)
-        index = write(result, output / "dashboard", f"Harvest of {decomposition}")
+        cards = Cards(loaded, result)
+        index = write(result, output / "dashboard", f"Harvest of {decomposition}", cards)
         say(f"Dashboard: {index}", quiet)

@@ -66,9 +66,9 @@ def push_command(
     with readable_errors(debug):
         require_folder(decomposition)
         from vpd_lens.analysis.harvest import Harvest
-        from vpd_lens.card import REPORT
         from vpd_lens.evaluation import EvalReport
         from vpd_lens.interop.hub import push
+        from vpd_lens.model_card import REPORT
 
         if report is None and (decomposition / REPORT).is_file():
             report = decomposition / REPORT
@@ -87,9 +87,9 @@ def push_command(
 
 
 def _here(places: list[Path]) -> Table:
-    from vpd_lens.card import REPORT
     from vpd_lens.description import DecompositionRecord, decompositions_below
     from vpd_lens.evaluation import EvalReport
+    from vpd_lens.model_card import REPORT
     from vpd_lens.storage import read
 
     table = _table("folder", "model", "class", "sites", "subcomponents", "steps", "verdict")

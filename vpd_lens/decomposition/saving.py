@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from vpd_lens import card, storage
+from vpd_lens import model_card, storage
 from vpd_lens.decomposition.attach import attach, decomposition_of
 from vpd_lens.decomposition.difference import differing_sites
 from vpd_lens.decomposition.handle import Decomposition, target_size
@@ -65,7 +65,9 @@ def save(
     function = vpd.importance.state_dict()
     tensors = {"subcomponents": subcomponent_tensors(vpd), "causal_importance": function}
     tensors = {file: _rounded(part, dtype) for file, part in tensors.items()}
-    return storage.write(path, record, tensors, lambda new: card.write_card(new, record, report))
+    return storage.write(
+        path, record, tensors, lambda new: model_card.write_card(new, record, report)
+    )
 
 
 def load(

@@ -22,9 +22,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from vpd_lens import storage
-from vpd_lens.card import REPORT, write_card
 from vpd_lens.description import DecompositionRecord
 from vpd_lens.errors import ArtefactError, HubError, InputError, VPDError, first_line
+from vpd_lens.model_card import REPORT, write_card
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo

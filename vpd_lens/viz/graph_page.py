@@ -16,6 +16,7 @@ from vpd_lens.storage import write_text
 from vpd_lens.viz.html import asset, render_template
 
 if TYPE_CHECKING:
+    from vpd_lens.analysis.cards import Cards
     from vpd_lens.analysis.circuits.graph import AttributionGraph
     from vpd_lens.analysis.harvest import Harvest
 
@@ -24,7 +25,7 @@ MAX_EDGES = 60_000
 STYLES = ("graph.css", "panel.css")
 # In this order: they share one scope, and each may use the ones before it.
 SCRIPTS = (
-    *("data", "state", "groups", "filters", "layout", "edges", "board", "card", "panel"),
+    *("text", "data", "state", "groups", "filters", "layout", "edges", "board", "card", "panel"),
     *("controls", "search", "keyboard", "main"),
 )
 
@@ -34,6 +35,7 @@ def to_html(
     path: str | Path,
     harvest: Harvest | None = None,
     title: str | None = None,
+    cards: Cards | None = None,
 ) -> Path:
     """Write a page that needs no network, to explore a graph by hand.
 
@@ -42,15 +44,18 @@ def to_html(
         path: The HTML file.
         harvest: Where subcomponents' cards come from.
         title: Heading of the page.
+        cards: What is known of subcomponents (`vpd_lens.cards`), which says more than a harvest.
 
     Raises:
-        ArtefactError: If the harvest is of another decomposition.
+        ArtefactError: If the harvest, or the cards, are of another decomposition.
     """
     page = render_template(
         "vpd_lens.viz",
         "assets/graph.html.j2",
         title=title or "Attribution graph",
-        data=htmlsafe_json_dumps(payload(graph, harvest), separators=(",", ":"), allow_nan=False),
+        data=htmlsafe_json_dumps(
+            payload(graph, harvest, cards), separators=(",", ":"), allow_nan=False
+        ),
         styles=[asset(f"assets/{name}") for name in STYLES],
         scripts=[asset(f"assets/{name}.js") for name in SCRIPTS],
     )
@@ -58,7 +63,9 @@ def to_html(
     return Path(path)
 
 
-def payload(graph: AttributionGraph, harvest: Harvest | None = None) -> dict[str, Any]:
+def payload(
+    graph: AttributionGraph, harvest: Harvest | None = None, cards: Cards | None = None
+) -> dict[str, Any]:
     """What the page shows, as JSON-able columns of nodes and, the strongest first, of edges."""
     influence, nodes = graph.influence(), graph.nodes
     used = nodes.place.unique()
@@ -87,10 +94,10 @@ def payload(graph: AttributionGraph, harvest: Harvest | None = None) -> dict[str
             "replacement": influence.replacement,
             "completeness_score": influence.completeness,
         },
-        "cards": {} if harvest is None else _cards(graph, harvest),
+        "cards": _cards(graph, harvest, cards),
     }
     settings = {name: graph.settings.get(name) for name in ("frozen", "delta", "threshold")}
-    return _rounded(data) | {"settings": settings}
+    return rounded(data) | {"settings": settings}
 
 
 def _row(place: str) -> dict[str, str]:
@@ -108,25 +115,35 @@ def _outputs(graph: AttributionGraph) -> list[dict[str, Any]]:
     return [{"node": node, "text": output.name, "probability": p} for node, output, p in rows]
 
 
-def _cards(graph: AttributionGraph, harvest: Harvest) -> dict[str, dict[str, Any]]:
+def _cards(
+    graph: AttributionGraph, harvest: Harvest | None, cards: Cards | None
+) -> dict[str, dict[str, Any]]:
     """Cards by subcomponent, each once although it is a node at several positions."""
-    harvest.check(graph.settings.get("decomposition", ""))
+    known = cards or harvest
+    if known is None:
+        return {}
+    known.check(graph.settings.get("decomposition", ""))
     own = graph.nodes.where(graph.nodes.of_kind("subcomponent"))
     found = torch.stack([own.place, own.index], 1).unique(dim=0).tolist()
-    cards = {(own.places[p], index): harvest.card(own.places[p], index) for p, index in found}
-    return {
-        f"{site}:{index}": card | {"examples": _rounded(card["examples"], 3)}
-        for (site, index), card in cards.items()
-        if card is not None
-    }
+    names = [(own.places[place], index) for place, index in found]
+    shown = {f"{site}:{index}": _card(harvest, cards, site, index) for site, index in names}
+    return {name: card for name, card in shown.items() if card is not None}
 
 
-def _rounded(value: Any, digits: int = 4) -> Any:
-    """With few digits in all floats, which are `None` where they are not finite."""
+def _card(harvest: Harvest | None, cards: Cards | None, site: str, index: int) -> Any:
+    if cards is not None:
+        return rounded(cards.for_page(f"{site}:{index}"), 3)
+    assert harvest is not None
+    card = harvest.card(site, index)
+    return card and card | {"examples": rounded(card["examples"], 3)}
+
+
+def rounded(value: Any, digits: int = 4) -> Any:
+    """Data of a page with few digits in all floats, which are `None` where they are not finite."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _rounded(part, digits) for key, part in value.items()}
+        return {key: rounded(part, digits) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(part, digits) for part in value]
+        return [rounded(part, digits) for part in value]
     return value

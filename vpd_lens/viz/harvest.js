@@ -103,6 +103,27 @@ function tokenTable(title, rows) {
   return box;
 }
 
+// What the weights read and write; other subcomponents are links to their cards.
+function weightLists(lists) {
+  const box = make("dl", "weights");
+  for (const [title, kind, entries] of lists) {
+    const row = make("dd");
+    for (const [text, value] of entries) {
+      const entry = make(kind === "name" ? "a" : "span", value < 0 ? "minus" : "plus");
+      if (kind === "name") {
+        const [, site, index] = text.match(/^(.*):(\d+)$/) ?? [];
+        if (data.pages[site]) entry.href = `${data.pages[site]}#c${index}`;
+      }
+      if (kind === "token") fill(entry, text);
+      else entry.append(text);
+      entry.append(make("small", "", kind === "part" ? percent(Math.abs(value)) : signed(value)));
+      row.append(entry);
+    }
+    box.append(make("dt", "", title), row);
+  }
+  return box;
+}
+
 const along = (density) => 1 - Math.log10(density) / data.lowest;
 
 function densityAxis(density) {
@@ -144,6 +165,7 @@ function cardOf(card) {
     tokenTable("Model predicts", card.output),
   );
   article.append(header, body);
+  if (card.weights.length) article.append(weightLists(card.weights));
   return article;
 }
 

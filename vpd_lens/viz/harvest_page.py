@@ -15,6 +15,7 @@ from urllib.parse import quote
 import numpy as np
 from jinja2.utils import htmlsafe_json_dumps
 
+from vpd_lens.analysis.cards import Cards
 from vpd_lens.analysis.harvest import Harvest
 from vpd_lens.storage import write_text
 from vpd_lens.viz.html import asset, render_template
@@ -22,11 +23,14 @@ from vpd_lens.viz.html import asset, render_template
 _BINS = 48
 
 
-def write(harvest: Harvest, folder: str | Path, title: str = "Harvest") -> Path:
+def write(
+    harvest: Harvest, folder: str | Path, title: str = "Harvest", cards: Cards | None = None
+) -> Path:
     """Write `index.html`, whose path is returned, and a page for every site.
 
     `page_name(site)#c17` is the address of subcomponent 17. The folder is made if need be; other
-    files in it are left alone. The title is the index' heading.
+    files in it are left alone. The title is the index' heading. With `vpd_lens.Cards(model)`,
+    pages also say what the weights read and write, and lead to the subcomponents around each.
     """
     folder, names = Path(folder), harvest.layout.names
     for number, site in enumerate(names):
@@ -37,7 +41,7 @@ def write(harvest: Harvest, folder: str | Path, title: str = "Harvest") -> Path:
             site=site,
             before=_link(names[number - 1]) if number else None,
             after=_link(names[number + 1]) if number + 1 < len(names) else None,
-            data=htmlsafe_json_dumps(_payload(harvest, site), separators=(",", ":")),
+            data=htmlsafe_json_dumps(_payload(harvest, site, cards), separators=(",", ":")),
             script=asset("harvest.js"),
         )
         write_text(folder / page_name(site), page)
@@ -89,7 +93,7 @@ def _histogram(densities: list[float], lowest: int) -> list[tuple[float, float]]
     return [(n / _BINS, math.sqrt(count / max(counts))) for n, count in enumerate(counts) if count]
 
 
-def _payload(harvest: Harvest, site: str) -> dict[str, Any]:
+def _payload(harvest: Harvest, site: str, known: Cards | None) -> dict[str, Any]:
     """What `harvest.js` draws; keys are short because there are many of them."""
     numbers: dict[str, int] = {}  # every text is stored once
     table = harvest.table(site)
@@ -128,6 +132,7 @@ def _payload(harvest: Harvest, site: str) -> dict[str, Any]:
             "commonest": tokens(row.index, "input", 1, "recall")[0][:2],
             "input": tokens(row.index, "input"),
             "output": tokens(row.index, "output"),
+            "weights": known.weights(f"{site}:{row.index}") if known else [],
         }
         for row in table
         if row.density
@@ -139,5 +144,6 @@ def _payload(harvest: Harvest, site: str) -> dict[str, Any]:
         "threshold": harvest.settings.threshold,
         "lowest": _lowest_decade(harvest),
         "cards": cards,
+        "pages": {name: quote(page_name(name)) for name in harvest.layout.names},
         "tokens": list(numbers),
     }

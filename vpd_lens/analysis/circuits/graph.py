@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import networkx
     from rich.console import RenderableType
 
+    from vpd_lens.analysis.cards import Cards
     from vpd_lens.analysis.circuits.tables import AttentionPair
     from vpd_lens.analysis.harvest import Harvest
 
@@ -254,12 +255,20 @@ class AttributionGraph:
         return to_neuronpedia(self, path, model_id, slug, *settings)
 
     def to_html(
-        self, path: str | Path, harvest: Harvest | None = None, title: str | None = None
+        self,
+        path: str | Path,
+        harvest: Harvest | None = None,
+        title: str | None = None,
+        cards: Cards | None = None,
     ) -> Path:
-        """Write one self-contained page to explore the graph on, with a harvest's examples."""
+        """Write one self-contained page to explore the graph on, with a harvest's examples.
+
+        Or with `cards`, `vpd_lens.Cards(model, harvest)`: they also say what the weights read and
+        write.
+        """
         from vpd_lens.viz.graph_page import to_html
 
-        return to_html(self, path, harvest, title)
+        return to_html(self, path, harvest, title, cards)
 
     def summary(self) -> RenderableType:
         """A rich renderable: sizes, scores, outputs and the most influential nodes."""
@@ -268,9 +277,9 @@ class AttributionGraph:
         return summary(self)
 
     def _repr_html_(self) -> str:
-        from vpd_lens.analysis.circuits.summary import summary_html
+        from vpd_lens.rendering import as_html
 
-        return summary_html(self)
+        return as_html(self.summary())
 
     def __repr__(self) -> str:
         n = int(self.nodes.of_kind("subcomponent").sum())

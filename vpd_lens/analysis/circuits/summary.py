@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -19,21 +18,12 @@ if TYPE_CHECKING:
 
 _TOP = 10
 _BAR = 24
-# Colours and font are those of the page around it.
-_HTML = "<pre style='line-height:1.2;overflow-x:auto;background:none;color:inherit'>{code}</pre>"
 
 
 def summary(graph: AttributionGraph) -> Group:
     """Sizes, scores, outputs, the most influential nodes and L0 by block, for `rich.print`."""
     prompt = Panel(Text("".join(graph.strings), style="bold"), title="Attribution graph")
     return Group(prompt, _sizes(graph), _outputs(graph), _most_influential(graph), _l0(graph))
-
-
-def summary_html(graph: AttributionGraph) -> str:
-    """The same for a notebook."""
-    console = Console(record=True, file=io.StringIO(), width=100, force_jupyter=False)
-    console.print(summary(graph))
-    return console.export_html(inline_styles=True, code_format=_HTML)
 
 
 def _sizes(graph: AttributionGraph) -> Table:

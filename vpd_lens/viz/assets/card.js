@@ -1,18 +1,42 @@
-// What a harvest knows of a subcomponent: examples and tokens.
+// What is known of a subcomponent: examples and tokens of a harvest, and what its weights say.
 
-function harvestCard(card) {
+function subcomponentCard(card) {
   const section = make("section", "card-section");
+  if (card.density !== undefined) section.append(...harvested(card));
+  if (card.weights?.length) section.append(make("h3", "", "By its weights"), weightLists(card.weights));
+  return section;
+}
+
+function weightLists(lists) {
+  const box = make("dl", "weights");
+  for (const [title, kind, entries] of lists) {
+    const row = make("dd");
+    for (const [text, value] of entries) {
+      const entry = make(kind === "name" ? "button" : "span", `entry ${value < 0 ? "minus" : "plus"}`);
+      const shown = kind === "token" ? visibleText(text) : text;
+      entry.append(make("b", "", shown), make("small", "", kind === "part" ? percent(value) : signed(value)));
+      if (entry.tagName === "BUTTON") {
+        entry.type = "button";
+        entry.addEventListener("click", () => openCard(text));
+      }
+      row.append(entry);
+    }
+    box.append(make("dt", "", title), row);
+  }
+  return box;
+}
+
+function harvested(card) {
   const figures = make("dl", "facts");
   addFact(figures, "density", percent(card.density));
   addFact(figures, "mean importance", number(card.mean_importance));
-  section.append(make("h3", "", "Over the data set"), figures);
-  if (card.examples.length) section.append(exampleList(card.examples));
+  const parts = [make("h3", "", "Over the data set"), figures];
+  if (card.examples.length) parts.push(exampleList(card.examples));
   const tables = make("div", "token-tables");
   for (const [title, rows] of [["Input tokens", card.input_tokens], ["Output tokens", card.output_tokens]]) {
     if (rows.length) tables.append(tokenTable(title, rows));
   }
-  section.append(tables);
-  return section;
+  return [...parts, tables];
 }
 
 function exampleList(examples) {

@@ -24,6 +24,14 @@ function jumpTo(item) {
   if (!inside) viewport.scrollTo({ left: x - w / 2, top: y - h / 2 });
 }
 
+// A subcomponent that a card names, at the token that is looked at or else at any.
+function openCard(name) {
+  const found = nodes.name.flatMap((node, item) => (node.replace(/@\d+$/, "") === name ? [item] : []));
+  const here = state.pinned === null ? undefined : found.find((item) => nodes.position[item] === nodes.position[state.pinned]);
+  if (found.length) jumpTo(here ?? found[0]);
+  else say(`${name} is no node of this graph.`);
+}
+
 function showPanel() {
   const panel = byId("panel");
   panel.classList.toggle("open", state.pinned !== null);
@@ -35,7 +43,7 @@ function details(item) {
   const parts = isGroup(item) ? groupHead(item) : nodeHead(item);
   parts.push(edgeList("Incoming", item, "in"), edgeList("Outgoing", item, "out"));
   const card = isGroup(item) ? undefined : cardOf(item);
-  if (card) parts.push(harvestCard(card));
+  if (card) parts.push(subcomponentCard(card));
   const close = make("button", "quiet close", "✕", { type: "button", "aria-label": "Unpin", title: "Unpin (Esc)" });
   close.addEventListener("click", () => pin(null));
   return [close, ...parts];

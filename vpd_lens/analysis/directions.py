@@ -1,0 +1,287 @@
+"""What subcomponents read and write, in terms of tokens, heads, neurons and each other.
+
+A subcomponent `V_c U_c` whose matrix reads the residual stream reads it through a norm: with the
+norm's weight `w` and its centring `P`, the activation is `a_c = (x . P (w V_c)) / scale(x)`, so
+`P (w V_c)` is its read direction in the stream. One whose matrix writes to the stream has the write
+direction `U_c` there (through a norm behind the matrix, if there is one, `P (w U_c)`), and on a
+logit it acts by `U_c . P (w W_U[:, t]) / scale(x)` through the final norm. Products of write and
+read directions say how subcomponents of different matrices go together.
+
+`(V_c, U_c)` and `(-V_c, -U_c)` are the same subcomponent. With a harvest, both are turned so that
+its activation is positive on the average where it fires; every effect is then that of its firing.
+
+Source: VPD, interpretation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, cached_property, partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vpd_lens.analysis.circuits.linear import LinearNorm, norm_modules
+from vpd_lens.analysis.circuits.targets import token_text
+from vpd_lens.analysis.harvest import Harvest
+from vpd_lens.analysis.harvest.examples import EMPTY
+from vpd_lens.analysis.usage import head_shares
+from vpd_lens.decomposition import Decomposition
+from vpd_lens.errors import InputError
+from vpd_lens.sites import find_sites, model_kind
+
+READERS = {"attn.q": "ln1", "attn.k": "ln1", "attn.v": "ln1", "mlp.in": "ln2", "mlp.gate": "ln2"}
+WRITERS = {"attn.o": "ln1_post", "mlp.out": "ln2_post"}
+HIDDEN = ("mlp.in", "mlp.gate", "mlp.out")
+_WINDOWS = 64  # of text, over which the final norm's scale is averaged
+
+
+class TokenEffect(NamedTuple):
+    """A token as text, and what it adds to an activation, or an activation to its logit."""
+
+    token: str
+    value: float
+
+
+class Neighbour(NamedTuple):
+    """Another subcomponent by name, and the cosine of the two directions that are compared."""
+
+    name: str
+    cosine: float
+
+
+class Directions:
+    """The read and write directions of every subcomponent of a transformer.
+
+    Args:
+        vpd: The decomposition of a HookedTransformer or TransformerBridge.
+        harvest: What says which sign a subcomponent has where it fires. On its examples the final
+            norm's scale is averaged, so that effects on logits are in nats per unit of activation.
+            `None`: signs as they are, and effects as if that scale were 1.
+
+    Attributes:
+        final_scale: The scale of the final norm that effects on logits were divided by.
+
+    Raises:
+        ArtefactError: If the harvest is of another decomposition.
+        InputError: If the model has no known residual stream.
+    """
+
+    def __init__(self, vpd: Decomposition, harvest: Harvest | None = None) -> None:
+        if model_kind(vpd.model) == "module":
+            raise InputError(
+                f"read and write directions need a HookedTransformer or a TransformerBridge; "
+                f"{type(vpd.model).__name__} has no residual stream that is known."
+            )
+        self.vpd, self.model = vpd, vpd.model
+        like = vpd.sites[0].weight
+        with vpd.undisturbed():
+            self._norms = {
+                name: LinearNorm(module, int(vpd.model.cfg.d_model), like)
+                for name, module in norm_modules(vpd.model)
+            }
+        self.signs = torch.ones(vpd.layout.total)
+        self.final_scale = 1.0
+        if harvest is not None:
+            harvest.check(vpd)
+            self.signs = torch.where(harvest.usage.signed < 0, -1.0, 1.0)
+            self.final_scale = self._mean_scale(harvest)
+        self.signs = self.signs.to(vpd.device)
+        self.reads, self.writes = cache(self._reads), cache(self._writes)
+        self._units, self._before = cache(self._all_units), cache(self._sites_before)
+        self._text = cache(partial(token_text, vpd.model))
+
+    def v(self, site: str) -> Float[Tensor, "C d_in"]:
+        """`V_c` of every subcomponent, turned to be positive where it fires."""
+        return self.vpd.v(site).detach().float().T * self._sign(site)
+
+    def u(self, site: str) -> Float[Tensor, "C d_out"]:
+        """`U_c`, turned likewise."""
+        return self.vpd.u(site).detach().float() * self._sign(site)
+
+    def _sign(self, site: str) -> Float[Tensor, "C 1"]:
+        return self.signs[self.vpd.layout.columns(site), None]
+
+    # ------------------------------------------------------------- directions
+
+    @torch.no_grad()
+    def _reads(self, site: str) -> Float[Tensor, "C d_model"] | None:
+        """Read directions in the residual stream; `None` if the site does not read it."""
+        prefix, kind = _parts(site)
+        if site == "unembed":
+            return self._through("ln_final", self.v(site))
+        if kind not in READERS:
+            return None
+        # Attention and MLP side by side may share one norm.
+        names = f"{prefix}.{READERS[kind]}", f"{prefix}.ln1"
+        name = next((name for name in names if name in self._norms), "")
+        return self._through(name, self.v(site))
+
+    @torch.no_grad()
+    def _writes(self, site: str) -> Float[Tensor, "C d_model"] | None:
+        """Write directions in the residual stream; `None` if the site does not write to it."""
+        prefix, kind = _parts(site)
+        if kind not in WRITERS:
+            return None
+        return self._through(f"{prefix}.{WRITERS[kind]}", self.u(site))
+
+    def _through(self, norm: str, vectors: Float[Tensor, "n d_model"]) -> Tensor:
+        """Centring and weighting are each other's transposes but for their order."""
+        if norm not in self._norms:
+            return vectors.float()
+        found = self._norms[norm]
+        if norm.endswith("_post"):
+            return found.weight * found.centre(vectors.float())
+        return found.centre(found.weight * vectors.float())
+
+    # ----------------------------------------------------------------- tokens
+
+    @torch.no_grad()
+    def logits(self, site: str, index: int) -> Float[Tensor, " vocab"] | None:
+        """What one unit of activation adds to every logit, directly, less the mean over logits.
+
+        Past everything between the site and the final norm, whose scale is `final_scale`. `None`
+        if the site does not write to the residual stream.
+        """
+        writes = self.writes(site)
+        return None if writes is None else writes[index] @ self._unembedding
+
+    @torch.no_grad()
+    def embeddings(self, site: str, index: int) -> Float[Tensor, " vocab"] | None:
+        """What every token's embedding alone adds to the activation, at a norm's scale of 1.
+
+        Less the mean over tokens. `None` if the site does not read the residual stream.
+        """
+        reads = self.reads(site)
+        if reads is None:
+            return None
+        found = self.model.W_E.float() @ reads[index]  # type: ignore[operator, union-attr]
+        return found - found.mean()
+
+    @cached_property
+    def _unembedding(self) -> Float[Tensor, "d_model vocab"]:
+        weight = find_sites(self.model, ["unembed"])[0].weight.float()
+        found = self._through("ln_final", weight.T).T / self.final_scale
+        return found - found.mean(-1, keepdim=True)
+
+    def extremes(
+        self, values: Float[Tensor, " vocab"], k: int
+    ) -> tuple[list[TokenEffect], list[TokenEffect]]:
+        """The `k` tokens of the largest values, and of the smallest, as text."""
+        largest, smallest = ((values * sign).topk(min(k, len(values))).indices for sign in (1, -1))
+        return self._named(values, largest), self._named(values, smallest)
+
+    def _named(self, values: Tensor, tokens: Tensor) -> list[TokenEffect]:
+        found = zip(tokens.tolist(), values[tokens].tolist(), strict=True)
+        return [TokenEffect(self._text(token), value) for token, value in found]
+
+    # ------------------------------------------------------ heads and neurons
+
+    def heads(self, site: str, index: int) -> list[float] | None:
+        """Each head's share in a subcomponent of attention; `None` at other sites."""
+        return head_shares(self.vpd, site)[index].tolist() if ".attn." in site else None
+
+    def neurons(self, site: str, index: int, k: int) -> list[tuple[int, float]] | None:
+        """The `k` neurons of the largest weights, as shares of the squared norm, with their sign.
+
+        What `mlp.in` and `mlp.gate` write to, or `mlp.out` reads; `None` at other sites.
+        """
+        if (kind := _parts(site)[1]) not in HIDDEN:
+            return None
+        vector = (self.v(site) if kind == "mlp.out" else self.u(site))[index]
+        best = vector.abs().topk(min(k, len(vector))).indices
+        shares = vector.sign() * vector.square() / vector.square().sum().clamp(min=1e-30)
+        return list(zip(best.tolist(), shares[best].tolist(), strict=True))
+
+    # ------------------------------------------------------------- neighbours
+
+    def upstream(self, site: str, index: int, k: int) -> list[Neighbour]:
+        """Those in earlier matrices that write most along, or against, what this one reads."""
+        own = self.reads(site)
+        return [] if own is None else self._nearest("writes", own[index], self._before(site), k)
+
+    def downstream(self, site: str, index: int, k: int) -> list[Neighbour]:
+        """Those in later matrices that read most along, or against, what this one writes."""
+        own = self.writes(site)
+        if own is None:
+            return []
+        later = [name for name in self.vpd.layout.names if site in self._before(name)]
+        return self._nearest("reads", own[index], later, k)
+
+    def alike(self, site: str, index: int, k: int) -> list[Neighbour]:
+        """Those of any matrix that write, or if this one does not, read in the same direction."""
+        side = "reads" if self.writes(site) is None else "writes"
+        own = getattr(self, side)(site)
+        if own is None:
+            return []
+        found = self._nearest(side, own[index], self.vpd.layout.names, k + 1)
+        return [other for other in found if other.name != f"{site}:{index}"][:k]
+
+    @torch.no_grad()
+    def _nearest(self, side: str, vector: Tensor, sites: Sequence[str], k: int) -> list[Neighbour]:
+        names, place, units = self._units(side)
+        sizes = (units @ F.normalize(vector, dim=0)).abs()
+        chosen = torch.tensor([name in sites for name in self.vpd.layout.names])
+        sizes[~chosen.to(sizes.device)[place]] = -1
+        best = sizes.topk(min(k, len(sizes))).indices
+        cosines = units[best] @ F.normalize(vector, dim=0)
+        rows = zip(best.tolist(), sizes[best].tolist(), cosines.tolist(), strict=True)
+        return [Neighbour(names[row], cosine) for row, size, cosine in rows if size >= 0]
+
+    @torch.no_grad()
+    def _all_units(
+        self, side: str
+    ) -> tuple[list[str], Int[Tensor, " n"], Float[Tensor, "n d_model"]]:
+        """Names, numbers of sites and unit vectors of all that read, or write to, the stream."""
+        names, place, units = [], [], []
+        for number, site in enumerate(self.vpd.layout.names):
+            if (vectors := getattr(self, side)(site)) is not None:
+                names += [f"{site}:{c}" for c in range(len(vectors))]
+                place += [number] * len(vectors)
+                units.append(F.normalize(vectors, dim=-1))
+        if not units:
+            return [], torch.empty(0, dtype=torch.long), torch.empty(0, int(self.model.cfg.d_model))
+        return names, torch.tensor(place, device=self.vpd.device), torch.cat(units)
+
+    def _sites_before(self, site: str) -> list[str]:
+        """The matrices whose writing a site's input can contain."""
+        writers = [name for name in self.vpd.layout.names if _parts(name)[1] in WRITERS]
+        if site == "unembed":
+            return writers
+        # Side by side, attention and MLP do not read what the other writes.
+        side_by_side = getattr(self.model.cfg, "parallel_attn_mlp", False)
+
+        def order(name: str) -> tuple[int, int]:
+            block, part = int(name.split(".")[1]), name.split(".")[2]
+            return block, int(part == "mlp" and not side_by_side)
+
+        return [name for name in writers if order(name) < order(site)]
+
+    @torch.no_grad()
+    def _mean_scale(self, harvest: Harvest) -> float:
+        """The final norm's scale: one over the mean of its inverse, which logits are linear in."""
+        norm, seen = self._norms.get("ln_final"), []
+        windows = harvest.top.tokens.flatten(0, 1)
+        tokens = windows[(windows != EMPTY).all(dim=1)][:_WINDOWS].long()
+        if norm is None or not len(tokens):
+            return 1.0
+
+        def see(_module: nn.Module, args: tuple, y: Tensor) -> None:
+            seen.append(norm.inverse_scale(args[0].float(), norm.unbiased(y.float())))
+
+        with self.vpd.undisturbed():
+            handle = self.model.ln_final.register_forward_hook(see)  # type: ignore[union-attr, operator]
+            try:
+                self.vpd.run(None, tokens.to(self.vpd.device))
+            finally:
+                handle.remove()
+        return 1 / float(torch.cat(seen).mean())
+
+
+def _parts(site: str) -> tuple[str, str]:
+    """`blocks.0.attn.q` is `attn.q` of `blocks.0`."""
+    pieces = site.split(".")
+    return ".".join(pieces[:2]), ".".join(pieces[2:])

@@ -1,0 +1,24 @@
+"""What `rich` prints, as text for `str()` and as HTML for notebooks."""
+
+from __future__ import annotations
+
+from io import StringIO
+
+from rich.console import Console, RenderableType
+
+# Colours and font are those of the page around it.
+_HTML = "<pre style='line-height:1.2;overflow-x:auto;background:none;color:inherit'>{code}</pre>"
+
+
+def as_text(renderable: RenderableType, width: int = 100) -> str:
+    """As plain text of at most `width` columns."""
+    console = Console(width=width, no_color=True, file=(text := StringIO()))
+    console.print(renderable, highlight=False)
+    return text.getvalue().rstrip()
+
+
+def as_html(renderable: RenderableType, width: int = 100) -> str:
+    """As preformatted HTML that needs no style sheet."""
+    console = Console(record=True, file=StringIO(), width=width, force_jupyter=False)
+    console.print(renderable)
+    return console.export_html(inline_styles=True, code_format=_HTML)
