@@ -116,7 +116,7 @@ class Card:
             ("acts on", "name", self.targets),
         ]
         return [
-            (title, kind, [tuple(e) for e in entries]) for title, kind, entries in lists if entries
+            (title, kind, [tuple(e) for e in entries]) for title, kind, entries in found if entries
         ]
 
     def _rows(self) -> list[tuple[str, str]]:

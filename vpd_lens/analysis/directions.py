@@ -16,6 +16,7 @@ Source: VPD, interpretation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cache, cached_property, partial
 from typing import NamedTuple
 
@@ -33,8 +34,8 @@ from vpd_lens.decomposition import Decomposition
 from vpd_lens.errors import InputError
 from vpd_lens.sites import find_sites, model_kind
 
-READERS = {"attn.q": "ln1", "attn.k": "ln1", "attn.v": "ln1", "mlp.in": "ln2", "mlp.gate": "ln2"}
-WRITERS = {"attn.o": "ln1_post", "mlp.out": "ln2_post"}
+READERS = ("attn.q", "attn.k", "attn.v", "mlp.in", "mlp.gate")
+WRITERS = ("attn.o", "mlp.out")
 HIDDEN = ("mlp.in", "mlp.gate", "mlp.out")
 _WINDOWS = 64  # of text, over which the final norm's scale is averaged
 
@@ -77,12 +78,7 @@ class Directions:
                 f"{type(vpd.model).__name__} has no residual stream that is known."
             )
         self.vpd, self.model = vpd, vpd.model
-        like = vpd.sites[0].weight
-        with vpd.undisturbed():
-            self._norms = {
-                name: LinearNorm(module, int(vpd.model.cfg.d_model), like)
-                for name, module in norm_modules(vpd.model)
-            }
+        self._norms = self._norms_of_sites()
         self.signs = torch.ones(vpd.layout.total)
         self.final_scale = 1.0
         if harvest is not None:
@@ -110,32 +106,50 @@ class Directions:
     @torch.no_grad()
     def _reads(self, site: str) -> Float[Tensor, "C d_model"] | None:
         """Read directions in the residual stream; `None` if the site does not read it."""
-        prefix, kind = _parts(site)
-        if site == "unembed":
-            return self._through("ln_final", self.v(site))
-        if kind not in READERS:
+        if site != "unembed" and _parts(site)[1] not in READERS:
             return None
-        # Attention and MLP side by side may share one norm.
-        names = f"{prefix}.{READERS[kind]}", f"{prefix}.ln1"
-        name = next((name for name in names if name in self._norms), "")
-        return self._through(name, self.v(site))
+        norm, vectors = self._norms.get(site), self.v(site)
+        return vectors if norm is None else norm.centre(norm.weight * vectors)
 
     @torch.no_grad()
     def _writes(self, site: str) -> Float[Tensor, "C d_model"] | None:
         """Write directions in the residual stream; `None` if the site does not write to it."""
-        prefix, kind = _parts(site)
-        if kind not in WRITERS:
+        if _parts(site)[1] not in WRITERS:
             return None
-        return self._through(f"{prefix}.{WRITERS[kind]}", self.u(site))
+        norm, vectors = self._norms.get(site), self.u(site)
+        return vectors if norm is None else norm.weight * norm.centre(vectors)
 
-    def _through(self, norm: str, vectors: Float[Tensor, "n d_model"]) -> Tensor:
-        """Centring and weighting are each other's transposes but for their order."""
-        if norm not in self._norms:
-            return vectors.float()
-        found = self._norms[norm]
-        if norm.endswith("_post"):
-            return found.weight * found.centre(vectors.float())
-        return found.centre(found.weight * vectors.float())
+    @torch.no_grad()
+    def _norms_of_sites(self) -> dict[str, LinearNorm]:
+        """The norm in front of every reader and behind every writer, and that of `unembed`.
+
+        Names of norms say where they are in most models, not in all, so what a norm returns is
+        compared with what matrices receive, and what it receives with what they write.
+        """
+        vpd, model, like = self.vpd, self.vpd.model, self.vpd.sites[0].weight
+        tokens = torch.arange(min(4, int(model.cfg.n_ctx)), device=vpd.device)[None]
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        norms = dict(norm_modules(model))
+        with vpd.undisturbed():
+            with ExitStack() as stack:
+                for name, module in norms.items():
+                    hook = module.register_forward_hook(partial(_see, seen, name))
+                    stack.callback(hook.remove)
+                _, outputs = vpd.run_recording(None, tokens)
+                _, inputs = vpd.target(tokens)
+            linear = {name: LinearNorm(norms[name], int(model.cfg.d_model), like) for name in seen}
+        found = {"unembed": "ln_final"}
+        for site, x, y in zip(vpd.sites, inputs, outputs, strict=True):
+            writes = _parts(site.name)[1] in WRITERS
+            for name, (before, after) in seen.items():
+                if _same(y, before) if writes else _same(x, after):
+                    found[site.name] = name
+        behind = {found.get(site.name) for site in vpd.sites if _parts(site.name)[1] in WRITERS}
+        for site in vpd.sites:  # positions may be added between a norm and attention
+            block, kind = _parts(site.name)
+            if kind.startswith("attn") and kind in READERS and f"{block}.ln1" not in behind:
+                found.setdefault(site.name, f"{block}.ln1")
+        return {site: linear[name] for site, name in found.items() if name in linear}
 
     # ----------------------------------------------------------------- tokens
 
@@ -164,8 +178,9 @@ class Directions:
     @cached_property
     def _unembedding(self) -> Float[Tensor, "d_model vocab"]:
         weight = find_sites(self.model, ["unembed"])[0].weight.float()
-        found = self._through("ln_final", weight.T).T / self.final_scale
-        return found - found.mean(-1, keepdim=True)
+        if (norm := self._norms.get("unembed")) is not None:
+            weight = norm.centre(norm.weight * weight.T).T
+        return (weight - weight.mean(-1, keepdim=True)) / self.final_scale
 
     def extremes(
         self, values: Float[Tensor, " vocab"], k: int
@@ -263,7 +278,7 @@ class Directions:
     @torch.no_grad()
     def _mean_scale(self, harvest: Harvest) -> float:
         """The final norm's scale: one over the mean of its inverse, which logits are linear in."""
-        norm, seen = self._norms.get("ln_final"), []
+        norm, seen = self._norms.get("unembed"), []
         windows = harvest.top.tokens.flatten(0, 1)
         tokens = windows[(windows != EMPTY).all(dim=1)][:_WINDOWS].long()
         if norm is None or not len(tokens):
@@ -279,6 +294,16 @@ class Directions:
             finally:
                 handle.remove()
         return 1 / float(torch.cat(seen).mean())
+
+
+def _see(
+    seen: dict[str, tuple[Tensor, Tensor]], name: str, _m: nn.Module, args: tuple, y: Tensor
+) -> None:
+    seen[name] = args[0], y
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.numel() == y.numel() and torch.equal(x.flatten(), y.flatten())
 
 
 def _parts(site: str) -> tuple[str, str]:

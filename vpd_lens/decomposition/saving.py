@@ -21,12 +21,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from vpd_lens import model_card, storage
+from vpd_lens import storage
 from vpd_lens.decomposition.attach import attach, decomposition_of
 from vpd_lens.decomposition.difference import differing_sites
 from vpd_lens.decomposition.handle import Decomposition, target_size
 from vpd_lens.description import BaseModelRecord, DecompositionRecord, Indices, SubcomponentsRecord
 from vpd_lens.errors import ArtefactError, InputError
+from vpd_lens.model_card import write_card
 from vpd_lens.origin import origin_of
 from vpd_lens.sites import find_sites, model_kind
 
@@ -65,9 +66,7 @@ def save(
     function = vpd.importance.state_dict()
     tensors = {"subcomponents": subcomponent_tensors(vpd), "causal_importance": function}
     tensors = {file: _rounded(part, dtype) for file, part in tensors.items()}
-    return storage.write(
-        path, record, tensors, lambda new: model_card.write_card(new, record, report)
-    )
+    return storage.write(path, record, tensors, lambda new: write_card(new, record, report))
 
 
 def load(
