@@ -3,7 +3,8 @@
     python examples/figures.py          # needs playwright (pip install --group test) and Chromium
 
 For each, `docs/assets/<name>_light` and `_dark`: the example's resistance (beside that of the run
-without an adversary, if its report is there), what a prompt needs, and its circuit.
+without an adversary, if its report is there), what a prompt needs, as a figure and as a page, and
+its circuit.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def main() -> None:
     save(output, "example_resistance", (9, 2.9), lambda figure: resistance(figure, reports))
     model = vpd_lens.load_example()
     save(output, "example_needs", (9, 4.6), lambda figure: needs(figure, model, PROMPT))
-    circuit(model, output)
+    pages(model, output)
 
 
 def save(
@@ -121,20 +122,29 @@ def needs(figure: Figure, model: torch.nn.Module, prompt: str) -> None:
         axes.axhline(7 * layer - 0.5, color=MUTED, linewidth=0.5)
 
 
-def circuit(model: torch.nn.Module, folder: Path) -> None:
-    """The circuit's page, as a browser shows it."""
-    graph = vpd_lens.attribute(model, PROMPT, TARGET, prune="adversarial")
-    with TemporaryDirectory() as place, sync_playwright() as playwright:
-        path = graph.to_html(Path(place) / "circuit.html", harvest=example_harvest(model.vpd))
+def pages(model: torch.nn.Module, folder: Path) -> None:
+    """The pages of what a prompt needs and of its circuit, as a browser shows them."""
+    cards = vpd_lens.Cards(model, harvest := example_harvest(model.vpd))
+    with TemporaryDirectory() as place:
+        found = vpd_lens.explain(model, PROMPT, TARGET, harvest=harvest)
+        photograph(found.to_html(Path(place) / "explained.html"), folder, "explain")
+        graph = vpd_lens.attribute(model, PROMPT, TARGET, prune="adversarial")
+        path = graph.to_html(Path(place) / "circuit.html", cards=cards)
+        photograph(path, folder, "example_circuit")
+
+
+def photograph(page: Path, folder: Path, name: str) -> None:
+    """A page in light and in dark."""
+    with sync_playwright() as playwright:
         program = shutil.which("chromium")  # the system's, or else playwright's own
         browser = playwright.chromium.launch(
             executable_path=program, args=["--no-sandbox", "--disable-gpu"]
         )
         for theme in COLOURS:
-            page = browser.new_page(viewport={"width": 1280, "height": 720}, color_scheme=theme)
-            page.goto(path.as_uri())
-            page.wait_for_timeout(1000)
-            page.screenshot(path=folder / f"example_circuit_{theme}.png")
+            shown = browser.new_page(viewport={"width": 1280, "height": 720}, color_scheme=theme)
+            shown.goto(page.as_uri())
+            shown.wait_for_timeout(1000)
+            shown.screenshot(path=folder / f"{name}_{theme}.png")
         browser.close()
 
 

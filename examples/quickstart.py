@@ -53,8 +53,7 @@ def main() -> None:
     console.print(model.vpd)
     console.print(report)
     report.to_html(output / "report.html", "The example of vpd_lens")
-    cards = vpd_lens.Cards(model, harvest)
-    write(harvest, output / "harvest", "The example of vpd_lens", cards)
+    write(harvest, output / "harvest", "The example of vpd_lens")
 
     console.rule("2. What does a prompt need?")
     found = vpd_lens.explain(model, PROMPT, TARGET, harvest=harvest)
@@ -70,7 +69,7 @@ def main() -> None:
     graph = vpd_lens.attribute(model, PROMPT, TARGET, prune=config)
     console.print(graph.circuit.table())
     console.print(graph.summary())
-    graph.to_html(output / "circuit.html", cards=cards)
+    graph.to_html(output / "circuit.html", cards=vpd_lens.Cards(model, harvest))
 
     console.rule("4. Training, of three matrices, for as long as one likes to watch")
     live(vpd_lens.remove(model), output / "live", arguments.steps)

@@ -197,9 +197,10 @@ def test_a_card_is_json_and_has_what_the_harvest_says(example):
 def test_attributions_are_on_a_card():
     model = vpd_lens.decompose(tiny_bridge(), n_subcomponents=4)
     tokens = torch.randint(29, (4, 12), generator=torch.Generator().manual_seed(0))
-    found = vpd_lens.dataset_attributions(
-        model, tokens, n_batches=1, batch_size=4, alive_threshold=0.0, progress=False
-    )
+    with pytest.warns(UserWarning, match="untrained"):
+        found = vpd_lens.dataset_attributions(
+            model, tokens, n_batches=1, batch_size=4, alive_threshold=0.0, progress=False
+        )
     name = f"blocks.1.mlp.in:{int(found.alive['blocks.1.mlp.in'][0])}"
     card = vpd_lens.card(model, name, attributions=found)
     assert card.sources == found.sources(name, 8)

@@ -181,21 +181,15 @@ class Cards:
 
     def __getitem__(self, name: str) -> Card:
         """The card of one subcomponent; an `InputError` if there is none of that name."""
-        site, index = self._checked(name)
-        card = Card(name, final_scale=self.directions.final_scale)
-        self._harvested(card, site, index)
-        self._directions(card, site, index)
-        if self.attributions is not None and index in self.attributions.alive.get(site, ()):
-            card.sources = self.attributions.sources(name, self.k)
-            card.targets = self.attributions.targets(name, self.k)
+        card = self._of_weights(name)
+        self._harvested(card, *self._checked(name))
         return card
 
     def weights(self, name: str) -> list[list[Any]]:
         """What pages show of what a subcomponent's weights and attributions say: `Card.lists`."""
         return [
             [title, kind, [[text, float(f"{value:.3g}")] for text, value in entries]]
-            for title, kind, entries in self[name].lists()
-            if kind != "share"
+            for title, kind, entries in self._of_weights(name).lists()
         ]
 
     def for_page(self, name: str) -> dict[str, Any]:
@@ -221,8 +215,10 @@ class Cards:
         card.examples = harvest.examples(site, index)[: self.n_examples]
         card.strings = [[harvest.strings[t] for t in e.tokens] for e in card.examples]
 
-    def _directions(self, card: Card, site: str, index: int) -> None:
-        directions, k = self.directions, self.k
+    def _of_weights(self, name: str) -> Card:
+        """What weights and attributions say."""
+        (site, index), directions, k = self._checked(name), self.directions, self.k
+        card = Card(name, final_scale=directions.final_scale)
         if (logits := directions.logits(site, index)) is not None:
             card.promotes, card.suppresses = directions.extremes(logits, k)
         if (embeddings := directions.embeddings(site, index)) is not None:
@@ -232,6 +228,10 @@ class Cards:
         card.upstream = directions.upstream(site, index, k)
         card.downstream = directions.downstream(site, index, k)
         card.alike = directions.alike(site, index, k)
+        if self.attributions is not None and index in self.attributions.alive.get(site, ()):
+            card.sources = self.attributions.sources(name, k)
+            card.targets = self.attributions.targets(name, k)
+        return card
 
     def _checked(self, name: str) -> tuple[str, int]:
         site, _, number = name.rpartition(":")
