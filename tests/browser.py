@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,16 +36,17 @@ def launch(chromium: BrowserType) -> Browser:
         pytest.fail(f"no Chromium to run pages in (apt-get install chromium): {error}")
 
 
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+@contextmanager
+def running() -> Iterator[Browser]:
+    """A browser; only one may be there in a process."""
     with sync_playwright() as playwright:
         launched = launch(playwright.chromium)
         yield launched
         launched.close()
 
 
-@pytest.fixture
-def open_file(browser: Browser) -> Iterator[Callable[..., Opened]]:
+@contextmanager
+def opening(browser: Browser) -> Iterator[Callable[..., Opened]]:
     """Opens files; fails at the end if a page had an error or asked for anything else."""
     opened: list[tuple[Opened, str]] = []
 

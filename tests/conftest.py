@@ -149,3 +149,19 @@ def small_disk(tmp_path):
         pytest.skip("needs the right to mount a file system")
     yield place
     os.system(f"umount {place}")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from tests.browser import running
+
+    with running() as found:
+        yield found
+
+
+@pytest.fixture
+def open_file(browser):
+    from tests.browser import opening
+
+    with opening(browser) as open_file:
+        yield open_file

@@ -3,7 +3,6 @@
 import pytest
 
 import vpd_lens
-from tests.browser import browser, open_file  # noqa: F401
 from tests.test_understanding import PROMPT, example, explained  # noqa: F401
 from vpd_lens.viz import harvest_page
 

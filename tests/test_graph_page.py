@@ -10,7 +10,6 @@ import torch
 from playwright.sync_api import Error, expect
 
 import tests.browser
-from tests.browser import browser, open_file  # noqa: F401
 from vpd_lens.analysis.circuits.graph import AttributionGraph
 from vpd_lens.analysis.circuits.tables import KINDS, Edges, Nodes
 from vpd_lens.analysis.circuits.targets import Output
@@ -99,7 +98,7 @@ def graph():
 
 
 @pytest.fixture
-def opened(graph, tmp_path, open_file):  # noqa: F811
+def opened(graph, tmp_path, open_file):
     return open_file(graph_page.to_html(graph, tmp_path / "graph.html"))
 
 
@@ -164,7 +163,7 @@ def test_each_card_is_asked_for_once(graph):
 def test_only_the_strongest_of_very_many_edges_are_kept(
     graph,
     tmp_path,
-    open_file,  # noqa: F811
+    open_file,
     monkeypatch,
 ):
     monkeypatch.setattr(graph_page, "MAX_EDGES", 40)
@@ -201,14 +200,14 @@ def edge_names(graph):
     return [(names[source], names[target]) for source, target in pairs]
 
 
-def test_gradient_edges_come_with_a_warning(tmp_path, open_file):  # noqa: F811
+def test_gradient_edges_come_with_a_warning(tmp_path, open_file):
     path = graph_page.to_html(random_graph(frozen=False), tmp_path / "graph.html", title="<b>&")
     opened = open_file(path)
     assert "need not add up" in opened.page.inner_text("#top")
     assert opened.page.inner_text("h1") == "<b>&"
 
 
-def test_hostile_tokens_stay_text(graph, tmp_path, open_file):  # noqa: F811
+def test_hostile_tokens_stay_text(graph, tmp_path, open_file):
     path = graph_page.to_html(graph, tmp_path / "graph.html", Harvest())
     opened = open_file(path)
     page = opened.page
@@ -323,7 +322,7 @@ def test_what_is_left_over_is_behind_one_toggle(opened, graph):
     assert len(opened.state("visibleEdges")) == graph.n_edges
 
 
-def test_about_the_300_strongest_edges_are_drawn_at_first(tmp_path, open_file):  # noqa: F811
+def test_about_the_300_strongest_edges_are_drawn_at_first(tmp_path, open_file):
     graph = random_graph(100, 1500)
     opened = open_file(graph_page.to_html(graph, tmp_path / "graph.html"))
     assert 295 <= len(opened.state("visibleEdges")) <= 305
@@ -406,7 +405,7 @@ def test_groups_leave_and_come_back_as_a_file(opened, graph, tmp_path):
 # -------------------------------------------------------------- search and keys
 
 
-def test_search_finds_names_tokens_and_examples(graph, tmp_path, open_file):  # noqa: F811
+def test_search_finds_names_tokens_and_examples(graph, tmp_path, open_file):
     opened = open_file(graph_page.to_html(graph, tmp_path / "graph.html", Harvest()))
     page, names = opened.page, graph.nodes.names()
     page.keyboard.press("/")
@@ -463,7 +462,7 @@ def test_keys_walk_pin_and_unpin(opened, graph):
 def test_light_and_dark_follow_the_system_until_switched(
     graph,
     tmp_path,
-    open_file,  # noqa: F811
+    open_file,
     system,
 ):
     opened = open_file(graph_page.to_html(graph, tmp_path / "graph.html"), color_scheme=system)
@@ -497,7 +496,7 @@ def test_zoom_keeps_everything_drawn(opened):
 )
 def test_large_graphs_respond(
     tmp_path,
-    open_file,  # noqa: F811
+    open_file,
     n_subcomponents,
     n_edges,
     n_layers,
