@@ -19,6 +19,7 @@ if os.environ.get("VPD_LENS_TYPECHECK") == "1":
     install_import_hook("vpd_lens", "beartype.beartype")
 
 if TYPE_CHECKING:
+    from vpd_lens.analysis.attention import Attention, attention
     from vpd_lens.analysis.cards import Card, Cards, card
     from vpd_lens.analysis.circuits.attribute import attribute
     from vpd_lens.analysis.circuits.behaviour import PruneConfig
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "analysis.cards": "Card Cards card",
+    "analysis.attention": "Attention attention",
     "analysis.circuits": "Ablate AttributionGraph Patch PruneConfig Scale attribute edited "
     "intervene prune",
     "analysis.dataset_attribution": "DatasetAttributions dataset_attributions",
@@ -63,12 +65,13 @@ _MODULES = {
 _WHERE = {name: f"vpd_lens.{where}" for where in _MODULES for name in _MODULES[where].split()}
 
 # Written out for type checkers.
-__all__ = ["Ablate", "AttributionGraph", "Card", "Cards", "CausalImportanceConfig"]
-__all__ += ["DatasetAttributions", "Decomposition", "EvalReport", "Explanation", "Harvest"]
-__all__ += ["Masks", "Patch", "PruneConfig", "Redundancy", "Scale", "Site", "VPDConfig"]
-__all__ += ["attribute", "card", "dataset_attributions", "decompose", "edited", "evaluate"]
-__all__ += ["explain", "harvest", "import_param_decomp", "intervene", "load", "load_example"]
-__all__ += ["prune", "redundancy", "remove", "train"]
+__all__ = ["Ablate", "Attention", "AttributionGraph", "Card", "Cards"]
+__all__ += ["CausalImportanceConfig", "DatasetAttributions", "Decomposition", "EvalReport"]
+__all__ += ["Explanation", "Harvest", "Masks", "Patch", "PruneConfig", "Redundancy"]
+__all__ += ["Scale", "Site", "VPDConfig", "attention", "attribute", "card"]
+__all__ += ["dataset_attributions", "decompose", "edited", "evaluate", "explain", "harvest"]
+__all__ += ["import_param_decomp", "intervene", "load", "load_example", "prune"]
+__all__ += ["redundancy", "remove", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,213 @@
+"""Pairs of subcomponents by head: q with k at every distance, and v with o.
+
+The *static* interaction of a q and a k subcomponent in head h, at distance tau, is
+
+    (s_c ||V_c|| U_q[c, h])^T M_tau (s_c' ||V_c'|| U_k[c', h])
+
+the score that they give where both have an activation of one along their read directions, of the
+sign `s` that they have where they are important. It is in the weights alone. That of a v and an o
+subcomponent is what one writes into the head and the other reads from it,
+
+    (s_c ||V_c|| U_v[c, h]) . (s_c' ||U_c'|| V_o[c', h]).
+
+Source: VPD, attention (static interaction).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from einops import einsum, repeat
+from jaxtyping import Float, Int
+from rich.table import Table
+from torch import Tensor
+
+from vpd_lens.analysis.attention.form import ScoreForm
+from vpd_lens.analysis.attention.parts import unit_vectors
+from vpd_lens.analysis.attention.prompt import text_of
+from vpd_lens.analysis.harvest import Harvest
+from vpd_lens.decomposition import Decomposition
+from vpd_lens.errors import InputError
+
+
+class Interaction(NamedTuple):
+    """One pair of subcomponents in one head; the key is `offset` positions before the query."""
+
+    first: str
+    second: str
+    head: int
+    offset: int
+    value: float
+
+
+@dataclass
+class Interactions:
+    """How pairs of subcomponents of two matrices of a layer go together, by head and distance.
+
+    Attributes:
+        kind: What the values are: `"static"`, `"mean contribution"`, ...
+        first: Site of the first of a pair: q, or v.
+        second: Site of the second: k, or o.
+        rows: Numbers of the subcomponents of `first`.
+        columns: Numbers of those of `second`.
+        offsets: Distances from the query back to the key; (0,) for v and o.
+        values: See `kind`.
+        signed: Whether signs mean anything; that of a subcomponent alone is a convention.
+        sees_offsets: Whether the model's scores depend on the distance at all, given q and k. With
+            learned positions they do not: there the distance is in what q and k read.
+    """
+
+    kind: str
+    first: str
+    second: str
+    rows: Int[Tensor, " first"]
+    columns: Int[Tensor, " second"]
+    offsets: tuple[int, ...]
+    values: Float[Tensor, "head offset first second"]
+    signed: bool = True
+    sees_offsets: bool = True
+
+    def standardised(self) -> Interactions:
+        """Less their mean and over their standard deviation, in every head."""
+        over = (1, 2, 3)
+        deviation, mean = torch.std_mean(self.values, over, correction=0, keepdim=True)
+        values = (self.values - mean) / deviation.clamp(min=1e-30)
+        return replace(self, kind=f"{self.kind}, standardised", values=values)
+
+    def of(self, first: str, second: str) -> Float[Tensor, "head offset"]:
+        """The values of one pair, by names such as `"blocks.1.attn.q:316"`.
+
+        Raises:
+            InputError: If one is not among the pairs.
+        """
+        return self.values[:, :, self._row(first), self._column(second)]
+
+    def top(
+        self, n: int = 10, head: int | None = None, offset: int | None = None
+    ) -> list[Interaction]:
+        """The `n` largest, of either sign, of all heads and distances or of one."""
+        heads = range(len(self.values)) if head is None else [head]
+        places = range(len(self.offsets)) if offset is None else [self._place(offset)]
+        chosen = self.values[list(heads)][:, list(places)]
+        best = chosen.abs().flatten().topk(min(n, chosen.numel())).indices
+        found = []
+        for h, o, r, c in torch.stack(torch.unravel_index(best, chosen.shape), 1).tolist():
+            names = f"{self.first}:{self.rows[r]}", f"{self.second}:{self.columns[c]}"
+            value = float(chosen[h, o, r, c])
+            found.append(Interaction(*names, heads[h], self.offsets[places[o]], value))
+        return found
+
+    def top_pairs(self, n: int = 10, offset: int | None = None) -> list[Interaction]:
+        """The `n` pairs with the largest value, of either sign; each once, where it is largest."""
+        places = slice(None) if offset is None else [self._place(offset)]
+        size, where = self.values[:, places].abs().flatten(0, 1).max(0)
+        best = size.flatten().topk(min(n, size.numel())).indices
+        found = []
+        for r, c in torch.stack(torch.unravel_index(best, size.shape), 1).tolist():
+            n_places = len(self.offsets) if offset is None else 1
+            h, o = divmod(int(where[r, c]), n_places)
+            place = o if offset is None else self._place(offset)
+            names = f"{self.first}:{self.rows[r]}", f"{self.second}:{self.columns[c]}"
+            value = float(self.values[h, place, r, c])
+            found.append(Interaction(*names, h, self.offsets[place], value))
+        return found
+
+    def __str__(self) -> str:
+        shape = f"{len(self.rows)} x {len(self.columns)} pairs in {len(self.values)} heads"
+        title = f"{self.kind} of {self.first} and {self.second}: {shape}"
+        if not self.sees_offsets and len(self.offsets) > 1:
+            title += "; the same at every distance, as this model's positions are in its stream"
+        if not self.signed:
+            title += "; signs are a convention without a harvest"
+        table = Table(title=title, title_justify="left")
+        for heading in ("first", "second", "head", "offset", "value"):
+            table.add_column(heading, justify="left" if heading in ("first", "second") else "right")
+        for pair in self.top_pairs():
+            table.add_row(*map(str, pair[:4]), f"{pair.value:+.3f}")
+        return text_of(table)
+
+    def _place(self, offset: int) -> int:
+        if offset not in self.offsets:
+            raise InputError(f"offset is {offset}; these are of {list(self.offsets)}.")
+        return self.offsets.index(offset)
+
+    def _row(self, name: str) -> int:
+        return _found(name, self.first, self.rows)
+
+    def _column(self, name: str) -> int:
+        return _found(name, self.second, self.columns)
+
+
+def _found(name: str, site: str, indices: Int[Tensor, " n"]) -> int:
+    own, _, index = name.rpartition(":")
+    place = (indices == (int(index) if own == site and index.isdigit() else -1)).nonzero()
+    if not len(place):
+        raise InputError(
+            f"{name!r} is not among the {len(indices)} subcomponents of {site} here; lower "
+            "threshold= to have those that are used less."
+        )
+    return int(place[0])
+
+
+def used_signs(
+    vpd: Decomposition, harvest: Harvest | None, threshold: float
+) -> dict[str, tuple[Int[Tensor, " _n"], Float[Tensor, " _n"]]]:
+    """By site, which subcomponents have a mean importance above a threshold, and their signs.
+
+    The sign is that of the mean activation where it fires. Without a harvest all are taken, and
+    signs are as they happen to be.
+    """
+    found = {}
+    for name, size in zip(vpd.layout.names, vpd.layout.sizes, strict=True):
+        if harvest is None or name not in harvest.layout.names:
+            found[name] = torch.arange(size), torch.ones(size)
+            continue
+        columns, usage = harvest.layout.columns(name), harvest.usage
+        used = usage.importance[columns].double() / usage.n_positions > threshold
+        index = used.nonzero()[:, 0]
+        signs = torch.where(usage.signed[columns] < 0, -1.0, 1.0)
+        found[name] = index, signs[index]
+    return found
+
+
+@torch.no_grad()
+def static_interactions(
+    vpd: Decomposition,
+    form: ScoreForm,
+    offsets: tuple[int, ...],
+    used: dict[str, tuple[Tensor, Tensor]],
+    signed: bool,
+) -> Interactions:
+    """The static interactions of a layer's q and k subcomponents."""
+    vectors, indices = [], []
+    for part, norm in zip("qk", (form.q_norm, form.k_norm), strict=True):
+        index, signs = used[f"blocks.{form.layer}.attn.{part}"]
+        own = unit_vectors(vpd, form.layer, part, norm).cpu()[index] * signs[:, None, None]
+        vectors.append(own)
+        indices.append(index)
+    q, k = vectors
+    k = repeat(k, "c kv d -> c (kv group) d", group=q.shape[1] // k.shape[1])
+    matrices = form.matrices[list(offsets)].cpu()
+    seen = einsum(matrices, k, "offset i j, second head j -> head offset second i")
+    values = einsum(q, seen, "first head i, head offset second i -> head offset first second")
+    names = (f"blocks.{form.layer}.attn.{part}" for part in "qk")
+    return Interactions("static", *names, *indices, offsets, values, signed, form.sees_offsets)
+
+
+@torch.no_grad()
+def value_output_interactions(
+    vpd: Decomposition, layer: int, used: dict[str, tuple[Tensor, Tensor]], signed: bool
+) -> Interactions:
+    """How much of what every v subcomponent writes into a head every o subcomponent reads."""
+    vectors, indices = [], []
+    for part in "vo":
+        index, signs = used[f"blocks.{layer}.attn.{part}"]
+        vectors.append(unit_vectors(vpd, layer, part).cpu()[index] * signs[:, None, None])
+        indices.append(index)
+    v, o = vectors
+    v = repeat(v, "c kv d -> c (kv group) d", group=o.shape[1] // v.shape[1])
+    values = einsum(v, o, "first head d, second head d -> head first second")[:, None]
+    names = (f"blocks.{layer}.attn.{part}" for part in "vo")
+    return Interactions("static", *names, *indices, (0,), values, signed)
