@@ -238,14 +238,14 @@ class Attention:
 
     def __str__(self) -> str:
         known = "used subcomponents" if self.harvest is not None else "subcomponents"
-        table = Table(title=f"Attention: {known} by layer", title_justify="left")
+        title, table = f"Attention: {known} by layer", Table()
         for heading in ("layer", "q", "k", "v", "o"):
             table.add_column(heading, justify="right")
         for layer in self.layers:
             names = (f"blocks.{layer}.attn.{part}" for part in "qkvo")
             counts = [len(self._used[n][0]) if n in self._used else "" for n in names]
             table.add_row(str(layer), *map(str, counts))
-        return text_of(table)
+        return text_of(title, table)
 
     def _require(self, layer: int, parts: str = "qk") -> None:
         names = [f"blocks.{layer}.attn.{part}" for part in parts]

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from vpd_lens.analysis.attention.form import ScoreForm
-from vpd_lens.analysis.attention.interactions import Interactions
+from vpd_lens.analysis.attention.interactions import Interactions, names_of
 from vpd_lens.analysis.attention.parts import Side, sides
 from vpd_lens.analysis.attention.prompt import patterns_of, text_of
 from vpd_lens.data import Batch
@@ -48,14 +48,14 @@ class Profile:
     first: Float[Tensor, " head"]
 
     def __str__(self) -> str:
-        table = Table(title=f"Mean attention of layer {self.layer}", title_justify="left")
+        title, table = f"Mean attention of layer {self.layer}", Table()
         shown = self.offsets[:8]
         for heading in ("head", *(f"-{offset}" for offset in shown), "first"):
             table.add_column(heading, justify="right")
         for head, (row, first) in enumerate(zip(self.attention, self.first, strict=True)):
             values = [*row[: len(shown)].tolist(), float(first)]
             table.add_row(str(head), *(f"{value:.3f}" for value in values))
-        return text_of(table)
+        return text_of(title, table)
 
 
 @dataclass
@@ -139,12 +139,12 @@ class Together:
         return found
 
     def __str__(self) -> str:
-        table = Table(title=f"{self.keys} and {self.values} together", title_justify="left")
+        title, table = f"{self.keys} and {self.values} together", Table()
         for heading in ("k", "v", "P(k | v)", "P(v | k)", "correlation"):
             table.add_column(heading, justify="left" if len(heading) == 1 else "right")
         for k, v, *figures in self.top():
             table.add_row(k, v, *(f"{figure:.3f}" for figure in figures))
-        return text_of(table)
+        return text_of(title, table)
 
 
 @dataclass
@@ -184,7 +184,7 @@ class PatternChange:
 
     def __str__(self) -> str:
         title = f"Mean attention with and without {', '.join(self.ablated)}"
-        table = Table(title=title, title_justify="left")
+        table = Table()
         for heading in ("layer", "head", "offset", "with", "without"):
             table.add_column(heading, justify="right")
         rows = []
@@ -196,7 +196,7 @@ class PatternChange:
         for layer, head, offset, *values in sorted(rows, key=lambda row: -abs(row[4] - row[3])):
             cells = (f"{value:.3f}" for value in values)
             table.add_row(str(layer), str(head), f"-{offset}", *cells)
-        return text_of(table)
+        return text_of(title, table)
 
 
 @torch.no_grad()
@@ -288,6 +288,7 @@ def _products(
     acts = []
     for side in (q, k):
         own = side.activations[..., used[side.site][0].to(real.device)]
+        own = torch.cat([own, torch.ones_like(own[..., :1])], -1)  # the bias' is always 1
         acts.append(own[:, :, None] * side.inverse_rms * real[..., None, None])
     of_q, of_k = acts  # [batch, pos, head or 1, C]
     if of_q.shape[2] > 1:  # normalised head by head
@@ -308,10 +309,16 @@ def _contributions(
 ) -> Interactions:
     """What the forms make of mean products of activations."""
     indices = [used[side.site][0] for side in vectors]
-    q, k = (s.vectors.cpu()[i] for s, i in zip(vectors, indices, strict=True))
+    q, k = (
+        torch.cat([side.vectors[index], side.bias[None]]).cpu()
+        for side, index in zip(vectors, indices, strict=True)
+    )
     k = repeat(k, "c kv d -> c (kv group) d", group=q.shape[1] // k.shape[1])
     seen = einsum(form.matrices[list(offsets)].cpu(), k, "o i j, second h j -> h o second i")
     pairs = einsum(q, seen, "first h i, h o second i -> h o first second")
-    names = (side.site for side in vectors)
+    sites = [side.site for side in vectors]
+    names = [
+        (*names_of(site, index), f"{site}.bias") for site, index in zip(sites, indices, strict=True)
+    ]
     values = pairs * products.float()
-    return Interactions("mean contribution", *names, *indices, offsets, values)
+    return Interactions("mean contribution", *sites, *names, offsets, values)

@@ -60,7 +60,7 @@ class HeadSpread:
         return [(f"{self.site}:{c}", self.norms[c].tolist()) for c in best]
 
     def __str__(self) -> str:
-        table = Table(title=f"Norm by head, {self.site}", title_justify="left")
+        title, table = f"Norm by head, {self.site}", Table()
         table.add_column("subcomponent")
         for head in range(self.norms.shape[1]):
             table.add_column(f"head {head}", justify="right")
@@ -68,7 +68,7 @@ class HeadSpread:
         for name, norms in self.top():
             heads = float(self.n_heads[int(name.rpartition(":")[2])])
             table.add_row(name, *(f"{norm:.3f}" for norm in norms), f"{heads:.1f}")
-        return text_of(table)
+        return text_of(title, table)
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ class Overlap:
     def __str__(self) -> str:
         weighting = f"weighted by {self.n_inputs} inputs" if self.n_inputs else "unweighted"
         title = f"OV overlap of layer {self.layer}, {weighting}"
-        table = Table(title=title, title_justify="left")
+        table = Table()
         for heading in ("cosine", "mean", "largest pair", "random heads"):
             table.add_column(heading, justify="left" if heading == "cosine" else "right")
         for kind, cosines in self.cosines.items():
@@ -115,7 +115,7 @@ class Overlap:
             row = f"{self.mean(kind):+.3f}", pair, f"{mean:+.3f} ± {deviation:.3f}"
             table.add_row(kind, *row)
         note = "" if self.n_inputs else f"\nTwo random projections: {self.analytic:.3f}"
-        return text_of(table) + note
+        return text_of(title, table) + note
 
 
 @torch.no_grad()

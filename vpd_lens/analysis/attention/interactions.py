@@ -50,8 +50,8 @@ class Interactions:
         kind: What the values are: `"static"`, `"mean contribution"`, ...
         first: Site of the first of a pair: q, or v.
         second: Site of the second: k, or o.
-        rows: Numbers of the subcomponents of `first`.
-        columns: Numbers of those of `second`.
+        rows: Names of the subcomponents of `first`, and of its bias where that counts, too.
+        columns: Names of those of `second`.
         offsets: Distances from the query back to the key; (0,) for v and o.
         values: See `kind`.
         signed: Whether signs mean anything; that of a subcomponent alone is a convention.
@@ -62,8 +62,8 @@ class Interactions:
     kind: str
     first: str
     second: str
-    rows: Int[Tensor, " first"]
-    columns: Int[Tensor, " second"]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
     offsets: tuple[int, ...]
     values: Float[Tensor, "head offset first second"]
     signed: bool = True
@@ -76,79 +76,80 @@ class Interactions:
         values = (self.values - mean) / deviation.clamp(min=1e-30)
         return replace(self, kind=f"{self.kind}, standardised", values=values)
 
+    def relative(self) -> Interactions:
+        """Less the mean over all distances of the same pair in the same head.
+
+        What adds the same at every distance does not change how far back a head looks.
+        """
+        values = self.values - self.values.mean(1, keepdim=True)
+        return replace(self, kind=f"{self.kind}, less its mean over distances", values=values)
+
     def of(self, first: str, second: str) -> Float[Tensor, "head offset"]:
         """The values of one pair, by names such as `"blocks.1.attn.q:316"`.
 
         Raises:
             InputError: If one is not among the pairs.
         """
-        return self.values[:, :, self._row(first), self._column(second)]
+        row, column = (
+            _place(self.rows, first, self.first),
+            _place(self.columns, second, self.second),
+        )
+        return self.values[:, :, row, column]
 
     def top(
         self, n: int = 10, head: int | None = None, offset: int | None = None
     ) -> list[Interaction]:
-        """The `n` largest, of either sign, of all heads and distances or of one."""
-        heads = range(len(self.values)) if head is None else [head]
-        places = range(len(self.offsets)) if offset is None else [self._place(offset)]
-        chosen = self.values[list(heads)][:, list(places)]
-        best = chosen.abs().flatten().topk(min(n, chosen.numel())).indices
-        found = []
-        for h, o, r, c in torch.stack(torch.unravel_index(best, chosen.shape), 1).tolist():
-            names = f"{self.first}:{self.rows[r]}", f"{self.second}:{self.columns[c]}"
-            value = float(chosen[h, o, r, c])
-            found.append(Interaction(*names, heads[h], self.offsets[places[o]], value))
-        return found
+        """The `n` pairs of the largest values, of either sign; each where its value is largest.
 
-    def top_pairs(self, n: int = 10, offset: int | None = None) -> list[Interaction]:
-        """The `n` pairs with the largest value, of either sign; each once, where it is largest."""
-        places = slice(None) if offset is None else [self._place(offset)]
-        size, where = self.values[:, places].abs().flatten(0, 1).max(0)
+        Of all heads and distances, or of one.
+
+        Raises:
+            InputError: If there is no such head or distance.
+        """
+        heads, offsets = list(range(len(self.values))), list(self.offsets)
+        for name, one, known in (("head", head, heads), ("offset", offset, offsets)):
+            if one is not None and one not in known:
+                raise InputError(f"{name} is {one}; there are {known}.")
+            known[:] = known if one is None else [one]
+        chosen = self.values[heads][:, [self.offsets.index(o) for o in offsets]]
+        size, where = chosen.abs().flatten(0, 1).max(0)
         best = size.flatten().topk(min(n, size.numel())).indices
         found = []
         for r, c in torch.stack(torch.unravel_index(best, size.shape), 1).tolist():
-            n_places = len(self.offsets) if offset is None else 1
-            h, o = divmod(int(where[r, c]), n_places)
-            place = o if offset is None else self._place(offset)
-            names = f"{self.first}:{self.rows[r]}", f"{self.second}:{self.columns[c]}"
-            value = float(self.values[h, place, r, c])
-            found.append(Interaction(*names, h, self.offsets[place], value))
+            h, o = divmod(int(where[r, c]), len(offsets))
+            place = heads[h], offsets[o]
+            found.append(
+                Interaction(self.rows[r], self.columns[c], *place, float(chosen[h, o, r, c]))
+            )
         return found
 
     def __str__(self) -> str:
         shape = f"{len(self.rows)} x {len(self.columns)} pairs in {len(self.values)} heads"
-        title = f"{self.kind} of {self.first} and {self.second}: {shape}"
+        title = f"{self.first} and {self.second}, {self.kind}: {shape}"
         if not self.sees_offsets and len(self.offsets) > 1:
-            title += "; the same at every distance, as this model's positions are in its stream"
+            title += "\nThe same at every distance: this model's positions are in its stream."
         if not self.signed:
-            title += "; signs are a convention without a harvest"
-        table = Table(title=title, title_justify="left")
+            title += "\nSigns are a convention; a harvest says which are which."
+        table = Table()
         for heading in ("first", "second", "head", "offset", "value"):
             table.add_column(heading, justify="left" if heading in ("first", "second") else "right")
-        for pair in self.top_pairs():
+        for pair in self.top():
             table.add_row(*map(str, pair[:4]), f"{pair.value:+.3f}")
-        return text_of(table)
-
-    def _place(self, offset: int) -> int:
-        if offset not in self.offsets:
-            raise InputError(f"offset is {offset}; these are of {list(self.offsets)}.")
-        return self.offsets.index(offset)
-
-    def _row(self, name: str) -> int:
-        return _found(name, self.first, self.rows)
-
-    def _column(self, name: str) -> int:
-        return _found(name, self.second, self.columns)
+        return text_of(title, table)
 
 
-def _found(name: str, site: str, indices: Int[Tensor, " n"]) -> int:
-    own, _, index = name.rpartition(":")
-    place = (indices == (int(index) if own == site and index.isdigit() else -1)).nonzero()
-    if not len(place):
+def _place(names: tuple[str, ...], name: str, site: str) -> int:
+    if name not in names:
         raise InputError(
-            f"{name!r} is not among the {len(indices)} subcomponents of {site} here; lower "
-            "threshold= to have those that are used less."
+            f"{name!r} is not among the {len(names)} of {site} here, which are those that the "
+            "harvest has a mean importance of more than threshold= of."
         )
-    return int(place[0])
+    return names.index(name)
+
+
+def names_of(site: str, indices: Int[Tensor, " n"]) -> tuple[str, ...]:
+    """Names of some subcomponents of a site."""
+    return tuple(f"{site}:{index}" for index in indices.tolist())
 
 
 def used_signs(
@@ -181,19 +182,18 @@ def static_interactions(
     signed: bool,
 ) -> Interactions:
     """The static interactions of a layer's q and k subcomponents."""
-    vectors, indices = [], []
-    for part, norm in zip("qk", (form.q_norm, form.k_norm), strict=True):
-        index, signs = used[f"blocks.{form.layer}.attn.{part}"]
-        own = unit_vectors(vpd, form.layer, part, norm).cpu()[index] * signs[:, None, None]
-        vectors.append(own)
-        indices.append(index)
-    q, k = vectors
+    sites = [f"blocks.{form.layer}.attn.{part}" for part in "qk"]
+    q, k = (
+        unit_vectors(vpd, form.layer, part, norm).cpu()[used[site][0]]
+        * used[site][1][:, None, None]
+        for part, site, norm in zip("qk", sites, (form.q_norm, form.k_norm), strict=True)
+    )
     k = repeat(k, "c kv d -> c (kv group) d", group=q.shape[1] // k.shape[1])
     matrices = form.matrices[list(offsets)].cpu()
     seen = einsum(matrices, k, "offset i j, second head j -> head offset second i")
     values = einsum(q, seen, "first head i, head offset second i -> head offset first second")
-    names = (f"blocks.{form.layer}.attn.{part}" for part in "qk")
-    return Interactions("static", *names, *indices, offsets, values, signed, form.sees_offsets)
+    names = (names_of(site, used[site][0]) for site in sites)
+    return Interactions("static", *sites, *names, offsets, values, signed, form.sees_offsets)
 
 
 @torch.no_grad()
@@ -201,13 +201,12 @@ def value_output_interactions(
     vpd: Decomposition, layer: int, used: dict[str, tuple[Tensor, Tensor]], signed: bool
 ) -> Interactions:
     """How much of what every v subcomponent writes into a head every o subcomponent reads."""
-    vectors, indices = [], []
-    for part in "vo":
-        index, signs = used[f"blocks.{layer}.attn.{part}"]
-        vectors.append(unit_vectors(vpd, layer, part).cpu()[index] * signs[:, None, None])
-        indices.append(index)
-    v, o = vectors
+    sites = [f"blocks.{layer}.attn.{part}" for part in "vo"]
+    v, o = (
+        unit_vectors(vpd, layer, part).cpu()[used[site][0]] * used[site][1][:, None, None]
+        for part, site in zip("vo", sites, strict=True)
+    )
     v = repeat(v, "c kv d -> c (kv group) d", group=o.shape[1] // v.shape[1])
     values = einsum(v, o, "first head d, second head d -> head first second")[:, None]
-    names = (f"blocks.{layer}.attn.{part}" for part in "vo")
-    return Interactions("static", *names, *indices, (0,), values, signed)
+    names = (names_of(site, used[site][0]) for site in sites)
+    return Interactions("static", *sites, *names, (0,), values, signed)

@@ -251,16 +251,16 @@ def patterns_of(
 
 def pairs_text(title: str, pairs: Sequence[AttentionPair]) -> str:
     """A table of pairs, as text."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for heading in ("head", "query", "key", "contribution"):
         table.add_column(heading, justify="left" if heading in ("query", "key") else "right")
     for pair in pairs:
         table.add_row(str(pair.head), pair.query, pair.key, f"{pair.weight:+.3f}")
-    return text_of(table)
+    return text_of(title, table)
 
 
-def text_of(table: Table) -> str:
-    """A rich table as plain text."""
+def text_of(title: str, table: Table) -> str:
+    """A rich table with its title, as plain text."""
     console = Console(width=100, no_color=True, file=(text := io.StringIO()))
-    console.print(table, highlight=False, markup=False)
+    console.print(title, table, sep="\n", highlight=False, markup=False)
     return text.getvalue().rstrip()
