@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,18 +24,14 @@ from playwright.sync_api import sync_playwright
 
 import vpd_lens
 from quickstart import PROMPT, TARGET
+from themed import COLOURS, save
 from vpd_lens.evaluation import EvalReport
 from vpd_lens.evaluation.plots import BESIDE, MAIN, line
 from vpd_lens.example import example_harvest, example_report
-from vpd_lens.storage import write_text
-from vpd_lens.viz.svg import INK, MUTED, draw, legend_above
+from vpd_lens.viz.svg import INK, MUTED, legend_above
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTROL = ROOT / "docs" / "results" / "example" / "without_adversary.json"
-COLOURS = {
-    "light": {"currentColor": "#1f2328", "var(--muted)": "#59636e", "var(--grid)": "#d1d9e0"},
-    "dark": {"currentColor": "#e6edf3", "var(--muted)": "#9198a1", "var(--grid)": "#3d444d"},
-}
 
 
 def main() -> None:
@@ -50,21 +45,6 @@ def main() -> None:
     model = vpd_lens.load_example()
     save(output, "example_needs", (9, 4.6), lambda figure: needs(figure, model, PROMPT))
     pages(model, output)
-
-
-def save(
-    folder: Path, name: str, size: tuple[float, float], plot: Callable[[Figure], None]
-) -> None:
-    """One figure as two files, in the colours of light and of dark pages."""
-    for theme, colours in COLOURS.items():
-        text = draw(name, name, size, plot)
-        for stand_in, colour in colours.items():
-            text = text.replace(stand_in, colour)
-        write_text(
-            folder / f"{name}_{theme}.svg",
-            text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" '
-                         'font-family="system-ui, sans-serif" ', 1),
-        )  # fmt: skip
 
 
 def resistance(figure: Figure, reports: dict[str, EvalReport]) -> None:
