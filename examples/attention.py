@@ -2,11 +2,11 @@
 
     python examples/attention.py     # of the example that ships with the library
 
-Looks, on text that neither the model nor its decomposition was trained on, for the head that attends
-most to the position before, for the pair of q and k subcomponents that draws it there, and at what
-becomes of it without either of them; as controls, without the next largest subcomponent of the same
-matrix, and without all others of it. Writes `previous_token.json` and the figures of the page on
-attention.
+Looks, on text that neither the model nor its decomposition was trained on, for the head that
+attends most to the position before, for the pair of q and k subcomponents that draws it there, and
+at what becomes of it without either of them; as controls, without the next largest subcomponent of
+the same matrix, and without all others of it. Writes `previous_token.json` and the figures of the
+page on attention.
 """
 
 from __future__ import annotations

@@ -147,14 +147,14 @@ def test_pairs_of_an_induction_head_are_those_of_the_same_token(induction):
     assert not static.sees_offsets
     moved = heads.value_output(1).top(VOCABULARY)
     assert all(p.first[-1] == p.second[-1] for p in moved)
-    # 1 2 3 1: the last token looks at what followed its kind, by the pair of token 1.
-    prompt = heads.on([1, 2, 3, 1])
-    assert prompt.patterns[1][0, 3, 1] > 0.99
-    best = prompt.contributions(1, 0, 3, 1).top(1)[0]
-    assert (best.query, best.key) == ("blocks.1.attn.q:1@3", "blocks.1.attn.k:1@1")
-    assert best.weight == pytest.approx(prompt.scores(1)[0, 3, 1], rel=1e-5)
+    # 4 1 2 3 1: the last token looks at what followed its kind, by the pair of token 1.
+    prompt = heads.on([4, 1, 2, 3, 1])
+    assert prompt.patterns[1][0, 4, 2] > 0.99
+    best = prompt.contributions(1, 0, 4, 2).top(1)[0]
+    assert (best.query, best.key) == ("blocks.1.attn.q:1@4", "blocks.1.attn.k:1@2")
+    assert best.weight == pytest.approx(float(prompt.scores(1)[0, 4, 2]), rel=1e-5)
     without = prompt.without("blocks.1.attn.q:1")
-    torch.testing.assert_close(without[1][0, 3], torch.full((4,), 0.25))
+    torch.testing.assert_close(without[1][0, 4], torch.full((5,), 0.2))
 
 
 def test_contributions_relative_to_the_mean_are_what_the_softmax_sees(previous):

@@ -118,7 +118,7 @@ class Attention:
         tokens = prompt_tokens(self.vpd.model, prompt, prepend_bos)
         return PromptAttention(self.vpd, tokens, self._forms_for(len(tokens)))
 
-    def static(self, layer: int, offsets: int = OFFSETS) -> Interactions:
+    def static(self, layer: int, offsets: int | None = None) -> Interactions:
         """How the q and k subcomponents of a layer go together by head, at each of some distances.
 
         In the units of an attention score, for activations of 1 along the read directions. Where q
@@ -127,13 +127,15 @@ class Attention:
 
         Args:
             layer: The block.
-            offsets: Number of distances, from 0, the position itself, on.
+            offsets: Number of distances, from 0, the position itself, on; `None`: 17, or as many as
+                there are.
 
         Raises:
             InputError: If q and k of the layer are not decomposed, or there is no such distance.
         """
         self._require(layer)
-        form, given = self._forms_for(offsets)[layer], tuple(range(offsets))
+        n = min(OFFSETS, self._n_ctx) if offsets is None else offsets
+        form, given = self._forms_for(n)[layer], tuple(range(n))
         return static_interactions(self.vpd, form, given, self._used, self.harvest is not None)
 
     def value_output(self, layer: int) -> Interactions:
@@ -236,7 +238,7 @@ class Attention:
         given = tuple(range(min(offsets, first.tokens.shape[1])))
         return profiles_of(self.vpd, self.layers, batches, given, names)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         known = "used subcomponents" if self.harvest is not None else "subcomponents"
         title, table = f"Attention: {known} by layer", Table()
         for heading in ("layer", "q", "k", "v", "o"):
@@ -252,11 +254,14 @@ class Attention:
         if missing := [name for name in names if name not in self.vpd.layout.names]:
             raise InputError(f"layer={layer}: {' and '.join(missing)} are not decomposed.")
 
+    @property
+    def _n_ctx(self) -> int:
+        return int(self.vpd.model.cfg.n_ctx)  # type: ignore[union-attr]
+
     def _forms_for(self, n: int) -> dict[int, ScoreForm]:
         """How all layers attend, on at least `n` positions."""
-        n_ctx = int(self.vpd.model.cfg.n_ctx)  # type: ignore[union-attr]
-        if not 1 <= n <= n_ctx:
-            raise InputError(f"{n} positions: the model has between 1 and {n_ctx}.")
+        if not 1 <= n <= self._n_ctx:
+            raise InputError(f"{n} positions: the model has between 1 and {self._n_ctx}.")
         n = max(n, 2)
         if n not in self._forms:
             tokens = probe_tokens(self.vpd.model, n)

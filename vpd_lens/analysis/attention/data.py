@@ -31,7 +31,7 @@ from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.errors import DataError
 
 
-@dataclass
+@dataclass(repr=False)
 class Profile:
     """Where the heads of a layer look, on average.
 
@@ -47,7 +47,7 @@ class Profile:
     attention: Float[Tensor, "head offset"]
     first: Float[Tensor, " head"]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         title, table = f"Mean attention of layer {self.layer}", Table()
         shown = self.offsets[:8]
         for heading in ("head", *(f"-{offset}" for offset in shown), "first"):
@@ -90,7 +90,7 @@ class Profiles:
         return Profile(layer, self.offsets, mean, first)
 
 
-@dataclass
+@dataclass(repr=False)
 class Together:
     """How often k and v subcomponents of a layer are important at the same position.
 
@@ -138,7 +138,7 @@ class Together:
             found.append((f"{self.keys}:{k}", f"{self.values}:{v}", *map(float, figures)))
         return found
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         title, table = f"{self.keys} and {self.values} together", Table()
         for heading in ("k", "v", "P(k | v)", "P(v | k)", "correlation"):
             table.add_column(heading, justify="left" if len(heading) == 1 else "right")
@@ -147,7 +147,7 @@ class Together:
         return text_of(title, table)
 
 
-@dataclass
+@dataclass(repr=False)
 class DataAttention:
     """What the attention of some layers does over data; made by `Attention.over`.
 
@@ -163,8 +163,11 @@ class DataAttention:
     contributions: dict[int, Interactions]
     together: dict[int, Together]
 
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.profiles.values()))
 
-@dataclass
+
+@dataclass(repr=False)
 class PatternChange:
     """Where heads look with and without some subcomponents; made by `Attention.ablate`.
 
@@ -182,7 +185,7 @@ class PatternChange:
         """Mean attention without less that with them."""
         return self.after[layer].attention - self.before[layer].attention
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         title = f"Mean attention with and without {', '.join(self.ablated)}"
         table = Table()
         for heading in ("layer", "head", "offset", "with", "without"):

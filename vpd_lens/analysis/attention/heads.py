@@ -31,7 +31,7 @@ from vpd_lens.errors import InputError
 KINDS = ("raw", "read", "write")
 
 
-@dataclass
+@dataclass(repr=False)
 class HeadSpread:
     """How large every subcomponent of an attention matrix is in every head.
 
@@ -59,7 +59,7 @@ class HeadSpread:
         best = self.norms.norm(dim=1).topk(min(n, len(self.norms))).indices.tolist()
         return [(f"{self.site}:{c}", self.norms[c].tolist()) for c in best]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         title, table = f"Norm by head, {self.site}", Table()
         table.add_column("subcomponent")
         for head in range(self.norms.shape[1]):
@@ -78,7 +78,7 @@ def head_spread(vpd: Decomposition, layer: int, part: str) -> HeadSpread:
     return HeadSpread(f"blocks.{layer}.attn.{part}", norms)
 
 
-@dataclass
+@dataclass(repr=False)
 class Overlap:
     """How alike the heads of a layer are in what they move.
 
@@ -101,7 +101,7 @@ class Overlap:
         cosines = self.cosines[kind]
         return float(cosines[~torch.eye(len(cosines), dtype=torch.bool)].mean())
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         weighting = f"weighted by {self.n_inputs} inputs" if self.n_inputs else "unweighted"
         title = f"OV overlap of layer {self.layer}, {weighting}"
         table = Table()

@@ -42,7 +42,7 @@ class Interaction(NamedTuple):
     value: float
 
 
-@dataclass
+@dataclass(repr=False)
 class Interactions:
     """How pairs of subcomponents of two matrices of a layer go together, by head and distance.
 
@@ -123,7 +123,7 @@ class Interactions:
             )
         return found
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         shape = f"{len(self.rows)} x {len(self.columns)} pairs in {len(self.values)} heads"
         title = f"{self.first} and {self.second}, {self.kind}: {shape}"
         if not self.sees_offsets and len(self.offsets) > 1:

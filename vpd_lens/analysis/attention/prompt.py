@@ -34,7 +34,7 @@ from vpd_lens.decomposition.masks import NEEDED
 from vpd_lens.errors import InputError, VPDError
 
 
-@dataclass
+@dataclass(repr=False)
 class Contributions:
     """What every pair adds to one score: subcomponents, then the delta, then the bias, of either.
 
@@ -71,7 +71,7 @@ class Contributions:
             found.append(AttentionPair(*place, *ends, float(self.values[q, k])))
         return found
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         kind = "score over the query's mean" if self.relative else "score"
         title = f"Layer {self.layer}, head {self.head}, {self.query} to {self.key}: {kind}"
         return pairs_text(f"{title} {self.score:+.3f}", self.top())
