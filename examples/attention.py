@@ -111,15 +111,18 @@ def recorded(
     changes: dict[str, PatternChange],
 ) -> dict[str, Any]:
     """What was found, and with what."""
-    static = heads.static(layer).standardised()
+    static, relative = heads.static(layer), heads.static(layer).relative().standardised()
+    names = pair.first, pair.second
     return {
         "layer": layer,
         "head": head,
         "positions": found.n_positions,
         "attention": found.profiles[layer].attention[:, :6].tolist(),
-        "pair": [pair.first, pair.second],
+        "pair": names,
         "contribution_over_its_mean": pair.value,
-        "static_standardised_by_head": static.of(pair.first, pair.second)[:, 1].tolist(),
+        "static_standardised": static.standardised().of(*names)[head].tolist(),
+        "static_relative_standardised_by_head": relative.of(*names)[:, 1].tolist(),
+        "largest_static_relative": [p._asdict() for p in relative.top(5, head=head, offset=1)],
         "without": {
             label: {
                 "n": len(change.ablated),
@@ -151,7 +154,7 @@ def draw_all(
         save(folder, name.replace("-", "_"), size, plot)
 
     static, mean = heads.static(layer).standardised(), found.contributions[layer]
-    plots.matrix_plot(static, 1, to=to)
+    plots.matrix_plot(heads.static(layer).relative().standardised(), 1, to=to)
     plots.pair_plot(static, pair.first, pair.second, to=to)
     top = [p for p in mean.relative().top(99, head=head, offset=1) if p.value > 0][:5]
     plots.offsets_plot(mean, top, to=to)

@@ -24,9 +24,11 @@ from vpd_lens.analysis.attention.interactions import Interaction, Interactions
 from vpd_lens.evaluation.plots import BESIDE, FULL, HALF, MAIN, svg
 from vpd_lens.viz.svg import INK, MUTED, PALETTE, legend_above
 
-# Nothing is transparent, so that zero is the page's own colour, light or dark.
+# Zero is transparent, and so of the page's own colour, light or dark.
 _CLEAR = [*to_rgba(MAIN)[:3], 0.0], [*to_rgba(BESIDE)[:3], 0.0]
-_SIGNED = LinearSegmentedColormap.from_list("signed", [MAIN, *_CLEAR, BESIDE])
+_SIGNED = LinearSegmentedColormap.from_list(
+    "signed", [(0, MAIN), (0.5, _CLEAR[0]), (0.5, _CLEAR[1]), (1, BESIDE)]
+)
 _POSITIVE = LinearSegmentedColormap.from_list("positive", [_CLEAR[0], MAIN])
 
 
@@ -93,6 +95,7 @@ def matrix_plot(figure: Figure, interactions: Interactions, offset: int, n: int 
     panels[0].set_xlabel(second)
     bar = figure.colorbar(image, ax=panels, shrink=0.8, pad=0.01)
     bar.outline.set_visible(False)
+    figure.suptitle(f"{interactions.kind}, {offset} back", fontsize=8, color=MUTED)
 
 
 @svg("attention-pattern", "Attention patterns with and without subcomponents", (10.2, 3.3))
@@ -122,14 +125,14 @@ def ablation_plot(figure: Figure, changes: Sequence[PatternChange], layer: int) 
     panels = figure.subplots(1, len(before.attention), sharey=True, squeeze=False)[0]
     for head, axes in enumerate(panels):
         curves = [("all", before, INK)]
-        for change, colour in zip(changes, (BESIDE, MAIN, *PALETTE), strict=False):
+        for change, colour in zip(changes, (BESIDE, *PALETTE[1::2]), strict=False):
             curves.append((f"without {_short(change.ablated)}", change.after[layer], colour))
         for label, profile, colour in curves:
             values = profile.attention[head].tolist()
             axes.plot(profile.offsets, values, "o-", color=colour, markersize=2.5, label=label)
         axes.set_title(f"head {head}")
-        axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    panels[0].set_ylim(bottom=0)  # of all, when all are drawn
     panels[0].set_ylabel("mean attention")
     figure.supxlabel("positions back from the query", fontsize=8.5, color=MUTED)
     handles = panels[0].get_legend_handles_labels()[0]

@@ -83,13 +83,12 @@ def _side(
     vectors = vpd.u(name).float().unflatten(-1, heads)
     delta = (x @ vpd.delta(name)).unflatten(-1, heads)
     shared = x.new_zeros(heads) if bias is None else bias.float().unflatten(-1, heads)
-    side = Side(name, x @ vpd.v(name).float(), vectors, delta, shared, x.new_ones(1, 1))
-    side.inverse_rms = x.new_ones(*x.shape[:-1], 1, 1)
+    inverse_rms = x.new_ones(*x.shape[:-1], 1, 1)
     if norm is not None:
-        side.inverse_rms = norm.inverse_rms(side.by_part().sum(0))
-        side.vectors, side.delta = vectors * norm.gain, delta * norm.gain
-        side.bias = shared * norm.gain
-    return side
+        y = (x @ vpd.site(name).weight.float()).unflatten(-1, heads) + shared
+        inverse_rms = norm.inverse_rms(y)
+        vectors, delta, shared = vectors * norm.gain, delta * norm.gain, shared * norm.gain
+    return Side(name, x @ vpd.v(name).float(), vectors, delta, shared, inverse_rms)
 
 
 def unit_vectors(
