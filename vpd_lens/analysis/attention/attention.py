@@ -33,7 +33,7 @@ from vpd_lens.data import Batch, one_pass
 from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.masks import NEEDED
 from vpd_lens.decomposition.saving import fingerprint
-from vpd_lens.errors import InputError
+from vpd_lens.errors import DataError, InputError
 from vpd_lens.sites.discovery import attends_both_ways, model_kind
 
 OFFSETS = 17
@@ -298,8 +298,7 @@ class Attention:
 
 
 def _peeked(batches: Iterator[Batch]) -> tuple[Batch, Iterator[Batch]]:
-    """The first batch, and all of them; an empty one of no positions if there is none."""
-    first = next(batches, None)
-    if first is None:
-        return Batch(torch.empty(0, 2, dtype=torch.long)), iter(())
+    """The first batch, and all of them."""
+    if (first := next(batches, None)) is None:
+        raise DataError("there is no batch of data (n_batches of 0?); give at least one.")
     return first, chain([first], batches)

@@ -28,7 +28,6 @@ from vpd_lens.analysis.attention.prompt import patterns_of, text_of
 from vpd_lens.data import Batch
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.importance import lower_leaky
-from vpd_lens.errors import DataError
 
 
 @dataclass(repr=False)
@@ -236,8 +235,6 @@ def over_batches(
             products[layer] = products.get(layer, 0) + found
             if layer in together:
                 _count(together[layer], important, vpd)
-    if not n:
-        raise DataError("the data is empty; attention over data needs some.")
     counts = profiles.n.clamp(min=1)
     contributions = {
         layer: _contributions(
@@ -263,8 +260,6 @@ def profiles_of(
         for sums, names in ((before, ()), (after, ablated)):
             found = patterns_of(vpd, layers, batch.tokens, names, **batch.mask_argument())
             sums.add(found, _real(batch))
-    if not before.sums:
-        raise DataError("the data is empty; attention over data needs some.")
     return PatternChange(ablated, *({n: p.of(n) for n in layers} for p in (before, after)))
 
 
