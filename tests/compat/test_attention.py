@@ -153,7 +153,7 @@ def test_means_over_data_are_those_of_prompts(decomposed: Callable[[str], nn.Mod
         torch.testing.assert_close(got, looked.mean((0, 2)), atol=1e-5, rtol=1e-4)
     columns = heads.vpd.layout.columns
     g = torch.stack([p.importance for p in prompts]) > 0.1
-    k, v = (g[..., columns(f"blocks.1.attn.{part}")].float() for part in "kv")
+    k, v = (g[..., columns(f"blocks.1.attn.{part}")].double() for part in "kv")
     both = torch.einsum("btk,btv->kv", k, v)
     torch.testing.assert_close(found.together[1].both, both)
     torch.testing.assert_close(found.together[1].k_given_v, both / v.sum((0, 1)), equal_nan=True)

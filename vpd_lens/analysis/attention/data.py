@@ -218,7 +218,8 @@ def over_batches(
         keys, values = (f"blocks.{layer}.attn.{part}" for part in "kv")
         if values in vpd.layout.names:
             sizes = [len(vpd.u(name)) for name in (keys, values)]
-            counts = torch.zeros(*sizes), torch.zeros(sizes[0]), torch.zeros(sizes[1])
+            shapes = sizes, sizes[:1], sizes[1:]
+            counts = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
             together[layer] = Together(keys, values, *counts, 0)
     vectors: dict[int, tuple[Side, Side]] = {}
     for batch in batches:

@@ -66,9 +66,8 @@ def sides(
     vpd: Decomposition, form: ScoreForm, inputs: dict[str, Float[Tensor, "*batch d_in"]]
 ) -> tuple[Side, Side]:
     """The q and k of a layer, from every site's input; in fp32."""
-    return _side(vpd, form.layer, "q", inputs, form.q_norm), _side(
-        vpd, form.layer, "k", inputs, form.k_norm
-    )
+    q = _side(vpd, form.layer, "q", inputs, form.q_norm)
+    return q, _side(vpd, form.layer, "k", inputs, form.k_norm)
 
 
 def _side(
