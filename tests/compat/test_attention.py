@@ -171,6 +171,18 @@ def test_pads_count_nowhere(decomposed: Callable[[str], nn.Module]) -> None:
     torch.testing.assert_close(found.profiles[0].attention[:, 1], expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_half_precision_adds_up_to_its_rounding(
+    build: Callable[..., nn.Module], architecture: str
+) -> None:
+    model = build(f"bridge-{architecture}-default", torch.bfloat16)
+    with torch.inference_mode():
+        prompt = vpd_lens.attention(vpd_lens.decompose(model, n_subcomponents=5)).on(tokens(1)[0])
+    form, scores = prompt.forms[0], prompt.scores(0)
+    pattern = prompt.patterns[0].float()
+    assert (form.pattern(scores) - pattern).abs().mean() < 0.01
+
+
 def test_an_encoder_is_refused() -> None:
     if not has_hooked_transformer():
         pytest.skip("TransformerLens 4 has no HookedTransformer")

@@ -189,6 +189,7 @@ def score_forms(
     return forms
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def _probed(
     vpd: Decomposition, layers: Sequence[int], tokens: Int[Tensor, " pos"], rows: Tensor
@@ -225,7 +226,8 @@ def _probed(
             for norm in filter(None, norms_of(vpd, layer)):
                 stack.callback(norm.register_forward_hook(lambda _, args, y: args[0]).remove)
         stack.enter_context(model.hooks(fwd_hooks=hooks))
-        vpd.run(None, tokens.expand(2 * len(rows), n))
+        # A copy, because a tensor made in inference mode can take no part in a backward pass.
+        vpd.run(None, tokens.clone().expand(2 * len(rows), n))
     found = {}
     for layer in layers:
         if layer not in patterns or not patterns[layer].requires_grad:
