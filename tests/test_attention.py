@@ -300,3 +300,26 @@ def test_signs_and_use_come_from_the_harvest(previous):
     assert used.static(0).values.shape[2:] == (0, 0)
     with pytest.raises(InputError, match="of another decomposition"):
         vpd_lens.attention(vpd_lens.decompose(tiny_bridge(), n_subcomponents=2), found)
+
+
+def test_figures_name_what_they_show(previous):
+    from vpd_lens.viz import attention_plots as plots
+
+    heads = vpd_lens.attention(previous)
+    rows = torch.randint(9, (2, 10), generator=torch.Generator().manual_seed(2))
+    found, static, prompt = heads.over(rows, offsets=4), heads.static(0, 4), heads.on(rows[0])
+    pair = "q:1 \N{MULTIPLICATION SIGN} k:1"
+    texts = [f"token {i}" for i in range(10)]
+    drawn = {
+        pair: plots.offsets_plot(found.contributions[0], static.top(2)),
+        f"{pair}, static": plots.pair_plot(static, *PAIR),
+        "static, 1 back": plots.matrix_plot(static, 1),
+        "token 9": plots.patterns_plot([("all", prompt.patterns[0][0])], texts),
+        "without q:1": plots.ablation_plot([heads.ablate(PAIR[0], rows, offsets=4)], 0),
+        "subcomponents of blocks.0.attn.q": plots.spread_plot(heads.spread("blocks.0.attn.q")),
+        "write; random": plots.overlap_plot(heads.overlap(0, n_random=2)),
+        "P(k | v)": plots.together_plot(found.together[0]),
+    }
+    for text, svg in drawn.items():
+        assert svg.startswith("<svg")
+        assert text in svg
