@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,16 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from compat.builders import VOCABULARY, save_architecture
 from conftest import save_tiny
 from processes import signalled, start
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import vpd_lens
 from vpd_lens import EvalReport
 from vpd_lens.cli import app, main
 from vpd_lens.config import read_run_file
 from vpd_lens.errors import ConfigError
+from vpd_lens.models import load_model
 
 pytestmark = pytest.mark.slow
 
@@ -137,6 +142,33 @@ def test_one_behaviour_has_a_second_source(write_run, base, tmp_path):
     assert {"elsewhere", "l0_elsewhere"} <= json.loads(lines[-1]).keys()
     result = call("train", write_run(targeted, output=str(tmp_path / "other")), code=2)
     assert_said(result, "elsewhere is None")
+
+
+def test_a_difference_from_another_model(write_run, base, tmp_path):
+    tuned, original = tmp_path / "tuned", tmp_path / "original"
+    for folder in (tuned, original):
+        shutil.copytree(base / "model", folder)
+    weights = load_file(tuned / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] += 0.1
+    save_file(weights, tuned / "model.safetensors", metadata={"format": "pt"})
+    source = {"source": str(tuned), "base": str(original)}
+    call("train", write_run({"importance": {"d_model": 16, "n_heads": 2}}, model=source))
+    saved = tmp_path / "out/decomposition"
+    model = vpd_lens.load(saved)
+    assert model.vpd.layout.names == ("blocks.1.mlp.in",)
+    rows = torch.arange(4, 12)[None]
+    with torch.no_grad(), model.vpd.masked("zero"):
+        torch.testing.assert_close(model(rows), load_model(original)(rows), atol=1e-5, rtol=1e-4)
+    assert "Difference from" in call("info", saved).stdout
+    measure = ["eval", saved, "--data", base / "tokens.npy", "--seq-len", 8, "--n-batches", 1]
+    measure += ["--pgd-steps", "none", "--json", tmp_path / "report.json"]
+    call(*measure)
+    first = (tmp_path / "report.json").read_text()
+    moved = original.rename(tmp_path / "moved")
+    assert_said(call(*measure, code=2), str(original), "which is not here", "--base")
+    call(*measure, "--base", moved)
+    assert (tmp_path / "report.json").read_text() == first
+    assert_said(call(*measure, "--base", tuned, code=2), "base has the same weights")
 
 
 def test_overrides(write_run, base, tmp_path):

@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import rich
+import safetensors.torch
 import torch
 import yaml
 from compat.builders import boot, has_hooked_transformer, hooked, native, save_architecture, tokens
@@ -217,6 +218,27 @@ def test_a_base_model_on_the_hub_is_found_there(kind, hub, gpt2, tmp_path):
     assert f"at commit `{first}`" in card
 
 
+@pytest.mark.parametrize("kind", ["bridge", pytest.param("hooked_transformer", marks=needs_hooked)])
+def test_both_models_of_a_difference_are_found_there(kind, hub, gpt2, tmp_path):
+    name = "gpt2"
+    first, files = hub.add_folder(name, gpt2), hub.files(name)
+    weights = safetensors.torch.load(files["model.safetensors"])
+    weights["transformer.h.0.mlp.c_fc.weight"] *= 1.5
+    tuned_file = safetensors.torch.save(weights, metadata={"format": "pt"})
+    second = hub.commit(name, "main", files | {"model.safetensors": tuned_file})
+    base, tuned = (load_model(name, kind, revision=commit) for commit in (first, second))
+    vpd_lens.decompose(tuned, base=base, n_subcomponents=3, importance=IMPORTANCE)
+    folder = tuned.vpd.save(tmp_path / "saved")
+    record = storage.read(folder, DecompositionRecord).record
+    assert (record.origin.revision, record.other_origin.revision) == (second, first)
+    sharing.push(folder, REPOSITORY)
+    again = vpd_lens.load(REPOSITORY)
+    assert again.vpd.layout.names == ("blocks.0.mlp.in",)
+    assert_same(tuned, again)
+    assert torch.equal(again.vpd.sites[0].origin, tuned.vpd.sites[0].origin)
+    assert f"another model's, loaded from `{name}`" in hub.files(REPOSITORY)["README.md"].decode()
+
+
 def test_only_what_is_needed_is_downloaded(hub, llama, tmp_path):
     model = decomposed(load_model(llama))
     model.vpd.push_to_hub(REPOSITORY, include_model=True)
@@ -311,6 +333,20 @@ def test_a_local_base_model_is_not_named_on_the_hub(hub, llama):
     assert "has to be at hand" in hub.files(REPOSITORY)["README.md"].decode()
     with pytest.raises(ArtefactError, match="does not say where its base model came from"):
         vpd_lens.load(REPOSITORY)
+
+
+def test_a_local_other_model_is_not_named_on_the_hub(hub, llama):
+    base, tuned = load_model(llama), load_model(llama)
+    with torch.no_grad():
+        tuned.original_model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    vpd_lens.decompose(tuned, base=base, n_subcomponents=3, importance=IMPORTANCE)
+    tuned.vpd.push_to_hub(REPOSITORY)
+    assert not any(str(llama).encode() in file for file in hub.files(REPOSITORY).values())
+    assert "base_model, base=other_model" in hub.files(REPOSITORY)["README.md"].decode()
+    vpd_lens.remove(tuned)
+    with pytest.raises(ArtefactError, match=r"difference is taken came from.* --base"):
+        vpd_lens.load(REPOSITORY, tuned)
+    assert vpd_lens.load(REPOSITORY, tuned, base=llama).vpd.layout.names == ("blocks.0.mlp.in",)
 
 
 # ------------------------------------------------------------------------ refusals

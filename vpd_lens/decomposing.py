@@ -13,6 +13,7 @@ from vpd_lens.decomposition.difference import differing_sites
 from vpd_lens.decomposition.divergence import CustomDivergence, DivergenceKind
 from vpd_lens.decomposition.subcomponents import CountSpec, singular
 from vpd_lens.errors import AttachError, ConfigError, did_you_mean
+from vpd_lens.origin import origin_of
 from vpd_lens.sites import find_sites
 from vpd_lens.sites.discovery import SiteSelection
 from vpd_lens.training import VPDConfig, train
@@ -108,6 +109,7 @@ def decompose(
     attach(model, where, counts, run.importance, example, divergence, run.seed)
     if base is not None:
         vpd = decomposition_of(model)
+        vpd.other_origin = origin_of(base)
         singular(vpd.subcomponents, [site.decomposed for site in vpd.sites])
     if data is not None:
         with removed_if_untrained(model):

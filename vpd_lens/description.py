@@ -92,6 +92,7 @@ class DecompositionRecord(SubcomponentsRecord):
 
     kind: ClassVar[str] = "decomposition"
     origin: Origin | None = None  # of a model that was made in Python, or before this was recorded
+    other_origin: Origin | None = None  # of the model from which a difference was decomposed
     importance: CausalImportanceConfig
     divergence: str  # "custom" for a callable
     trained_steps: int
@@ -125,6 +126,9 @@ def describe(path: str | Path) -> Group:
     )
     tables = {"Training": record.training, "Base model": base.model_dump(exclude={"weights"})}
     tables["Base model"] |= record.origin.model_dump() if record.origin else {"source": None}
+    if base.origin:
+        other = record.other_origin
+        tables["Difference from"] = other.model_dump() if other else {"source": None}
     tables["Metrics"] = record.metrics
     shown = (_pairs(title, values) for title, values in tables.items() if values)
     return Group(heading, _sites(record), *shown)

@@ -11,7 +11,7 @@ from vpd_lens import storage
 from vpd_lens.decomposition import saving
 from vpd_lens.description import DecompositionRecord
 from vpd_lens.interop.hub import MODEL, find
-from vpd_lens.origin import load_as_recorded, load_base
+from vpd_lens.origin import load_as_recorded, load_base, load_other
 
 
 def load(
@@ -21,7 +21,7 @@ def load(
     *,
     device: str = "cpu",
     revision: str | None = None,
-    base: nn.Module | None = None,
+    base: nn.Module | str | Path | None = None,
 ) -> nn.Module:
     """Open a saved decomposition: its base model, with the decomposition as `model.vpd`.
 
@@ -37,12 +37,13 @@ def load(
         device: Where to put a base model that is loaded here: `"cpu"`, `"cuda"`, `"cuda:N"`, or
             `"auto"` for CUDA if there is.
         revision: A commit, branch or tag of the repository; makes `where` one.
-        base: The other model again, if what was decomposed is the difference from it.
+        base: The other model, if what was decomposed is the difference from it, or a directory or
+            name to load it from. `None`: from where the record says that it came from.
 
     Raises:
         ArtefactError: If a file is missing, damaged or newer than this library, the record does not
-            say where the base model came from, or a decomposed weight of `model` differs; the
-            message names the site. The model is left untouched.
+            say where the base model or the other one came from, or a decomposed weight of either
+            differs; the message names the site. The model is left untouched.
         AttachError: If the model is decomposed already or a site does not exist.
         ConfigError: If the base model cannot be downloaded, or `device` is none.
         HubError: If the hub cannot be reached, refuses, or has no such repository.
@@ -57,4 +58,6 @@ def load(
         model = load_base(artefact.record, artefact.folder, device)
     elif not isinstance(model, nn.Module):
         model = load_as_recorded(artefact.record, model, device)
+    if not isinstance(base, nn.Module) and (base or artefact.record.base_model.origin):
+        base = load_other(artefact.record, artefact.folder, base)
     return saving.load(artefact.folder, model, divergence, base)

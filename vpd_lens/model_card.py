@@ -95,11 +95,16 @@ def _parts(
     yield "## How to open it"
     where = repository or "path/to/this/folder"
     arguments = f'"{where}"' if origin is not None else f'"{where}", base_model'
+    arguments += ", base=other_model" if base.origin and record.other_origin is None else ""
     yield (
         f"```python\nimport vpd_lens\n\nmodel = vpd_lens.load({arguments})\n"
         'with model.vpd.masked("rounded"):\n    model.generate("...")\n```'
     )
     yield _origin_in_words(record)
+    if base.origin:
+        other = record.other_origin
+        where = f"loaded from `{other.source}`" if other else "which has to be at hand"
+        yield f"What is decomposed is the difference of its weights from another model's, {where}."
     if report is not None:
         yield f"## What it is worth\n\n{markdown(report.tables())}"
         yield from (f"![{label}]({file})" for file, label in pictures.items())

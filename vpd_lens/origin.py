@@ -1,4 +1,4 @@
-"""Where a base model came from, and how it is had again: `origin_of` and `load_base`.
+"""Where a base model came from, and how it is had again: `origin_of`, `load_base`, `load_other`.
 
 TransformerLens keeps a model's name, but not what it did to the weights. That shows in the weights
 themselves: a centred matrix has rows that add up to zero, a folded norm has gains of one.
@@ -25,8 +25,8 @@ _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # of a model on the hub
 _GAIN = re.compile(r"(^|\.)ln(1|2|_final)\.(w|weight)$")
 
 
-def origin_of(model: nn.Module, folder: Path) -> Origin | None:
-    """What a decomposition that is saved in `folder` records of its model's origin.
+def origin_of(model: nn.Module) -> Origin | None:
+    """What a decomposition records of a model's origin; directories with their whole path.
 
     `None` if the model came neither from the hub nor from a directory that is still there.
     """
@@ -35,7 +35,7 @@ def origin_of(model: nn.Module, folder: Path) -> Origin | None:
         return None
     source, revision = found
     if Path(source).is_dir():
-        source, revision = _from(folder, Path(source)), None
+        source, revision = Path(source).resolve().as_posix(), None
     elif not _NAME.fullmatch(source):
         return None
     return Origin(
@@ -46,6 +46,13 @@ def origin_of(model: nn.Module, folder: Path) -> Origin | None:
     )
 
 
+def seen_from(folder: Path, origin: Origin | None) -> Origin | None:
+    """The same origin for a record in `folder`: a directory beside that may move with it."""
+    if origin is None or not origin.is_folder:
+        return origin
+    return origin.model_copy(update={"source": _from(folder, Path(origin.source))})
+
+
 def load_base(record: DecompositionRecord, folder: Path, device: str = "cpu") -> nn.Module:
     """Load the base model of a decomposition that lies in `folder`, as its record says.
 
@@ -53,19 +60,49 @@ def load_base(record: DecompositionRecord, folder: Path, device: str = "cpu") ->
         ArtefactError: If the record does not say, or what is there now is another model.
         ConfigError: If the model cannot be downloaded.
     """
-    origin = record.origin
     advice = "Pass its base model: vpd_lens.load(..., model=...); on the command line --model."
+    return _settled(_found(record, record.origin, folder, device, "base model", advice), record)
+
+
+def load_as_recorded(record: DecompositionRecord, source: str | Path, device: str) -> nn.Module:
+    """Load a base model from `source`, in the class, processing and dtype of the recorded one."""
+    return _settled(_loaded(record, record.origin, source, device), record)
+
+
+def load_other(
+    record: DecompositionRecord, folder: Path, source: str | Path | None = None
+) -> nn.Module:
+    """Load the model, the difference from which lies decomposed in `folder`; as `load_base`.
+
+    From `source`, if it is given, without a check. It is put on the CPU, since only the weights of
+    some sites are taken from it.
+    """
+    origin = record.other_origin
+    if source is not None:
+        return _loaded(record, origin, source, "cpu")
+    advice = "Pass that model: vpd_lens.load(..., base=...); on the command line --base."
+    what = "model from which the decomposed difference is taken"
+    return _found(record, origin, folder, "cpu", what, advice)
+
+
+def _found(
+    record: DecompositionRecord,
+    origin: Origin | None,
+    folder: Path,
+    device: str,
+    what: str,
+    advice: str,
+) -> nn.Module:
+    """A model from its origin, unless that is unknown or has another model now."""
     if origin is None:
         raise ArtefactError(
-            f"{folder}: its record does not say where its base model came from: that was made in "
+            f"{folder}: its record does not say where its {what} came from: that was made in "
             f"Python, or is where nobody else can get it. {advice}"
         )
     source = str(folder / origin.source) if origin.is_folder else origin.source
     if origin.is_folder and not Path(source).is_dir():
-        raise ArtefactError(
-            f"{folder}: its base model was in {source}, which is not here. {advice}"
-        )
-    model = load_as_recorded(record, source, device)
+        raise ArtefactError(f"{folder}: its {what} was in {source}, which is not here. {advice}")
+    model = _loaded(record, origin, source, device)
     if _all_parameters(model) != origin.parameters:
         raise ArtefactError(
             f"{folder}: the weights of {source} are no longer those that were decomposed, or this "
@@ -74,9 +111,11 @@ def load_base(record: DecompositionRecord, folder: Path, device: str = "cpu") ->
     return model
 
 
-def load_as_recorded(record: DecompositionRecord, source: str | Path, device: str) -> nn.Module:
-    """Load a base model from `source`, in the class, processing and dtype of the recorded one."""
-    base, origin = record.base_model, record.origin
+def _loaded(
+    record: DecompositionRecord, origin: Origin | None, source: str | Path, device: str
+) -> nn.Module:
+    """A model in the class and dtype of the base model, processed as `origin` says."""
+    base = record.base_model
     model_class = "auto" if Path(source).is_dir() or base.kind == "module" else base.kind
     model: Any = load_model(
         source,
@@ -88,10 +127,16 @@ def load_as_recorded(record: DecompositionRecord, source: str | Path, device: st
     )
     if base.compatibility_mode and not model.compatibility_mode:
         model.enable_compatibility_mode(disable_warnings=True, no_processing=True)
+    return model
+
+
+def _settled(model: Any, record: DecompositionRecord) -> nn.Module:
+    """A base model with the settings of the recorded one."""
+    base = record.base_model
     if base.default_prepend_bos is not None:
         model.cfg.default_prepend_bos = base.default_prepend_bos
     model.cfg.model_name = base.model_name
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def _source(model: nn.Module) -> tuple[str, str | None] | None:

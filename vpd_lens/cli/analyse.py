@@ -16,6 +16,7 @@ def eval_command(
     decomposition: options.Decomposed,
     data: Annotated[str, Option(help="Held-out data: path, or hf:NAME.")],
     model: options.Model = None,
+    base: options.Base = None,
     n_batches: Annotated[int, Option(min=1, help="Batches.")] = 8,
     batch_size: options.BatchSize = 16,
     seq_len: options.SeqLen = None,
@@ -46,7 +47,7 @@ def eval_command(
 
         other = EvalReport.from_json(beside) if beside else None
         report = evaluate(
-            load_decomposed(decomposition, model, model_class, device, processing),
+            load_decomposed(decomposition, model, model_class, device, processing, base),
             data,
             n_batches=n_batches,
             batch_size=batch_size,
@@ -218,6 +219,7 @@ def harvest_command(
     data: Annotated[str, Option(help="Text or tokens: path, or hf:NAME.")],
     output: Annotated[Path, Option(help="Directory of the results.")],
     model: options.Model = None,
+    base: options.Base = None,
     n_batches: Annotated[int, Option(min=1, help="Batches in all.")] = 500,
     batch_size: options.BatchSize = 16,
     seq_len: options.SeqLen = None,
@@ -248,7 +250,7 @@ def harvest_command(
     command with --resume.
     """
     with readable_errors(debug):
-        loaded = load_decomposed(decomposition, model, model_class, device, processing)
+        loaded = load_decomposed(decomposition, model, model_class, device, processing, base)
         from vpd_lens.analysis.cards import Cards
         from vpd_lens.analysis.harvest import harvest
         from vpd_lens.viz.harvest_page import write

@@ -29,6 +29,13 @@ Model = Annotated[
         help="Its base model: a directory, or a name; default: as the decomposition says.",
     ),
 ]
+Base = Annotated[
+    str | None,
+    Option(
+        metavar="SOURCE",
+        help="The other model of a decomposed difference; default: as the decomposition says.",
+    ),
+]
 ModelClassName = Annotated[str, Option(help="auto, hooked_transformer or bridge.")]
 ProcessingName = Annotated[str, Option(help="default, none or full.")]
 BatchSize = Annotated[int, Option(min=1, help="Sequences per batch.")]
@@ -93,19 +100,26 @@ def require_folder(path: Path) -> None:
 
 
 def load_decomposed(
-    decomposition: Path, model: str | None, model_class: str, device: str | None, processing: str
+    decomposition: Path,
+    model: str | None,
+    model_class: str,
+    device: str | None,
+    processing: str,
+    base: str | None = None,
 ) -> Any:
     """A base model with a saved decomposition; what is missing is said before torch is imported."""
     require_folder(decomposition)
     from vpd_lens.loading import load
     from vpd_lens.models import load_model
 
-    device, base = device or "auto", model
+    device = device or "auto"
+    sources: dict[str, Any] = {"model": model, "base": base}
     if (model_class, processing) != ("auto", "default"):
         if model is None:
             raise ConfigError(
                 "--model-class and --processing say how to load --model; without it the "
                 "decomposition's record does. Give --model too, or leave them out."
             )
-        base = load_model(model, model_class, device, processing)  # type: ignore[arg-type]
-    return load(decomposition, base, device=device)
+        how: Any = model_class, device, processing
+        sources = {name: source and load_model(source, *how) for name, source in sources.items()}
+    return load(decomposition, device=device, **sources)

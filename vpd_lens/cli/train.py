@@ -81,7 +81,7 @@ def plan_command(
         from vpd_lens.training.budget import gigabytes
         from vpd_lens.training.plan import measured_step, plan_step
 
-        target = load_model(**found.model.model_dump(), weights=False)
+        target = load_model(**found.model.loading, weights=False)
         context = int(target.cfg.n_ctx)  # type: ignore[union-attr, arg-type]
         pos = min(config.seq_len or context, context)
         gpu = device != "cpu"
@@ -97,12 +97,12 @@ def plan_command(
         )
         vpd = target.__dict__["vpd"]
         if measure is not None:
-            real = load_model(**found.model.model_dump(), device=device)
+            real = load_model(**found.model.loading, device=device)
             attach(real, config.sites, config.n_subcomponents, config.importance)
             config = config.replaced({"batch_size": measure, "micro_batches": 1, "device": device})
             vpd = real.__dict__["vpd"]
             seconds = measured_step(vpd, config, measure, pos)
-            target = load_model(**found.model.model_dump(), weights=False)
+            target = load_model(**found.model.loading, weights=False)
             part = plan_step(target, config, measure, pos, autocast=gpu)
             scaled = seconds * cost.total_flop / part.total_flop
             figures |= {"measured_batch": measure, "measured_seconds": seconds, "seconds": scaled}
@@ -150,13 +150,16 @@ def train_command(
         if wandb is None and wandb_mode is not None:
             raise ConfigError("--wandb-mode needs --wandb PROJECT.")
         to_wandb = {"project": wandb} | ({"mode": wandb_mode} if wandb_mode else {})
+        from vpd_lens.decomposing import decompose
         from vpd_lens.evaluation import evaluate
         from vpd_lens.models import load_model
         from vpd_lens.training import train
         from vpd_lens.training.distributed import claim_gpu, is_first
 
         claim_gpu(run.training.device)
-        model = load_model(**run.model.model_dump(), device=run.training.device)
+        model = load_model(**run.model.loading, device=run.training.device)
+        if run.model.base is not None:
+            decompose(model, config=run.training, base=load_model(**run.model.loading_base))
         result = train(
             model,
             run.data,

@@ -1,7 +1,7 @@
 """The run file of `vpd-lens train`: what to decompose, on which data, how, and where it goes.
 
 ```yaml
-model: {source: path/or/name}          # also model_class, processing: see load_model
+model: {source: path/or/name}          # also base, model_class, processing
 data: path/or/name                     # see vpd_lens.train
 output: runs/first
 training:                              # VPDConfig
@@ -40,6 +40,19 @@ class ModelSection(Config):
     """`auto`, `hooked_transformer` or `bridge`."""
     processing: Processing = "default"
     """How TransformerLens rewrites the weights: `default`, `none` or `full`."""
+    base: str | None = None
+    """Another model of the same shape, usually what this one was fine-tuned from: the difference
+    from it is decomposed. A directory or a name; loaded in the same class and processing."""
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of `load_model`."""
+        return self.model_dump(exclude={"base"})
+
+    @property
+    def loading_base(self) -> dict[str, Any]:
+        """Those for the other model."""
+        return self.loading | {"source": self.base}
 
 
 class EvaluationSection(Config):

@@ -30,6 +30,7 @@ from vpd_lens.decomposition.modes import MODES, MaskContext, masks_from_tensors
 from vpd_lens.decomposition.ranks import Ranks, ranks, sites_table
 from vpd_lens.decomposition.runs import Runs
 from vpd_lens.decomposition.subcomponents import Subcomponents
+from vpd_lens.description import Origin
 from vpd_lens.errors import InputError, did_you_mean
 from vpd_lens.sites import Site
 
@@ -53,6 +54,7 @@ class Decomposition(Runs):
         importance: The causal importance function.
         divergence: What "the same output" means: `"kl"` for logits, `"mse"`, or a callable.
         trained_steps: Training steps behind this decomposition; 0 if it is untrained.
+        other_origin: Where the model came from whose difference from it is decomposed, if any.
         training_config: The `VPDConfig` it was trained with, as a dictionary; of an imported one,
             its authors' configuration.
     """
@@ -84,6 +86,7 @@ class Decomposition(Runs):
         self.divergence: DivergenceKind | CustomDivergence = divergence
         self.trained_steps = 0
         self.training_config: dict[str, Any] | None = None
+        self.other_origin: Origin | None = None
 
     def site(self, name: str) -> Site:
         """The site called `name`; an `InputError` if there is none."""

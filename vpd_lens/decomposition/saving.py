@@ -28,7 +28,7 @@ from vpd_lens.decomposition.handle import Decomposition, target_size
 from vpd_lens.description import BaseModelRecord, DecompositionRecord, Indices, SubcomponentsRecord
 from vpd_lens.errors import ArtefactError, InputError
 from vpd_lens.model_card import write_card
-from vpd_lens.origin import origin_of
+from vpd_lens.origin import origin_of, seen_from
 from vpd_lens.sites import find_sites, model_kind
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,7 +56,8 @@ def save(
     """
     record = DecompositionRecord(
         **subcomponents_record(vpd),
-        origin=origin_of(vpd.model, Path(path)),
+        origin=seen_from(Path(path), origin_of(vpd.model)),
+        other_origin=seen_from(Path(path), vpd.other_origin),
         importance=vpd.importance_config,
         divergence=vpd.divergence if isinstance(vpd.divergence, str) else "custom",
         trained_steps=vpd.trained_steps,
@@ -107,6 +108,7 @@ def load(
         vpd.attachment.detach()
         raise
     vpd.trained_steps, vpd.training_config = record.trained_steps, record.training
+    vpd.other_origin = None if base is None else origin_of(base)
     return model
 
 

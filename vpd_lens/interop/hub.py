@@ -144,6 +144,8 @@ def _shareable(source: Path, folder: Path, include_model: bool) -> Path:
         name = Path(record.base_model.model_name or path).name
         base = record.base_model.model_copy(update={"model_name": name})
         record = record.model_copy(update={"origin": shared, "base_model": base})
+    if record.other_origin is not None and record.other_origin.is_folder:
+        record = record.model_copy(update={"other_origin": None})
     tensors = {name: artefact.tensors(name) for name in ("subcomponents", "causal_importance")}
     storage.write(folder, record, tensors)
     if include_model and path is not None:
