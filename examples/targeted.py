@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
@@ -51,9 +52,25 @@ TOY = {
     "elsewhere.coefficient": 3.0,
     "elsewhere.minimality": 30.0,
 }
-# What the example's model predicts, by how a token begins.
+# A behaviour of the example's model is seen after the last token of a window. The upper blocks are
+# half of the work; the start is large singular components, far from which all has to move.
+EXAMPLE = {
+    "sites": r"blocks\.[23]\.",
+    "n_subcomponents": 32,
+    "positions": "last",
+    "importance.hidden": (128,),
+    "adversary.scope": "sequence",
+    "adversary.inner_steps": 1,
+    "optimiser.lr": 1e-2,
+    "optimiser.importance_lr": 3e-3,
+    "minimality.coefficient": 1e-2,
+    "elsewhere.coefficient": 3.0,
+    "elsewhere.minimality": 10.0,
+}
+# What it predicts, by how a token begins.
 BEHAVIOURS = {"self": ("self",), "brackets": (")", "]", "}")}
-LENGTH, N_MEASURED = 16, 256  # tokens of a window, and windows kept apart to measure on
+LENGTH, N_MEASURED = 16, 128  # tokens of a window, and windows kept apart to measure on
+N_PRUNED = 16  # of those, which the decomposition of the whole model is pruned to
 
 
 def main() -> None:
@@ -68,6 +85,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument(
+        "--whole", action="store_true", help="compare with the example's own decomposition"
+    )
     parser.add_argument("--each", action="store_true", help="ablate every subcomponent singly, too")
     arguments = parser.parse_args()
     changes = {k: parse_yaml(v, k) for k, _, v in (s.partition("=") for s in arguments.set)}
@@ -76,8 +96,8 @@ def main() -> None:
 
     task, divergence = None, last_position_kl
     if arguments.behaviour is not None:
-        model = vpd_lens.remove(vpd_lens.load_example())
-        config = config.replaced({"batch_size": 32, **changes})
+        model, divergence = vpd_lens.remove(vpd_lens.load_example()), None
+        config = config.replaced({**EXAMPLE, **changes})
         both = windows(model, BEHAVIOURS[arguments.behaviour])
         streams = [rows[:-N_MEASURED] for rows in both]
         measured = [rows[-N_MEASURED:] for rows in both]
@@ -97,7 +117,7 @@ def main() -> None:
         streams = measured = arguments.data, arguments.elsewhere
         divergence = None
 
-    run = arguments.output / "vpd"
+    run, begun = arguments.output / "vpd", time.process_time()
     vpd_lens.decompose(
         model,
         streams[0],
@@ -107,10 +127,13 @@ def main() -> None:
         output=run,
         resume=(run / "checkpoint").exists(),
     )
+    seconds = time.process_time() - begun
     sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
     found = vpd_lens.redundancy(model, *measured, each=arguments.each, **sizes)
     console.print(found.table())
-    figures = about(model, config) | asdict(found)
+    figures = about(model, config) | {"cpu_seconds": seconds} | asdict(found)
+    if arguments.whole:
+        figures["whole"] = from_the_whole(*measured)
     if task is not None:
         figures["accuracy"] = accuracies(task, model, found)
         console.print(figures["accuracy"])
@@ -129,24 +152,59 @@ def toy(task: TwoTasks, path: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def windows(
-    model: torch.nn.Module, begins: tuple[str, ...], n_rows: int = 8000
-) -> list[Int[Tensor, "n length"]]:
-    """Windows of text whose next token, rightly predicted, begins so; and windows without it."""
-    tokens = tokenise(model.tokenizer, standard_library_text(n_rows * 500))
-    context = model.cfg.n_ctx
-    rows = tokens[: n_rows * context].view(-1, context)
+    model: torch.nn.Module, begins: tuple[str, ...], n_shows: int = 2600, n_others: int = 1600
+) -> list[Int[Tensor, "rows length"]]:
+    """Windows of text after which a token that begins so follows, as predicted; and others.
+
+    In those, no position predicts one. So many of either are looked at.
+    """
+    tokens = tokenise(model.tokenizer, standard_library_text(2_000_000))
     ids = range(model.cfg.d_vocab)
     wanted = torch.tensor([model.to_string([i]).startswith(begins) for i in ids])
-    found: list[list[Tensor]] = [[], []]
-    for part in rows.split(64):
-        p = model(part)[:, :-1].softmax(-1)[..., wanted].sum(-1)
-        follows = wanted[part[:, 1:]]
-        for kept, where in zip(found, ((p > 0.5) & follows, (p < 0.01) & ~follows), strict=True):
-            ends = where[:, LENGTH - 1 :]  # with a whole window before them
-            kept.append(part.unfold(1, LENGTH, 1)[:, :-1][ends])
-    shows, without = map(torch.cat, found)
+    rows = tokens.unfold(0, LENGTH + 1, 1)
     generator = torch.Generator().manual_seed(0)
-    return [x[torch.randperm(len(x), generator=generator)[: len(shows)]] for x in (shows, without)]
+
+    def drawn(places: Int[Tensor, " n_places"], n: int) -> Int[Tensor, "n length_and_next"]:
+        return rows[places[torch.randperm(len(places), generator=generator)[:n]]]
+
+    def predicted(rows: Int[Tensor, "rows length"]) -> Float[Tensor, "rows length"]:
+        logits = [model(part) for part in rows.split(64)]
+        return torch.cat([x.softmax(-1)[..., wanted].sum(-1) for x in logits])
+
+    # No two are the same, so that none is both trained and measured on.
+    shows = torch.unique(drawn(wanted[rows[:, -1]].nonzero().flatten(), n_shows), dim=0)
+    shows = shows[torch.randperm(len(shows), generator=generator)][:, :-1]
+    others = drawn(torch.arange(len(rows)), n_others)[:, :-1]
+    return [shows[predicted(shows)[:, -1] > 0.5], others[(predicted(others) < 0.5).all(-1)]]
+
+
+def from_the_whole(
+    inside: Int[Tensor, "rows length"], outside: Int[Tensor, "rows length"]
+) -> dict[str, Any]:
+    """The same of the decomposition that ships, pruned to what some windows need."""
+    model: Any = vpd_lens.load_example()
+    settings = {"method": "stochastic", "objective": "kl", "steps": 200}
+    attacks = {"attack_steps": (4,), "attack_restarts": 1}
+    config = vpd_lens.PruneConfig(**settings, **attacks)
+    begun = time.process_time()
+    circuit = vpd_lens.prune(model, inside[:N_PRUNED].tolist(), config=config)
+    seconds = time.process_time() - begun
+    needed = (circuit.importance > 0).any(1)
+    names = [f"{n}:{i}" for n in model.vpd.layout.names for i in model.vpd.original_indices(n)]
+    union = [names[i] for i in needed.any(0).nonzero().flatten().tolist()]
+    of_one = [names[i] for i in needed[0].nonzero().flatten().tolist()]
+    sizes = {"batch_size": 16, "seq_len": LENGTH, "positions": "last"}
+    found = vpd_lens.redundancy(model, inside, outside, important=union, **sizes)
+    single = vpd_lens.redundancy(model, inside[:1], outside, important=of_one, **sizes)
+    console.print(found.table())
+    return {
+        "config": config.model_dump(mode="json"),
+        "cpu_seconds": seconds,
+        "n_windows": len(needed),
+        "subcomponents_of_a_window": float(needed.sum(-1).float().mean()),
+        "union": asdict(found),
+        "first": asdict(single),
+    }
 
 
 def accuracies(

@@ -20,7 +20,8 @@ from vpd_lens.decomposition import Divergence, Masks
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.masks import uniform_sources
-from vpd_lens.errors import ConfigError, DataError
+from vpd_lens.errors import ConfigError, DataError, InputError
+from vpd_lens.evaluation.redundancy import ABLATED
 from vpd_lens.toys.modular_addition import last_position_kl
 from vpd_lens.toys.two_tasks import TwoTasks
 from vpd_lens.training import train
@@ -53,9 +54,10 @@ def stepper(sites: str = "all", **changes: Any) -> Stepper:
     return Stepper(model.vpd, start)
 
 
-def test_the_step_has_two_parts() -> None:
+@pytest.mark.parametrize("changes", [{}, {"positions": "last"}], ids=["tpd", "last"])
+def test_the_step_has_two_parts(changes: dict[str, Any]) -> None:
     """Losses and gradients against a computation from their definitions."""
-    own = stepper(**{"adversary.inner_steps": 0, "stochastic.coefficient": 0.7})
+    own = stepper(**{"adversary.inner_steps": 0, "stochastic.coefficient": 0.7, **changes})
     vpd, cfg = own.vpd, own.config
     own.step(INSIDE[:4], 0, elsewhere=Batch(OUTSIDE[:4]))  # makes sources and moments
     draws = torch.Generator().set_state(own.generator.get_state())
@@ -72,9 +74,10 @@ def test_the_step_has_two_parts() -> None:
     for name, rows in (("data", INSIDE[4:8]), ("elsewhere", OUTSIDE[4:8])):
         output, inputs = vpd.target(rows)
         z = vpd.pre_importance(inputs)
-        g, divergence = lower_leaky(z), Divergence(output)
+        g = lower_leaky(z)
         r = uniform_sources(g, vpd.layout, draws)
-        under = partial(under_masks, vpd, rows, divergence)
+        counted = slice(-1, None) if changes and name == "data" else slice(None)
+        under = partial(under_masks, vpd, rows, output, counted)
         least = minimality(penalty_sum(z, phi), 4 * 8, cfg.minimality.frequency)
         if name == "data":
             expected["stochastic"] = under(g + (1 - g) * r.components, r.delta)
@@ -97,8 +100,11 @@ def test_the_step_has_two_parts() -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
-def under_masks(vpd: Any, rows: Tensor, divergence: Divergence, mask: Any, delta: Any) -> Tensor:
-    return divergence(vpd.run(Masks(mask, delta), rows))
+def under_masks(
+    vpd: Any, rows: Tensor, output: Tensor, counted: slice, mask: Any, delta: Any
+) -> Tensor:
+    masked = vpd.run(Masks(mask, delta), rows)
+    return Divergence(output[:, counted])(masked[:, counted])
 
 
 def test_the_adversary_knows_nothing_of_the_other_stream() -> None:
@@ -153,6 +159,29 @@ def test_padding_counts_nowhere_in_the_other_stream() -> None:
         found.append(own.step(INSIDE[:4], 0, elsewhere=Batch(rows, mask))[0])
     name = "minimality_elsewhere"
     torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_last_position_is_that_before_the_pads() -> None:
+    """Of rows of unlike lengths, in micro-batches: the mean over rows of their last positions."""
+    lengths = torch.tensor([8, 6, 3, 6])
+    real = torch.arange(8) < lengths[:, None]
+    own = stepper(positions="last", micro_batches=2)
+    parts = own._cut(Batch(INSIDE[:4], real), last=True)
+    masked = torch.randn(4, 8, own.vpd.model.cfg.d_vocab, generator=torch.Generator())
+    got = 0.0
+    for part in parts:
+        own._look(part, gradient=False)
+        got += part.share * part.divergence(masked[part.rows])
+    output = own.vpd.target(INSIDE[:4], attention_mask=real.long())[0]
+    ends = torch.arange(4), lengths - 1
+    torch.testing.assert_close(got, Divergence(output[ends])(masked[ends]))
+
+
+def test_a_divergence_of_ones_own_knows_its_positions_itself() -> None:
+    model = tiny_bridge()
+    attach(model, n_subcomponents=4, divergence=last_position_kl)
+    with pytest.raises(ConfigError, match="positions='last' and a divergence of your own"):
+        Stepper(model.vpd, config(positions="last"))
 
 
 def test_a_run_is_resumed_in_both_streams(tmp_path: Path) -> None:
@@ -233,12 +262,13 @@ def test_ablating_what_was_found_destroys_one_task_and_leaves_the_other(tmp_path
     decompose(model, config=start, **streams, **run)
     rows = task.rows("add"), task.rows("copy")
     found = redundancy(model, *rows, batch_size=49, progress=False)
-    _, ablated, alone, nothing = found.inside
+    _, ablated, alone, nothing, kept = found.inside
     chosen = torch.zeros(model.vpd.layout.total)
     names = [f"{n}:{i}" for n in model.vpd.layout.names for i in model.vpd.original_indices(n)]
     chosen[[names.index(name) for name in found.important]] = 1
     assert found.inside[ablated] > 2 > 0.3 > found.outside[ablated]
     assert found.inside[alone] < 0.1 < 1 < found.inside[nothing]
+    assert max(found.inside[kept], found.outside[kept]) < 0.1
     assert "does not need" not in found.verdict
     with model.vpd.masked(1 - chosen, delta=1.0):
         assert task.accuracy(model, "add") < 0.3
@@ -302,21 +332,43 @@ def test_a_second_mechanism_in_the_delta_is_seen(share: float) -> None:
     assert found.verdict.split()[0] in str(found)
 
 
-def test_redundancy_counts_every_position_once_and_names_bad_data() -> None:
+@pytest.mark.parametrize("positions", [None, "last"])
+def test_redundancy_counts_every_position_once_and_names_bad_data(positions: Any) -> None:
     model = attach(tiny_bridge(), n_subcomponents=6, importance=config().importance)
     vpd = model.vpd
-    found = redundancy(model, INSIDE[:7], OUTSIDE[:5], threshold=-1.0, batch_size=3, progress=False)
+    options: dict[str, Any] = {"batch_size": 3, "positions": positions, "progress": False}
+    found = redundancy(model, INSIDE[:7], OUTSIDE[:5], threshold=-1.0, **options)
     assert len(found.important) == vpd.layout.total
     for rows, measured in ((INSIDE[:7], found.inside), (OUTSIDE[:5], found.outside)):
         output, _ = vpd.target(rows)
+        counted = slice(-1 if positions and measured is found.inside else 0, None)
         ones = torch.ones(1, 1, vpd.layout.total)
         deltas = torch.ones(1, 1, len(vpd.sites))
-        masks = [Masks(a * ones, d * deltas) for a, d in ((1, 1), (0, 1), (1, 0), (0, 0))]
-        expected = [float(Divergence(output)(vpd.run(m, rows)).detach()) for m in masks]
+        states = (1, 1), (0, 1), (1, 0), (0, 0), (1, 1)
+        masks = [Masks(a * ones, d * deltas) for a, d in states]
+        outputs = [vpd.run(m, rows).detach()[:, counted] for m in masks]
+        expected = [float(Divergence(output[:, counted])(masked)) for masked in outputs]
         assert list(measured.values()) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    some = redundancy(model, INSIDE, OUTSIDE, important=found.important[3:5], progress=False)
+    assert some.important == found.important[3:5]
+    assert some.inside[ABLATED] == pytest.approx(without(model, found.important[3:5]), rel=1e-4)
+    with pytest.raises(InputError, match=r"no subcomponent 'q:9'.*as 'blocks\.0\.attn\.q:0'"):
+        redundancy(model, INSIDE, OUTSIDE, important=["q:9"], progress=False)
     for data, elsewhere, name in ((INSIDE[:0], OUTSIDE, "data"), (INSIDE, [], "elsewhere")):
         with pytest.raises(DataError, match=f"^{name}"):
             redundancy(model, data, elsewhere, progress=False)
+
+
+def without(model: Any, names: list[str]) -> float:
+    """The divergence of a model, deltas on, without some subcomponents."""
+    mask = torch.ones(model.vpd.layout.total)
+    for name in names:
+        site, index = name.split(":")
+        mask[model.vpd.layout.columns(site).start + int(index)] = 0
+    with torch.no_grad():
+        divergence = Divergence(model(INSIDE))
+        with model.vpd.masked(mask, delta=1.0):
+            return float(divergence(model(INSIDE)))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,9 @@ class VPDConfig(Config):
     """Sequences per step, of all processes together."""
     seq_len: Count | None = 512
     """Tokens per sequence; `None`: the model's context length."""
+    positions: Literal["all", "last"] = "all"
+    """Where the output on the data has to stay as it is: at `"all"` positions (the paper), or at
+    the `"last"` of every sequence, where the data are sequences that lead up to one prediction."""
     micro_batches: Count = 1
     """Parts into which a batch is cut to save memory. For given masks the result is that of the
     whole batch, frequency term included; the random draws differ."""

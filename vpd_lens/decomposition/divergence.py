@@ -120,6 +120,15 @@ class Divergence:
         return kl, log_norm
 
 
+def last_of_rows(
+    output: Float[Tensor, "batch pos d"], real: Bool[Tensor, "batch pos"] | None = None
+) -> Bool[Tensor, "batch pos"]:
+    """Where the rows of an output end: at their last position that is `real`."""
+    batch, pos = output.shape[:-1]
+    places = torch.arange(pos, device=output.device).expand(batch, -1)
+    return places == (pos if real is None else real.sum(-1, keepdim=True)) - 1
+
+
 class _MeanKL(torch.autograd.Function):
     """Mean KL over rows, with gradient `(softmax(z) - p) / n`; weights `w_i` replace `1 / n`."""
 

@@ -174,8 +174,9 @@ class Part:
     rows: slice  # of this process's batch
     tokens: Tensor  # [rows, pos], or whatever the model takes
     real: Bool[Tensor, "rows pos"] | None  # positions that are no padding; None: all
-    share: float | Tensor  # of the global batch's positions
-    n_real: Tensor | None = None  # how many of those are no padding; None: all
+    share: float | Tensor  # of the global batch's positions at which outputs are compared
+    n_real: Tensor | None = None  # positions of the global batch, no padding; None: all
+    last: bool = False  # whether outputs are compared at the last position of a row only
     arguments: dict[str, Any] = field(default_factory=dict)  # besides the tokens, for the model
     inputs: list[Float[Tensor, "rows pos _d_in"]] = field(default_factory=list)  # of every site
     divergence: Divergence = field(init=False)  # distance from the target's output
@@ -183,17 +184,27 @@ class Part:
 
 
 def cut(
-    tokens: Tensor, real: Bool[Tensor, "batch pos"] | None, count: int, processes: Processes
+    tokens: Tensor,
+    real: Bool[Tensor, "batch pos"] | None,
+    count: int,
+    processes: Processes,
+    last: bool = False,
 ) -> list[Part]:
-    """Some micro-batches of this process's rows; `real` are positions that are no padding."""
+    """Some micro-batches of this process's rows; `real` are positions that are no padding.
+
+    Outputs are compared at these, or only at the `last` one of every row.
+    """
     size = tokens.shape[0] // count
     rows = [slice(index * size, (index + 1) * size) for index in range(count)]
     rows = rows if count > 1 else [slice(None)]
+    equal = 1 / (count * processes.world)
     if real is None:
-        return [Part(r, tokens[r], None, 1 / (count * processes.world)) for r in rows]
+        return [Part(r, tokens[r], None, equal, last=last) for r in rows]
     n_real = real.sum().float()
     processes.sum_([n_real])
-    return [Part(r, tokens[r], real[r], real[r].sum() / n_real, n_real) for r in rows]
+    shares = [equal if last else real[r].sum() / n_real for r in rows]
+    parts = zip(rows, shares, strict=True)
+    return [Part(r, tokens[r], real[r], share, n_real, last) for r, share in parts]
 
 
 @dataclass

@@ -27,6 +27,7 @@ from vpd_lens.config import VPDConfig
 from vpd_lens.data import Batch
 from vpd_lens.decomposition import Decomposition, Divergence
 from vpd_lens.decomposition.call import right_padding
+from vpd_lens.decomposition.divergence import last_of_rows
 from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.masks import SourceMasks, routed
 from vpd_lens.errors import ConfigError, NonFiniteLossError
@@ -69,12 +70,18 @@ class Stepper:
         window: Sum over steps, since compaction last looked, of the mean importance `[C_total]`.
 
     Raises:
-        ConfigError: If the target is in fp16, whose logits would get gradients of 0.
+        ConfigError: If the target is in fp16, whose logits would get gradients of 0, or only the
+            last positions are to count and the divergence is the user's own.
     """
 
     def __init__(self, vpd: Decomposition, config: VPDConfig, processes: Processes = ALONE) -> None:
         self.vpd, self.config, self.processes = vpd, config, processes
         self.device = vpd.device
+        if config.positions == "last" and not isinstance(vpd.divergence, str):
+            raise ConfigError(
+                "positions='last' and a divergence of your own, which takes the mean over "
+                "positions itself. Let it look at the last position only, with positions='all'."
+            )
         if vpd.sites[0].weight.dtype == torch.float16:
             raise ConfigError(
                 "the model is in float16, where the gradient of a mean over many positions rounds "
@@ -141,7 +148,7 @@ class Stepper:
         Raises:
             NonFiniteLossError: On CPU, if a loss is not finite; the parameters are untouched.
         """
-        parts = self._cut(Batch(batch, real))
+        parts = self._cut(Batch(batch, real), self.config.positions == "last")
         others = [] if elsewhere is None else self._cut(elsewhere)
         with self.vpd.undisturbed(), self.vpd.kept_below():
             with self._autocast():
@@ -162,10 +169,10 @@ class Stepper:
             self._update(losses, parts, step)
         return losses, importance
 
-    def _cut(self, batch: Batch) -> list[Part]:
+    def _cut(self, batch: Batch, last: bool = False) -> list[Part]:
         """The micro-batches of a batch, on the device."""
         tokens, real = batch.to(self.device)
-        return cut(tokens, real, self.config.micro_batches, self.processes)
+        return cut(tokens, real, self.config.micro_batches, self.processes, last)
 
     def _look(self, part: Part, gradient: bool, first: bool = False) -> None:
         """1 and 2: the target's output on a part, and its importances."""
@@ -173,7 +180,8 @@ class Stepper:
             part.arguments = right_padding(self.vpd.model, part.real)
         with record_function("vpd::target"):
             output, part.inputs = self.vpd.target(part.tokens, **part.arguments)
-            part.divergence = Divergence(output, self.vpd.divergence, part.real)
+            where = last_of_rows(output, part.real) if part.last else part.real
+            part.divergence = Divergence(output, self.vpd.divergence, where)
         if first and (own := getattr(self.vpd.importance, "conditioning", None)) is not None:
             own.calibrate(self.vpd.subcomponents.acts(part.inputs))
             self.processes.first_(list(own.parameters()))
