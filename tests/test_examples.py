@@ -245,6 +245,40 @@ def test_one_behaviour_in_small(tmp_path, monkeypatch, capsys):
     assert "important subcomponents" in capsys.readouterr().out
 
 
+def test_windows_of_a_behaviour_lead_up_to_it(monkeypatch):
+    example = script("targeted")
+    text = example.standard_library_text(60_000)
+    monkeypatch.setattr(example, "standard_library_text", lambda n: text)
+    model = vpd_lens.remove(vpd_lens.load_example())
+    brackets = example.BEHAVIOURS["brackets"]
+    shows, others = example.windows(model, brackets, 60, 60)
+    assert shows.shape[1] == others.shape[1] == example.LENGTH
+    assert len(torch.unique(shows, dim=0)) == len(shows) > 10 < len(others)
+    wanted = [i for i in range(1024) if model.to_string([i]).startswith(brackets)]
+    for rows, close in ((shows[:10], True), (others[:10], False)):
+        p = model(rows).softmax(-1)[..., wanted].sum(-1)
+        assert ((p[:, -1] > 0.5) == close).all()
+        assert close or (p < 0.5).all()
+
+
+@pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
+def test_a_fine_tune_in_small(tmp_path, monkeypatch):
+    example = script("fine_tune")
+    text = example.standard_library_text(60_000)
+    assert example.in_other_words("itself, self.x") == "itself, me.x"
+    monkeypatch.setattr(example, "standard_library_text", lambda n: text)
+    arguments = ["--output", str(tmp_path), "--tune-steps", "2", "--steps", "2"]
+    monkeypatch.setattr("sys.argv", ["fine_tune.py", *arguments])
+    example.main()
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert VPDConfig(**figures["config"]) == example.configuration(2, 0)
+    assert all(name.startswith("blocks.3.") for name in figures["n_subcomponents"])
+    on, off = figures["says"]["everything on"], figures["says"]["everything ablated"]
+    assert on.keys() == {"me", "self"}
+    assert on["me"] > off["me"]
+    assert figures["inside"]["everything on"] == pytest.approx(0, abs=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore::vpd_lens.training.log.TrainingWarning")
 def test_induction_in_small(tmp_path, monkeypatch):
     example = script("induction")
