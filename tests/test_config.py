@@ -1,7 +1,10 @@
 """Configurations: presets, files, overrides, and what is said about mistakes."""
 
+import importlib
+import pkgutil
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
@@ -36,6 +39,15 @@ def test_configurations_are_imported_without_torch_and_fast():
 
 def test_every_public_name_is_completed_and_nothing_else():
     assert sorted(dir(vpd_lens)) == sorted([*vpd_lens.__all__, "__version__"])
+
+
+def test_no_public_name_is_hidden_by_a_module_of_the_same_name():
+    """Importing `package.name` puts the module in the place of a function that is called so."""
+    found = [m.name for m in pkgutil.walk_packages(vpd_lens.__path__, "vpd_lens.")]
+    modules = [importlib.import_module(name) for name in found if not name.endswith("__main__")]
+    for module in [vpd_lens, *modules]:
+        for name in getattr(module, "__all__", ()):
+            assert not isinstance(getattr(module, name), ModuleType), f"{module.__name__}.{name}"
 
 
 # ------------------------------------------------------------------------- templates

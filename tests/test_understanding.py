@@ -9,7 +9,7 @@ import torch
 
 import vpd_lens
 from tests.conftest import tiny_bridge
-from vpd_lens.analysis.directions import Directions
+from vpd_lens.analysis.reads_writes import Directions
 from vpd_lens.errors import ArtefactError, InputError
 from vpd_lens.example import example_harvest, load_example
 

@@ -55,7 +55,7 @@ def test_with_everything_frozen_the_edges_into_a_node_are_its_activation(
 
 def assert_directions_are_edges(model: nn.Module, graph: object) -> None:
     """A frozen edge is a product of directions, up to the scales of norms at its position."""
-    from vpd_lens.analysis.directions import Directions
+    from vpd_lens.analysis.reads_writes import Directions
 
     directions, nodes, edges = Directions(model.vpd), graph.nodes, graph.edges
     own, last = nodes.of_kind("subcomponent"), len(graph.tokens) - 1

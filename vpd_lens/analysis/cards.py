@@ -17,9 +17,9 @@ from rich.text import Text
 from torch import nn
 
 from vpd_lens.analysis.dataset_attribution import DatasetAttributions
-from vpd_lens.analysis.directions import Directions, Neighbour, TokenEffect
 from vpd_lens.analysis.harvest import Harvest
 from vpd_lens.analysis.harvest.examples import Example
+from vpd_lens.analysis.reads_writes import Directions, Neighbour, TokenEffect
 from vpd_lens.decomposition.attach import decomposition_of
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import ArtefactError, InputError

@@ -200,18 +200,23 @@ def _with_examples(
     harvest: Path | None,
 ) -> tuple[Any, Any]:
     """A decomposed model, without a name the example, and what its subcomponents respond to."""
+    if decomposition is not None:
+        loaded, examples = (
+            load_decomposed(decomposition, model, model_class, device, processing),
+            None,
+        )
+    elif model is not None:
+        raise InputError("--model is the base model of a --decomposition; give both.")
+    else:
+        from vpd_lens.example import example_harvest, load_example
+
+        loaded = load_example(device=device or "auto")
+        examples = example_harvest(loaded.vpd)
+    if harvest is None:
+        return loaded, examples
     from vpd_lens.analysis.harvest import Harvest
 
-    if decomposition is not None:
-        loaded = load_decomposed(decomposition, model, model_class, device, processing)
-        return loaded, None if harvest is None else Harvest.load(harvest, loaded.vpd)
-    if model is not None:
-        raise InputError("--model is the base model of a --decomposition; give both.")
-    from vpd_lens.example import example_harvest, load_example
-
-    loaded = load_example(device=device or "auto")
-    given = None if harvest is None else Harvest.load(harvest, loaded.vpd)
-    return loaded, given or example_harvest(loaded.vpd)
+    return loaded, Harvest.load(harvest, loaded.vpd)
 
 
 def harvest_command(
