@@ -4,7 +4,8 @@
 
 For each behaviour and each way of pruning, `--output` receives a record (JSON: configuration,
 probabilities under every kind of mask, nodes by site, versions) and, for adversarial pruning, the
-attribution graph of the first prompt as a page.
+attribution graph of the first prompt as a page and to load again. What has a record is not
+repeated.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import vpd_lens
+from vpd_lens.analysis.circuits import CircuitReport
 from vpd_lens.decomposition.saving import fingerprint
+from vpd_lens.example import example_harvest
 from vpd_lens.storage import write_text
 
 # Behaviours that the example's language model really has.
@@ -49,46 +53,56 @@ console = Console()
 def main() -> None:
     """Prune, write records, draw graphs, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--behaviour", nargs="*", choices=BEHAVIOURS, default=list(BEHAVIOURS))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--coefficient", type=float, default=5e-3)
     parser.add_argument("--output", type=Path, default=Path("runs/circuits"))
     arguments = parser.parse_args()
     output, model = arguments.output, vpd_lens.load_example()
     table = Table("behaviour", "pruned", "nodes", *SHOWN)
-    for name, (target, prompts) in BEHAVIOURS.items():
+    for name in arguments.behaviour:
         for method in ("ci", "stochastic", "adversarial"):
             config = vpd_lens.PruneConfig(
                 method=method, steps=arguments.steps, coefficient=arguments.coefficient
             )
-            begun = time.perf_counter()
-            circuit = vpd_lens.prune(model, prompts, target, config)
-            report = circuit.report
+            path = output / f"{name}-{method}.json"
+            if not path.exists():
+                find(model, name, config, path)
+            report = CircuitReport.model_validate(json.loads(path.read_text())["report"])
             if method == "ci":
                 before = (f"{report.mean_before[key]:.2f}" for key in SHOWN)
                 table.add_row(name, "not", f"{report.nodes_before:.0f}", *before)
             means = (f"{report.mean[key]:.2f}" for key in SHOWN)
             table.add_row(name, method, f"{report.nodes:.0f}", *means)
-            record = {
-                "behaviour": name,
-                "prompts": prompts,
-                "target": target,
-                "config": config.model_dump(mode="json"),
-                "report": report.model_dump(mode="json"),
-                "seconds": round(time.perf_counter() - begun, 1),
-                "decomposition": fingerprint(model.vpd),
-                "trained_steps": model.vpd.trained_steps,
-                "vpd_lens": vpd_lens.__version__,
-                "torch": torch.__version__,
-                "transformer_lens": importlib.metadata.version("transformer-lens"),
-                "date": date.today().isoformat(),
-            }
-            path = output / f"{name}-{method}.json"
-            write_text(path, json.dumps(record, indent=2) + "\n")
-            if method == "adversarial":
-                graph = vpd_lens.attribute(model, prompts[0], target, prune=circuit)
-                graph.to_html(output / f"{name}.html")
     console.print(table)
     console.print(f"Records and pages: {output}")
+
+
+def find(model: nn.Module, name: str, config: vpd_lens.PruneConfig, path: Path) -> None:
+    """Prune to one behaviour, and record it; draw its graph if an adversary was withstood."""
+    target, prompts = BEHAVIOURS[name]
+    begun = time.perf_counter()
+    circuit = vpd_lens.prune(model, prompts, target, config)
+    record = {
+        "behaviour": name,
+        "prompts": prompts,
+        "target": target,
+        "config": config.model_dump(mode="json"),
+        "report": circuit.report.model_dump(mode="json"),
+        "seconds": round(time.perf_counter() - begun, 1),
+        "decomposition": fingerprint(model.vpd),
+        "trained_steps": model.vpd.trained_steps,
+        "vpd_lens": vpd_lens.__version__,
+        "torch": torch.__version__,
+        "transformer_lens": importlib.metadata.version("transformer-lens"),
+        "date": date.today().isoformat(),
+    }
+    if config.method == "adversarial":
+        cards = vpd_lens.Cards(model, example_harvest(model.vpd))
+        graph = vpd_lens.attribute(model, prompts[0], target, prune=circuit)
+        graph.to_html(path.parent / f"{name}.html", cards=cards)
+        graph.save(path.parent / f"{name}-graph")
+    write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
