@@ -66,7 +66,7 @@ def resistance(figure: Figure, reports: dict[str, EvalReport]) -> None:
         right.plot(x, means, "o-", color=colour, markersize=3.5, label=name)
     left.set(xscale="log", yscale="log", xlabel="steps of the adversary", ylabel="KL, nats")
     right.set(xscale="log", xlabel="other tokens whose needs are switched on", ylabel="KL, nats")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.08 * right.get_ylim()[1])
     for axes, ticks in ((left, steps), (right, x)):
         axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_minor_locator(NullLocator())

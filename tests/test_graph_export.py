@@ -13,11 +13,10 @@ from rich.console import Console
 
 from tests.conftest import tiny_bridge
 from vpd_lens import storage
-from vpd_lens.analysis.circuits.attention import AttentionPair
 from vpd_lens.analysis.circuits.attribute import attribute
 from vpd_lens.analysis.circuits.graph import AttributionGraph, GraphRecord
 from vpd_lens.analysis.circuits.summary import summary, summary_html
-from vpd_lens.analysis.circuits.tables import KINDS, Edges, Nodes
+from vpd_lens.analysis.circuits.tables import KINDS, AttentionPair, Edges, Nodes
 from vpd_lens.analysis.circuits.targets import Direction, LogitDifference, Output, TopTokens
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.errors import ArtefactError, InputError

@@ -4,6 +4,7 @@ from vpd_lens.analysis.attention.attention import Attention, attention
 from vpd_lens.analysis.attention.data import DataAttention, PatternChange, Profile, Together
 from vpd_lens.analysis.attention.form import ScoreForm, score_forms
 from vpd_lens.analysis.attention.heads import HeadSpread, Overlap, head_cosines
+from vpd_lens.analysis.attention.in_graphs import HeadLoadings, attention_pairs, head_loadings
 from vpd_lens.analysis.attention.interactions import Interaction, Interactions
 from vpd_lens.analysis.attention.prompt import Contributions, PromptAttention
 
@@ -11,6 +12,7 @@ __all__ = [
     "Attention",
     "Contributions",
     "DataAttention",
+    "HeadLoadings",
     "HeadSpread",
     "Interaction",
     "Interactions",
@@ -21,6 +23,8 @@ __all__ = [
     "ScoreForm",
     "Together",
     "attention",
+    "attention_pairs",
     "head_cosines",
+    "head_loadings",
     "score_forms",
 ]

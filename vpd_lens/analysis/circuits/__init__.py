@@ -1,6 +1,5 @@
 """Circuits of a prompt: attribution graphs of subcomponents, pruning, interventions."""
 
-from vpd_lens.analysis.circuits.attention import AttentionScores, attention_pairs
 from vpd_lens.analysis.circuits.attribute import attribute
 from vpd_lens.analysis.circuits.behaviour import PruneConfig
 from vpd_lens.analysis.circuits.edits import Ablate, Edit, Patch, Scale, edited
@@ -13,7 +12,6 @@ from vpd_lens.analysis.circuits.targets import Direction, LogitDifference, Token
 __all__ = [
     "Ablate",
     "AttentionPair",
-    "AttentionScores",
     "AttributionGraph",
     "Circuit",
     "CircuitReport",
@@ -28,7 +26,6 @@ __all__ = [
     "Scale",
     "Token",
     "TopTokens",
-    "attention_pairs",
     "attribute",
     "edited",
     "intervene",
