@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import nn
 
 import vpd_lens
+from vpd_lens.analysis.attention import head_loadings
 from vpd_lens.analysis.circuits import CircuitReport
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.example import example_harvest
@@ -100,7 +101,9 @@ def find(model: nn.Module, name: str, config: vpd_lens.PruneConfig, path: Path) 
     if config.method == "adversarial":
         cards = vpd_lens.Cards(model, example_harvest(model.vpd))
         graph = vpd_lens.attribute(model, prompts[0], target, prune=circuit)
-        graph.to_html(path.parent / f"{name}.html", cards=cards)
+        graph.to_html(
+            path.parent / f"{name}.html", cards=cards, loadings=head_loadings(model, graph)
+        )
         graph.save(path.parent / f"{name}-graph")
     write_text(path, json.dumps(record, indent=2) + "\n")
 

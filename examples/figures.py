@@ -25,6 +25,7 @@ from playwright.sync_api import sync_playwright
 import vpd_lens
 from quickstart import PROMPT, TARGET
 from themed import COLOURS, save
+from vpd_lens.analysis.attention import head_loadings
 from vpd_lens.evaluation import EvalReport
 from vpd_lens.evaluation.plots import BESIDE, MAIN, line
 from vpd_lens.example import example_harvest, example_report
@@ -109,7 +110,9 @@ def pages(model: torch.nn.Module, folder: Path) -> None:
         found = vpd_lens.explain(model, PROMPT, TARGET, harvest=harvest)
         photograph(found.to_html(Path(place) / "explained.html"), folder, "explain")
         graph = vpd_lens.attribute(model, PROMPT, TARGET, prune="adversarial")
-        path = graph.to_html(Path(place) / "circuit.html", cards=cards)
+        path = graph.to_html(
+            Path(place) / "circuit.html", cards=cards, loadings=head_loadings(model, graph)
+        )
         photograph(path, folder, "example_circuit")
 
 

@@ -28,6 +28,7 @@ from torch import nn
 
 import vpd_lens
 from quickstart_target import standard_library_text, tokenise
+from vpd_lens.analysis.attention import head_loadings
 from vpd_lens.errors import VPDError
 from vpd_lens.example import example_harvest, example_report
 from vpd_lens.viz.harvest_page import write
@@ -69,7 +70,8 @@ def main() -> None:
     graph = vpd_lens.attribute(model, PROMPT, TARGET, prune=config)
     console.print(graph.circuit.table())
     console.print(graph.summary())
-    graph.to_html(output / "circuit.html", cards=vpd_lens.Cards(model, harvest))
+    known = {"cards": vpd_lens.Cards(model, harvest), "loadings": head_loadings(model, graph)}
+    graph.to_html(output / "circuit.html", **known)
 
     console.rule("4. Training, of three matrices, for as long as one likes to watch")
     live(vpd_lens.remove(model), output / "live", arguments.steps)

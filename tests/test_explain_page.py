@@ -82,6 +82,29 @@ def test_a_card_in_a_graph_leads_to_the_node_of_a_neighbour(example, tmp_path, o
     assert page.inner_text("#panel h2").startswith(pair[1] + "@")
 
 
+def test_edges_from_v_to_o_show_their_heads(example, tmp_path, open_file):  # noqa: F811
+    """Also when the page holds edges in another order, and in networkx."""
+    from vpd_lens.analysis.attention import head_loadings
+
+    model, _ = example
+    graph = vpd_lens.attribute(model, PROMPT, "self", progress=False).pruned(0.7)
+    loadings = head_loadings(model, graph)
+    n = int(loadings.weights.abs().sum(1).argmax())
+    edge, weights = int(loadings.edge[n]), loadings.weights[n].tolist()
+    names = graph.nodes.names()
+    source, target = (names[int(end[edge])] for end in (graph.edges.source, graph.edges.target))
+    assert graph.to_networkx(loadings).edges[source, target]["heads"] == weights
+    page = open_file(graph.to_html(tmp_path / "graph.html", loadings=loadings)).page
+    page.evaluate("name => document.querySelector(`[data-name='${name}']`).click()", target)
+    for more in page.locator("#panel .more").all():
+        more.click()
+    row = page.locator("#panel li", has=page.locator(f"[data-name='{source}']")).first
+    title = row.locator(".heads").get_attribute("title").replace("\u2212", "-")
+    shown = [float(part.split(": ")[1]) for part in title.split(", ")]
+    assert shown == pytest.approx(weights, rel=1e-2, abs=1e-4)
+    assert row.locator(".heads i").count() == 4
+
+
 def test_cards_of_a_dashboard_lead_to_each_other(example, tmp_path, open_file):  # noqa: F811
     model, harvest = example
     cards = vpd_lens.Cards(model)

@@ -15,7 +15,7 @@ from tests.conftest import tiny_bridge
 from vpd_lens import storage
 from vpd_lens.analysis.circuits.attribute import attribute
 from vpd_lens.analysis.circuits.graph import AttributionGraph, GraphRecord
-from vpd_lens.analysis.circuits.summary import summary, summary_html
+from vpd_lens.analysis.circuits.summary import summary
 from vpd_lens.analysis.circuits.tables import KINDS, AttentionPair, Edges, Nodes
 from vpd_lens.analysis.circuits.targets import Direction, LogitDifference, Output, TopTokens
 from vpd_lens.decomposition.attach import attach
@@ -575,11 +575,11 @@ def test_the_summary_says_what_is_in_the_graph(graph, real_graph):
 def test_an_empty_graph_has_a_summary(graph):
     empty = graph.filtered(torch.zeros(graph.n_nodes, dtype=torch.bool))
     assert "Outputs" in printed(empty)
-    assert "Outputs" in summary_html(empty)
+    assert "Outputs" in empty._repr_html_()
 
 
 def test_html_is_escaped_and_takes_the_page_s_colours(graph):
-    text = summary_html(graph)
+    text = graph._repr_html_()
     assert "&lt;b&gt;" in text
     assert "<b>" not in text
     assert "http" not in text

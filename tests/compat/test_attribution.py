@@ -81,7 +81,8 @@ def assert_directions_are_edges(model: nn.Module, graph: object) -> None:
                 columns = here & own & (nodes.place == place[target])
                 assert not weights[rows][:, columns].any()
         columns = here & nodes.of_kind("output")
-        logits = torch.stack([directions.logits(source, c)[[3, 7]] for c in nodes.index[rows]])
+        chosen = nodes.index[rows].tolist()
+        logits = torch.stack([directions.logits(source, c)[[3, 7]] for c in chosen])
         assert_proportional(weights[rows][:, columns].diff(dim=1), logits.diff(dim=1))
     assert found
 

@@ -142,10 +142,18 @@ def graph_command(
         if save is not None:
             say(f"Graph: {graph.save(save)}", quiet)
         if html is not None:
-            from vpd_lens.analysis.cards import Cards
+            say(f"Page: {graph.to_html(html, **_known(loaded, graph, examples))}", quiet)
 
-            cards = Cards(loaded, examples)
-            say(f"Page: {graph.to_html(html, examples, cards=cards)}", quiet)
+
+def _known(model: Any, graph: Any, examples: Any) -> dict[str, Any]:
+    """What a graph's page says beside the graph."""
+    from vpd_lens.analysis.attention import head_loadings
+    from vpd_lens.analysis.cards import Cards
+
+    names = model.vpd.layout.names
+    split = any(name.endswith("attn.v") and f"{name[:-1]}o" in names for name in names)
+    loadings = head_loadings(model, graph) if split else None
+    return {"cards": Cards(model, examples), "loadings": loadings}
 
 
 def explain_command(

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import networkx
 
+    from vpd_lens.analysis.attention import HeadLoadings
     from vpd_lens.analysis.circuits.graph import AttributionGraph
 
 
-def to_networkx(graph: AttributionGraph) -> networkx.DiGraph:
+def to_networkx(graph: AttributionGraph, loadings: HeadLoadings | None = None) -> networkx.DiGraph:
     """The graph with nodes named as in `graph.nodes.names()`.
 
     Nodes have `kind`, `site`, `position`, `token` (the prompt's, as text), `index`, `activation`,
-    `importance` and `influence`; edges have `weight`.
+    `importance` and `influence`; edges have `weight` and, with `loadings`, those from v to o
+    `heads`, what each head carries.
     """
     import networkx
 
@@ -25,6 +27,9 @@ def to_networkx(graph: AttributionGraph) -> networkx.DiGraph:
     result = networkx.DiGraph()
     for name, *values in zip(names, *columns.values(), strict=True):
         result.add_node(name, **dict(zip(columns, values, strict=True)))
-    ends = ([names[node] for node in side.tolist()] for side in (edges.source, edges.target))
+    ends = [[names[node] for node in side.tolist()] for side in (edges.source, edges.target)]
     result.add_weighted_edges_from(zip(*ends, edges.weight.tolist(), strict=True))
+    if loadings is not None:
+        for edge, heads in zip(loadings.edge.tolist(), loadings.weights.tolist(), strict=True):
+            result.edges[ends[0][edge], ends[1][edge]]["heads"] = heads
     return result

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int
 from jinja2.utils import htmlsafe_json_dumps
+from torch import Tensor
 
 from vpd_lens.analysis.circuits.tables import KINDS
 from vpd_lens.storage import write_text
 from vpd_lens.viz.html import asset, render_template
 
 if TYPE_CHECKING:
+    from vpd_lens.analysis.attention import HeadLoadings
     from vpd_lens.analysis.cards import Cards
     from vpd_lens.analysis.circuits.graph import AttributionGraph
     from vpd_lens.analysis.harvest import Harvest
@@ -36,6 +39,7 @@ def to_html(
     harvest: Harvest | None = None,
     title: str | None = None,
     cards: Cards | None = None,
+    loadings: HeadLoadings | None = None,
 ) -> Path:
     """Write a page that needs no network, to explore a graph by hand.
 
@@ -44,18 +48,18 @@ def to_html(
         path: The HTML file.
         harvest: Where subcomponents' cards come from.
         title: Heading of the page.
-        cards: What is known of subcomponents (`vpd_lens.cards`), which says more than a harvest.
+        cards: What is known of subcomponents (`vpd_lens.Cards`), which says more than a harvest.
+        loadings: What each head carries of the edges from v to o (`head_loadings`).
 
     Raises:
         ArtefactError: If the harvest, or the cards, are of another decomposition.
     """
+    data = payload(graph, harvest, cards, loadings)
     page = render_template(
         "vpd_lens.viz",
         "assets/graph.html.j2",
         title=title or "Attribution graph",
-        data=htmlsafe_json_dumps(
-            payload(graph, harvest, cards), separators=(",", ":"), allow_nan=False
-        ),
+        data=htmlsafe_json_dumps(data, separators=(",", ":"), allow_nan=False),
         styles=[asset(f"assets/{name}") for name in STYLES],
         scripts=[asset(f"assets/{name}.js") for name in SCRIPTS],
     )
@@ -64,7 +68,10 @@ def to_html(
 
 
 def payload(
-    graph: AttributionGraph, harvest: Harvest | None = None, cards: Cards | None = None
+    graph: AttributionGraph,
+    harvest: Harvest | None = None,
+    cards: Cards | None = None,
+    loadings: HeadLoadings | None = None,
 ) -> dict[str, Any]:
     """What the page shows, as JSON-able columns of nodes and, the strongest first, of edges."""
     influence, nodes = graph.influence(), graph.nodes
@@ -88,6 +95,7 @@ def payload(
         },
         "outputs": _outputs(graph),
         "edges": {name: getattr(edges, name).tolist() for name in edges.columns()},
+        "heads": {} if loadings is None else _heads(graph, loadings, strongest),
         "n_edges": graph.n_edges,
         "scores": {
             "completeness": graph.completeness(),
@@ -113,6 +121,16 @@ def _outputs(graph: AttributionGraph) -> list[dict[str, Any]]:
     odds = [output.probability if output.token_id >= 0 else None for output in graph.outputs]
     rows = zip(numbers, graph.outputs, odds, strict=True)
     return [{"node": node, "text": output.name, "probability": p} for node, output, p in rows]
+
+
+def _heads(
+    graph: AttributionGraph, loadings: HeadLoadings, shown: Int[Tensor, " m"]
+) -> dict[int, list[float]]:
+    """What each head carries, by the numbers of the edges on the page."""
+    number = torch.full((graph.n_edges,), -1)
+    number[shown] = torch.arange(len(shown))
+    rows = zip(number[loadings.edge].tolist(), loadings.weights.tolist(), strict=True)
+    return {edge: weights for edge, weights in rows if edge >= 0}
 
 
 def _cards(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import networkx
     from rich.console import RenderableType
 
+    from vpd_lens.analysis.attention import HeadLoadings
     from vpd_lens.analysis.cards import Cards
     from vpd_lens.analysis.circuits.tables import AttentionPair
     from vpd_lens.analysis.harvest import Harvest
@@ -219,11 +220,11 @@ class AttributionGraph:
         own["outputs"] = tuple(replace(output, vector=vector) for output, vector in both)
         return cls(nodes=Nodes(own.pop("places"), *nodes), edges=Edges(*edges), **own)
 
-    def to_networkx(self) -> networkx.DiGraph:
+    def to_networkx(self, loadings: HeadLoadings | None = None) -> networkx.DiGraph:
         """As a `networkx.DiGraph`, whose nodes are named as here and have their columns."""
         from vpd_lens.interop.networkx import to_networkx
 
-        return to_networkx(self)
+        return to_networkx(self, loadings)
 
     def to_circuit_tracer(
         self,
@@ -260,15 +261,16 @@ class AttributionGraph:
         harvest: Harvest | None = None,
         title: str | None = None,
         cards: Cards | None = None,
+        loadings: HeadLoadings | None = None,
     ) -> Path:
         """Write one self-contained page to explore the graph on, with a harvest's examples.
 
         Or with `cards`, `vpd_lens.Cards(model, harvest)`: they also say what the weights read and
-        write.
+        write. `loadings`, of `vpd_lens.analysis.attention.head_loadings`, splits edges over heads.
         """
         from vpd_lens.viz.graph_page import to_html
 
-        return to_html(self, path, harvest, title, cards)
+        return to_html(self, path, harvest, title, cards, loadings)
 
     def summary(self) -> RenderableType:
         """A rich renderable: sizes, scores, outputs and the most influential nodes."""

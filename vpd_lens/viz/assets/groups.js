@@ -3,7 +3,7 @@
 const GROUPS_KEY = `vpd-graph:${data.hash}`;
 const numberOf = new Map(nodes.name.map((name, node) => [name, node]));
 const groups = []; // {name, members: node numbers}
-const derived = { owner: [], source: [], target: [], weight: [] };
+const derived = { owner: [], source: [], target: [], weight: [], heads: [] };
 
 const isGroup = (item) => item >= nNodes;
 const groupOf = (item) => groups[item - nNodes];
@@ -16,11 +16,11 @@ function deriveEdges() {
   const { source, target, weight } = data.edges;
   const nItems = nNodes + groups.length;
   const sums = new Map();
-  const merged = []; // [source, target, weight]
+  const merged = []; // [source, target, weight, what each head carries of it]
   for (let e = 0; e < weight.length; e++) {
     const from = owner[source[e]], to = owner[target[e]];
     if (from === to) continue;
-    if (from < nNodes && to < nNodes) merged.push([from, to, weight[e]]);
+    if (from < nNodes && to < nNodes) merged.push([from, to, weight[e], data.heads[e]]);
     else sums.set(from * nItems + to, (sums.get(from * nItems + to) ?? 0) + weight[e]);
   }
   if (sums.size) {
@@ -30,6 +30,7 @@ function deriveEdges() {
   derived.source = merged.map((edge) => edge[0]);
   derived.target = merged.map((edge) => edge[1]);
   derived.weight = merged.map((edge) => edge[2]);
+  derived.heads = merged.map((edge) => edge[3]);
 }
 
 // All edges into or out of an item, the strongest first.
@@ -38,7 +39,7 @@ function edgesAt(item, end) {
   const there = end === "in" ? derived.source : derived.target;
   const found = [];
   for (let e = 0; e < here.length; e++) {
-    if (here[e] === item) found.push({ item: there[e], weight: derived.weight[e], edge: e });
+    if (here[e] === item) found.push({ item: there[e], weight: derived.weight[e], heads: derived.heads[e], edge: e });
   }
   return found;
 }

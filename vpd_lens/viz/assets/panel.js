@@ -101,7 +101,7 @@ function edgeList(title, item, end) {
   return section;
 }
 
-function edgeRow({ item, weight, edge }, largest) {
+function edgeRow({ item, weight, heads, edge }, largest) {
   const row = make("button", "edge", undefined, { type: "button", "data-name": itemName(item) });
   const bar = make("span", `bar ${weight < 0 ? "minus" : "plus"}`);
   bar.style.setProperty("--share", Math.abs(weight) / largest);
@@ -112,7 +112,20 @@ function edgeRow({ item, weight, edge }, largest) {
   row.addEventListener("pointerleave", () => drawLitEdges());
   const line = make("li");
   line.append(row);
+  if (heads) line.append(headStrip(heads));
   return line;
+}
+
+// What every head carries of an edge from v to o; the shares add up to it.
+function headStrip(heads) {
+  const strip = make("span", "heads", undefined, { title: heads.map((weight, head) => `head ${head}: ${signed(weight)}`).join(", ") });
+  const total = heads.reduce((sum, weight) => sum + Math.abs(weight), 0) || 1;
+  heads.forEach((weight, head) => {
+    const part = make("i", weight < 0 ? "minus" : "plus", head);
+    part.style.setProperty("--share", Math.abs(weight) / total);
+    strip.append(part);
+  });
+  return strip;
 }
 
 // ------------------------------------------------------------------ overview
