@@ -39,6 +39,14 @@ BEHAVIOURS = {
     "bracket": ("]\n", ["    return self._names[name", "    value = items[key"]),
     "colon": (":\n", ["    if name is None", "    except ValueError", "    while True"]),
 }
+# Ways of pruning, and what a node costs: without an adversary, and against one at three prices.
+RUNS = {
+    "ci": ("ci", 5e-3),
+    "stochastic": ("stochastic", 5e-3),
+    "adversarial-5e-3": ("adversarial", 5e-3),
+    "adversarial-1e-3": ("adversarial", 1e-3),
+    "adversarial-2e-4": ("adversarial", 2e-4),
+}
 SHOWN = (
     "target",
     "ci",
@@ -56,25 +64,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--behaviour", nargs="*", choices=BEHAVIOURS, default=list(BEHAVIOURS))
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--coefficient", type=float, default=5e-3)
     parser.add_argument("--output", type=Path, default=Path("runs/circuits"))
     arguments = parser.parse_args()
     output, model = arguments.output, vpd_lens.load_example()
     table = Table("behaviour", "pruned", "nodes", *SHOWN)
     for name in arguments.behaviour:
-        for method in ("ci", "stochastic", "adversarial"):
+        for run, (method, coefficient) in RUNS.items():
             config = vpd_lens.PruneConfig(
-                method=method, steps=arguments.steps, coefficient=arguments.coefficient
+                method=method, steps=arguments.steps, coefficient=coefficient
             )
-            path = output / f"{name}-{method}.json"
+            path = output / f"{name}-{run}.json"
             if not path.exists():
                 find(model, name, config, path)
             report = CircuitReport.model_validate(json.loads(path.read_text())["report"])
-            if method == "ci":
+            if run == "ci":
                 before = (f"{report.mean_before[key]:.2f}" for key in SHOWN)
                 table.add_row(name, "not", f"{report.nodes_before:.0f}", *before)
             means = (f"{report.mean[key]:.2f}" for key in SHOWN)
-            table.add_row(name, method, f"{report.nodes:.0f}", *means)
+            table.add_row(name, run, f"{report.nodes:.0f}", *means)
     console.print(table)
     console.print(f"Records and pages: {output}")
 
@@ -101,10 +108,8 @@ def find(model: nn.Module, name: str, config: vpd_lens.PruneConfig, path: Path) 
     if config.method == "adversarial":
         cards = vpd_lens.Cards(model, example_harvest(model.vpd))
         graph = vpd_lens.attribute(model, prompts[0], target, prune=circuit)
-        graph.to_html(
-            path.parent / f"{name}.html", cards=cards, loadings=head_loadings(model, graph)
-        )
-        graph.save(path.parent / f"{name}-graph")
+        graph.to_html(path.with_suffix(".html"), cards=cards, loadings=head_loadings(model, graph))
+        graph.save(path.with_suffix(""))
     write_text(path, json.dumps(record, indent=2) + "\n")
 
 

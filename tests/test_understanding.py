@@ -94,6 +94,21 @@ def test_a_summary_fits_into_80_columns_and_names_what_matters(explained):
     assert explained._repr_html_().startswith("<pre")
 
 
+def test_results_are_shown_alike_in_print_and_in_a_notebook(example, explained):
+    import html
+    import re
+
+    from vpd_lens.example import example_report
+
+    model, harvest = example
+    heads = vpd_lens.attention(model, harvest)
+    card = vpd_lens.card(model, "blocks.3.mlp.out:60", harvest)
+    pairs = heads.on("x[b]").contributions(2, 1, 1, 0)
+    for result in (model.vpd, example_report(), explained, card, heads, pairs):
+        page = html.unescape(re.sub("<[^>]*>", "", result._repr_html_()))
+        assert page.split() == str(result).split()
+
+
 @pytest.mark.parametrize(
     ("text", "how", "message"),
     [

@@ -23,11 +23,11 @@ from vpd_lens.analysis.reads_writes import Directions, Neighbour, TokenEffect
 from vpd_lens.decomposition.attach import decomposition_of
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import ArtefactError, InputError
-from vpd_lens.rendering import as_html, as_text
+from vpd_lens.rendering import Shown
 
 
 @dataclass(repr=False)
-class Card:
+class Card(Shown):
     """What is known about one subcomponent; what is not known is empty or `None`.
 
     Attributes:
@@ -86,13 +86,8 @@ class Card:
             Text(self.name, style="bold"), table, *map(self._strip, range(len(self.examples)))
         )
 
-    def __str__(self) -> str:
-        return as_text(self.summary())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return as_html(self.summary())
+    def __rich__(self) -> Group:
+        return self.summary()
 
     def lists(self) -> list[tuple[str, str, list[tuple[str, float]]]]:
         """What is not empty, each as title, kind of entry, and entries with their values.

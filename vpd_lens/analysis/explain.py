@@ -31,7 +31,7 @@ from vpd_lens.analysis.harvest import Harvest
 from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.masks import NEEDED, Layout
 from vpd_lens.errors import InputError
-from vpd_lens.rendering import as_html, as_text
+from vpd_lens.rendering import Shown
 
 ORDERS = ("effect", "importance", "size")
 _SHALLOW = 6  # blocks; attention and MLPs of more do not fit side by side
@@ -51,7 +51,7 @@ class Need(NamedTuple):
 
 
 @dataclass(repr=False, eq=False)
-class Explanation:
+class Explanation(Shown):
     """What `explain` found.
 
     Attributes:
@@ -195,14 +195,6 @@ class Explanation:
 
     def __rich__(self) -> Group:
         return self.summary()
-
-    def __str__(self) -> str:
-        return as_text(self.summary())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return as_html(self.summary())
 
 
 def explain(

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from rich.console import Console
+from rich.console import Group
+from rich.text import Text
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -32,6 +32,7 @@ from vpd_lens.decomposition.runs import Runs
 from vpd_lens.decomposition.subcomponents import Subcomponents
 from vpd_lens.description import Origin
 from vpd_lens.errors import InputError, did_you_mean
+from vpd_lens.rendering import Shown
 from vpd_lens.sites import Site
 
 
@@ -42,7 +43,7 @@ def target_size(model: nn.Module, sites: Sequence[Site]) -> tuple[int, int]:
     return int(width), int(getattr(cfg, "n_layers", None) or 1)
 
 
-class Decomposition(Runs):
+class Decomposition(Shown, Runs):
     """Subcomponents and causal importance function of a model, attached to it by hooks.
 
     Made by `vpd_lens.decompose`, found as `model.vpd`. The base model's weights are never
@@ -153,8 +154,7 @@ class Decomposition(Runs):
             f"{type(self.importance).__name__}, {state})"
         )
 
-    def __str__(self) -> str:
-        console = Console(width=100, no_color=True, file=(text := StringIO()))
+    def __rich__(self) -> Group:
         own, function = (
             sum(p.numel() for p in part.parameters())
             for part in (self.subcomponents, self.importance)
@@ -163,9 +163,7 @@ class Decomposition(Runs):
             f"V and U have {own:,} parameters, the causal importance function {function:,}: "
             f"{function / own:.1f} times as many (importance.d_model, .n_blocks and .n_heads)."
         )
-        parts = repr(self), sizes, sites_table(self)
-        console.print(*parts, sep="\n", highlight=False, markup=False)
-        return text.getvalue().rstrip()
+        return Group(Text(repr(self)), Text(sizes), sites_table(self))
 
     @contextmanager
     def masked(

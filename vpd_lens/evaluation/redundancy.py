@@ -15,12 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -32,6 +30,7 @@ from vpd_lens.decomposition.masks import NEEDED
 from vpd_lens.errors import DataError, InputError
 from vpd_lens.evaluation.metrics import Means
 from vpd_lens.progress import Progress
+from vpd_lens.rendering import Shown
 
 # The paper's limits, in nats: an effect in the circuit, and none in the model.
 IN_CIRCUIT, IN_MODEL = 0.2, 0.1
@@ -61,8 +60,8 @@ class Effect(NamedTuple):
         return self.in_circuit > IN_CIRCUIT and self.in_model < IN_MODEL
 
 
-@dataclass(frozen=True)
-class Redundancy:
+@dataclass(frozen=True, repr=False)
+class Redundancy(Shown):
     """What `redundancy` measured.
 
     Attributes:
@@ -110,10 +109,8 @@ class Redundancy:
             table.add_row("matter in the circuit, not in the model", str(len(self.hidden)), "")
         return table
 
-    def __str__(self) -> str:
-        console = Console(width=100, no_color=True, file=(text := StringIO()))
-        console.print(self.table())
-        return text.getvalue().rstrip()
+    def __rich__(self) -> Table:
+        return self.table()
 
 
 @torch.no_grad()

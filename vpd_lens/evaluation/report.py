@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from io import StringIO
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 
 from vpd_lens.errors import ArtefactError
 from vpd_lens.evaluation.audit import Audit, Estimate
 from vpd_lens.evaluation.verdict import findings, in_words
+from vpd_lens.rendering import Shown
 
 
-class EvalReport(BaseModel):
+class EvalReport(Shown, BaseModel):
     """Measurements of one decomposition.
 
     Attributes:
@@ -207,17 +207,6 @@ class EvalReport(BaseModel):
 
     def __rich__(self) -> Group:
         return self.tables()
-
-    def __str__(self) -> str:
-        return self._printed().export_text()
-
-    def _repr_html_(self) -> str:
-        return self._printed().export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-
-    def _printed(self) -> Console:
-        console = Console(width=100, no_color=True, record=True, file=StringIO())
-        console.print(self)
-        return console
 
     def __repr__(self) -> str:
         figures = ", ".join(f"{key}={value:.4g}" for key, value in self.summary().items())

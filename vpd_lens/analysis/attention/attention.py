@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from rich.console import Group
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from vpd_lens.analysis.attention.interactions import (
     value_output_interactions,
 )
 from vpd_lens.analysis.attention.parts import parse_name
-from vpd_lens.analysis.attention.prompt import PromptAttention, text_of
+from vpd_lens.analysis.attention.prompt import PromptAttention
 from vpd_lens.analysis.circuits.targets import explained_decomposition, prompt_tokens
 from vpd_lens.analysis.harvest import Harvest
 from vpd_lens.data import Batch, one_pass
@@ -34,6 +35,7 @@ from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.masks import NEEDED
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import DataError, InputError
+from vpd_lens.rendering import Shown, titled
 from vpd_lens.sites.discovery import attends_both_ways, model_kind
 
 OFFSETS = 17
@@ -74,7 +76,7 @@ def attention(
     return Attention(model, harvest, threshold)
 
 
-class Attention:
+class Attention(Shown):
     """A model's attention, as `attention` opens it.
 
     Attributes:
@@ -238,7 +240,7 @@ class Attention:
         given = tuple(range(min(offsets, first.tokens.shape[1])))
         return profiles_of(self.vpd, self.layers, batches, given, names)
 
-    def __repr__(self) -> str:
+    def __rich__(self) -> Group:
         known = "used subcomponents" if self.harvest is not None else "subcomponents"
         title, table = f"Attention: {known} by layer", Table()
         for heading in ("layer", "q", "k", "v", "o"):
@@ -247,7 +249,7 @@ class Attention:
             names = (f"blocks.{layer}.attn.{part}" for part in "qkvo")
             counts = [len(self._used[n][0]) if n in self._used else "" for n in names]
             table.add_row(str(layer), *map(str, counts))
-        return text_of(title, table)
+        return titled(title, table)
 
     def _require(self, layer: int, parts: str = "qk") -> None:
         names = [f"blocks.{layer}.attn.{part}" for part in parts]

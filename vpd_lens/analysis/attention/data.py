@@ -18,20 +18,22 @@ from dataclasses import dataclass, field
 import torch
 from einops import einsum, repeat
 from jaxtyping import Bool, Float, Int
+from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
 from vpd_lens.analysis.attention.form import ScoreForm
 from vpd_lens.analysis.attention.interactions import Interactions, names_of
 from vpd_lens.analysis.attention.parts import Side, sides
-from vpd_lens.analysis.attention.prompt import patterns_of, text_of
+from vpd_lens.analysis.attention.prompt import patterns_of
 from vpd_lens.data import Batch
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.importance import lower_leaky
+from vpd_lens.rendering import Shown, titled
 
 
 @dataclass(repr=False)
-class Profile:
+class Profile(Shown):
     """Where the heads of a layer look, on average.
 
     Attributes:
@@ -46,7 +48,7 @@ class Profile:
     attention: Float[Tensor, "head offset"]
     first: Float[Tensor, " head"]
 
-    def __repr__(self) -> str:
+    def __rich__(self) -> Group:
         title, table = f"Mean attention of layer {self.layer}", Table()
         shown = self.offsets[:8]
         for heading in ("head", *(f"-{offset}" for offset in shown), "first"):
@@ -54,7 +56,7 @@ class Profile:
         for head, (row, first) in enumerate(zip(self.attention, self.first, strict=True)):
             values = [*row[: len(shown)].tolist(), float(first)]
             table.add_row(str(head), *(f"{value:.3f}" for value in values))
-        return text_of(title, table)
+        return titled(title, table)
 
 
 @dataclass
@@ -90,7 +92,7 @@ class Profiles:
 
 
 @dataclass(repr=False)
-class Together:
+class Together(Shown):
     """How often k and v subcomponents of a layer are important at the same position.
 
     Attributes:
@@ -137,17 +139,17 @@ class Together:
             found.append((f"{self.keys}:{k}", f"{self.values}:{v}", *map(float, figures)))
         return found
 
-    def __repr__(self) -> str:
+    def __rich__(self) -> Group:
         title, table = f"{self.keys} and {self.values} together", Table()
         for heading in ("k", "v", "P(k | v)", "P(v | k)", "correlation"):
             table.add_column(heading, justify="left" if len(heading) == 1 else "right")
         for k, v, *figures in self.top():
             table.add_row(k, v, *(f"{figure:.3f}" for figure in figures))
-        return text_of(title, table)
+        return titled(title, table)
 
 
 @dataclass(repr=False)
-class DataAttention:
+class DataAttention(Shown):
     """What the attention of some layers does over data; made by `Attention.over`.
 
     Attributes:
@@ -162,12 +164,12 @@ class DataAttention:
     contributions: dict[int, Interactions]
     together: dict[int, Together]
 
-    def __repr__(self) -> str:
-        return "\n".join(map(repr, self.profiles.values()))
+    def __rich__(self) -> Group:
+        return Group(*self.profiles.values())
 
 
 @dataclass(repr=False)
-class PatternChange:
+class PatternChange(Shown):
     """Where heads look with and without some subcomponents; made by `Attention.ablate`.
 
     Attributes:
@@ -184,7 +186,7 @@ class PatternChange:
         """Mean attention without less that with them."""
         return self.after[layer].attention - self.before[layer].attention
 
-    def __repr__(self) -> str:
+    def __rich__(self) -> Group:
         title = f"Mean attention with and without {', '.join(self.ablated)}"
         table = Table()
         for heading in ("layer", "head", "offset", "with", "without"):
@@ -198,7 +200,7 @@ class PatternChange:
         for layer, head, offset, *values in sorted(rows, key=lambda row: -abs(row[4] - row[3])):
             cells = (f"{value:.3f}" for value in values)
             table.add_row(str(layer), str(head), f"-{offset}", *cells)
-        return text_of(title, table)
+        return titled(title, table)
 
 
 @torch.no_grad()

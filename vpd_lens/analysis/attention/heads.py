@@ -19,20 +19,22 @@ from dataclasses import dataclass
 import torch
 from einops import einsum, repeat
 from jaxtyping import Float
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from vpd_lens.analysis.attention.form import heads_of
 from vpd_lens.analysis.attention.parts import unit_vectors
-from vpd_lens.analysis.attention.prompt import text_of
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.errors import InputError
+from vpd_lens.rendering import Shown, titled
 
 KINDS = ("raw", "read", "write")
 
 
 @dataclass(repr=False)
-class HeadSpread:
+class HeadSpread(Shown):
     """How large every subcomponent of an attention matrix is in every head.
 
     Attributes:
@@ -59,7 +61,7 @@ class HeadSpread:
         best = self.norms.norm(dim=1).topk(min(n, len(self.norms))).indices.tolist()
         return [(f"{self.site}:{c}", self.norms[c].tolist()) for c in best]
 
-    def __repr__(self) -> str:
+    def __rich__(self) -> Group:
         title, table = f"Norm by head, {self.site}", Table()
         table.add_column("subcomponent")
         for head in range(self.norms.shape[1]):
@@ -68,7 +70,7 @@ class HeadSpread:
         for name, norms in self.top():
             heads = float(self.n_heads[int(name.rpartition(":")[2])])
             table.add_row(name, *(f"{norm:.3f}" for norm in norms), f"{heads:.1f}")
-        return text_of(title, table)
+        return titled(title, table)
 
 
 @torch.no_grad()
@@ -79,7 +81,7 @@ def head_spread(vpd: Decomposition, layer: int, part: str) -> HeadSpread:
 
 
 @dataclass(repr=False)
-class Overlap:
+class Overlap(Shown):
     """How alike the heads of a layer are in what they move.
 
     Attributes:
@@ -101,7 +103,7 @@ class Overlap:
         cosines = self.cosines[kind]
         return float(cosines[~torch.eye(len(cosines), dtype=torch.bool)].mean())
 
-    def __repr__(self) -> str:
+    def __rich__(self) -> Group:
         weighting = f"weighted by {self.n_inputs} inputs" if self.n_inputs else "unweighted"
         title = f"OV overlap of layer {self.layer}, {weighting}"
         table = Table()
@@ -114,8 +116,8 @@ class Overlap:
             pair = f"{off[i, j]:+.3f} ({i}, {j})" if len(cosines) > 1 else ""
             row = f"{self.mean(kind):+.3f}", pair, f"{mean:+.3f} ± {deviation:.3f}"
             table.add_row(kind, *row)
-        note = "" if self.n_inputs else f"\nTwo random projections: {self.analytic:.3f}"
-        return text_of(title, table) + note
+        note = "" if self.n_inputs else f"Two random projections: {self.analytic:.3f}"
+        return titled(title, table, Text(note))
 
 
 @torch.no_grad()

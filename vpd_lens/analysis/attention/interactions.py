@@ -21,15 +21,16 @@ from typing import NamedTuple
 import torch
 from einops import einsum, repeat
 from jaxtyping import Float, Int
+from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
 from vpd_lens.analysis.attention.form import ScoreForm
 from vpd_lens.analysis.attention.parts import unit_vectors
-from vpd_lens.analysis.attention.prompt import text_of
 from vpd_lens.analysis.harvest import Harvest
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.errors import InputError
+from vpd_lens.rendering import Shown, titled
 
 
 class Interaction(NamedTuple):
@@ -43,7 +44,7 @@ class Interaction(NamedTuple):
 
 
 @dataclass(repr=False)
-class Interactions:
+class Interactions(Shown):
     """How pairs of subcomponents of two matrices of a layer go together, by head and distance.
 
     Attributes:
@@ -123,7 +124,7 @@ class Interactions:
             )
         return found
 
-    def __repr__(self) -> str:
+    def __rich__(self) -> Group:
         shape = f"{len(self.rows)} x {len(self.columns)} pairs in {len(self.values)} heads"
         title = f"{self.first} and {self.second}, {self.kind}: {shape}"
         if not self.sees_offsets and len(self.offsets) > 1:
@@ -135,7 +136,7 @@ class Interactions:
             table.add_column(heading, justify="left" if heading in ("first", "second") else "right")
         for pair in self.top():
             table.add_row(*map(str, pair[:4]), f"{pair.value:+.3f}")
-        return text_of(title, table)
+        return titled(title, table)
 
 
 def _place(names: tuple[str, ...], name: str, site: str) -> int:

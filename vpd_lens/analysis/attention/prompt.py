@@ -12,14 +12,13 @@ Source: VPD, attention (data-dependent interaction).
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from einops import einsum
 from jaxtyping import Float, Int
-from rich.console import Console
+from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
@@ -32,10 +31,11 @@ from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.importance import lower_leaky
 from vpd_lens.decomposition.masks import NEEDED
 from vpd_lens.errors import InputError, VPDError
+from vpd_lens.rendering import Shown, titled
 
 
 @dataclass(repr=False)
-class Contributions:
+class Contributions(Shown):
     """What every pair adds to one score: subcomponents, then the delta, then the bias, of either.
 
     Attributes:
@@ -71,10 +71,10 @@ class Contributions:
             found.append(AttentionPair(*place, *ends, float(self.values[q, k])))
         return found
 
-    def __repr__(self) -> str:
+    def __rich__(self) -> Group:
         kind = "score over the query's mean" if self.relative else "score"
         title = f"Layer {self.layer}, head {self.head}, {self.query} to {self.key}: {kind}"
-        return pairs_text(f"{title} {self.score:+.3f}", self.top())
+        return titled(f"{title} {self.score:+.3f}", pairs_table(self.top()))
 
 
 class PromptAttention:
@@ -250,18 +250,11 @@ def patterns_of(
     return patterns
 
 
-def pairs_text(title: str, pairs: Sequence[AttentionPair]) -> str:
-    """A table of pairs, as text."""
+def pairs_table(pairs: Sequence[AttentionPair]) -> Table:
+    """Pairs, and what each contributes."""
     table = Table()
     for heading in ("head", "query", "key", "contribution"):
         table.add_column(heading, justify="left" if heading in ("query", "key") else "right")
     for pair in pairs:
         table.add_row(str(pair.head), pair.query, pair.key, f"{pair.weight:+.3f}")
-    return text_of(title, table)
-
-
-def text_of(title: str, table: Table) -> str:
-    """A rich table with its title, as plain text."""
-    console = Console(width=100, no_color=True, file=(text := io.StringIO()))
-    console.print(title, table, sep="\n", highlight=False, markup=False)
-    return text.getvalue().rstrip()
+    return table
