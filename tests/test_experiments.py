@@ -231,9 +231,12 @@ def test_bad_grids_train_nothing(base, tmp_path, grid, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sweep_needs_an_evaluation(base, tmp_path):
+def test_a_sweep_needs_an_evaluation_and_whole_models(base, tmp_path):
     with pytest.raises(ConfigError, match="no evaluation section"):
         sweep(write_run(base, tmp_path, evaluation=None), GRID, **QUIET)
+    model = {"source": str(base / "model"), "base": str(base / "model")}
+    with pytest.raises(ConfigError, match="experiments are of whole models"):
+        sweep(write_run(base, tmp_path, model=model), GRID, **QUIET)
 
 
 # ------------------------------------------------------------------------------- sweeps

@@ -26,7 +26,7 @@ from recorded.record import RunRecord
 from toy_runs.measure import ToyReport
 from vpd_lens.config import RunFile, VPDConfig
 from vpd_lens.decomposition.saving import load
-from vpd_lens.errors import ArtefactError, TrainingInterrupted
+from vpd_lens.errors import ArtefactError, ConfigError, TrainingInterrupted
 from vpd_lens.evaluation import EvalReport, evaluate
 from vpd_lens.models import load_model
 from vpd_lens.storage import read, tensor_hash
@@ -79,10 +79,15 @@ class Run:
         """The run that `vpd-lens train` would make of a run file with an evaluation.
 
         Raises:
-            ConfigError: If the file has no evaluation section.
+            ConfigError: If the file has no evaluation section, or a model.base.
         """
-        described = {"model": file.model.model_dump(), "data": file.data}
-        load_base = partial(load_model, **file.model.model_dump(), device=file.training.device)
+        if file.model.base is not None:
+            raise ConfigError(
+                f"model.base is {file.model.base!r}, and experiments are of whole models; leave it "
+                "out, or decompose the difference with vpd-lens train."
+            )
+        described = {"model": file.model.loading, "data": file.data}
+        load_base = partial(load_model, **file.model.loading, device=file.training.device)
         target = Target(described, load_base, file.data, prepend_bos=file.prepend_bos)
         return cls(name, target, file.training, file.evaluation_plan())
 
