@@ -134,11 +134,11 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
     (tmp_path / "live").mkdir()  # as left by a run that was killed before its first checkpoint
     (tmp_path / "live" / "metrics.jsonl").write_text("")
     quickstart.main()
-    for page in ("report.html", "circuit.html", "harvest/index.html"):
+    for page in ("report.html", "explained.html", "circuit.html", "harvest/index.html"):
         assert (tmp_path / page).stat().st_size > 10_000
     assert (tmp_path / "live" / "decomposition" / "record.json").exists()
     # Again, for the training.
-    for shown in ("needs", "continuations", "write"):
+    for shown in ("continuations", "write"):
         monkeypatch.setattr(quickstart, shown, lambda *_: None)
     monkeypatch.setattr(vpd_lens.EvalReport, "to_html", lambda *_: None)
     quickstart.main()
