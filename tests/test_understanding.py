@@ -115,6 +115,7 @@ def test_results_are_shown_alike_in_print_and_in_a_notebook(example, explained):
         (PROMPT, {"target": "no such token"}, "a target is one token"),
         (PROMPT, {"position": 40}, "position=40 is not in the prompt"),
         (PROMPT, {"threshold": 1.0}, "threshold=1.0"),
+        (PROMPT, {"target": True}, "expected a token"),
         ("", {}, "prompt is empty"),
     ],
 )
@@ -133,6 +134,8 @@ def test_effects_of_a_difference_between_two_logits_are_refused(example):
 def test_orders_positions_and_sites_that_do_not_exist_are_refused(explained):
     with pytest.raises(InputError, match="by='sise' is not one of effect, importance, size"):
         explained.needs(by="sise")
+    with pytest.raises(InputError, match="k=-1"):
+        explained.needs(k=-1)
     with pytest.raises(InputError, match="position=99"):
         explained.needs(99)
     with pytest.raises(InputError, match="no site named 'mlp'"):
@@ -227,6 +230,8 @@ def test_a_card_of_what_does_not_exist_is_refused(example):
     for name in ("blocks.1.attn.q", "blocks.9.attn.q:0", "blocks.1.attn.q:x"):
         with pytest.raises(InputError, match="there is no subcomponent"):
             vpd_lens.card(model, name)
+    with pytest.raises(InputError, match="k=0"):
+        vpd_lens.Cards(model, k=0)
     with pytest.raises(InputError, match="has 128 subcomponents, numbered from 0"):
         vpd_lens.card(model, "blocks.1.attn.q:128")
 

@@ -159,6 +159,8 @@ class Cards:
         k: int = 8,
         n_examples: int = 3,
     ) -> None:
+        if k < 1 or n_examples < 0:
+            raise InputError(f"k={k}, n_examples={n_examples}; expected at least 1 and 0.")
         self.vpd = decomposition_of(model)
         if attributions is not None:
             attributions.check(self.vpd)

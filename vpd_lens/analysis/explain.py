@@ -99,6 +99,8 @@ class Explanation(Shown):
             InputError: If there is no such position, order or site.
         """
         position = targets.in_prompt(position, len(self.strings))
+        if k is not None and k < 1:
+            raise InputError(f"k={k}; expected at least 1, or None for all.")
         if by not in ORDERS:
             raise InputError(f"by={by!r} is not one of {', '.join(ORDERS)}.")
         if site is not None and site not in self.layout.names:
@@ -274,7 +276,7 @@ def _wanted(
     position = targets.in_prompt(position, len(probabilities))
     if target is None:
         return position, int(probabilities[position].argmax())
-    if isinstance(target, str | int):
+    if isinstance(target, str | int) and not isinstance(target, bool):
         target = targets.Token(target, position)
     position, token, other = targets.read_tokens(model, target, *probabilities.shape)
     if other >= 0:

@@ -30,6 +30,7 @@ def to_networkx(graph: AttributionGraph, loadings: HeadLoadings | None = None) -
     ends = [[names[node] for node in side.tolist()] for side in (edges.source, edges.target)]
     result.add_weighted_edges_from(zip(*ends, edges.weight.tolist(), strict=True))
     if loadings is not None:
+        loadings.check(graph)
         for edge, heads in zip(loadings.edge.tolist(), loadings.weights.tolist(), strict=True):
             result.edges[ends[0][edge], ends[1][edge]]["heads"] = heads
     return result

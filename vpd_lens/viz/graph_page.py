@@ -127,6 +127,7 @@ def _heads(
     graph: AttributionGraph, loadings: HeadLoadings, shown: Int[Tensor, " m"]
 ) -> dict[int, list[float]]:
     """What each head carries, by the numbers of the edges on the page."""
+    loadings.check(graph)
     number = torch.full((graph.n_edges,), -1)
     number[shown] = torch.arange(len(shown))
     rows = zip(number[loadings.edge].tolist(), loadings.weights.tolist(), strict=True)

@@ -48,6 +48,18 @@ class HeadLoadings:
     edge: Int[Tensor, " n"]
     weights: Float[Tensor, "n head"]
 
+    def check(self, graph: AttributionGraph) -> None:
+        """Refuse another graph than the one that was split; an `InputError`."""
+        known = not len(self.edge) or int(self.edge.max()) < graph.n_edges
+        if known and len(self.edge):
+            edges = graph.edges.weight[self.edge]
+            known = bool(((self.weights.sum(1) - edges).abs() <= 2e-2 * edges.abs().max()).all())
+        if not known:
+            raise InputError(
+                "loadings are of another graph: their heads do not add up to the edges of this "
+                "one. Split this graph with head_loadings(model, graph)."
+            )
+
     def of(self, edge: int) -> Float[Tensor, " head"]:
         """The heads of one edge of the graph.
 
@@ -96,10 +108,10 @@ def head_loadings(model: nn.Module, graph: AttributionGraph) -> HeadLoadings:
 def _checked(graph: AttributionGraph, found: HeadLoadings) -> HeadLoadings:
     """Without the edges of errors that no longer add up; others have to."""
     edges, error = graph.edges.weight[found.edge], KINDS.index("error")
-    gap = (found.weights.sum(1) - edges).abs()
-    bad = gap > _TOLERANCE * (edges.abs().max() if len(edges) else 0)
+    gap, largest = (found.weights.sum(1) - edges).abs(), edges.abs().max() if len(edges) else 0
     of_error = graph.nodes.kind[graph.edges.source[found.edge].long()] == error
-    if (bad & ~of_error).any():
+    bad = of_error & (gap > 1e-3 * found.weights.abs().sum(1) + 1e-6 * largest)
+    if (~of_error & (gap > _TOLERANCE * largest)).any():
         raise VPDError(
             "the heads of an attention edge add up to something else than the edge (by "
             f"{gap.max():.1e}): this model does more between v and o than to weigh values by its "

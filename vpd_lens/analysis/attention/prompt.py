@@ -104,7 +104,7 @@ class PromptAttention:
     def sides(self, layer: int) -> tuple[Side, Side]:
         """What q and k of a layer are made of."""
         if layer not in self._sides:
-            raise InputError(f"layer is {layer}; q and k are decomposed in {list(self.layers)}.")
+            raise InputError(f"layer is {layer!r}; q and k are decomposed in {list(self.layers)}.")
         return self._sides[layer]
 
     @torch.no_grad()
@@ -181,6 +181,8 @@ class PromptAttention:
         Among subcomponents whose causal importance exceeds `threshold` where they are, in all heads
         or one.
         """
+        if n < 1:
+            raise InputError(f"n={n}; expected at least 1 pair.")
         q, k = self.sides(layer)
         heads, group = q.vectors.shape[1], q.vectors.shape[1] // k.vectors.shape[1]
         needed = [self._needed(side.site, threshold) for side in (q, k)]
