@@ -86,8 +86,6 @@ class Attention(Shown):
 
     def __init__(self, model: nn.Module, harvest: Harvest | None, threshold: float) -> None:
         self.vpd, self.harvest = explained_decomposition(model), harvest
-        if threshold >= 1:
-            raise InputError(f"threshold={threshold}; no mean importance is above 1.")
         if model_kind(model) == "module" or attends_both_ways(model):
             raise InputError(
                 "attention needs a HookedTransformer or a TransformerBridge whose positions see "
