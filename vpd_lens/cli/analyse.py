@@ -86,10 +86,7 @@ def info_command(decomposition: options.Decomposed, debug: options.Debug = False
 
 def graph_command(
     prompt: Annotated[str, Argument(help="The prompt.")],
-    decomposition: Annotated[
-        Path | None,
-        Option(help="A saved decomposition, a run, or user/name on the hub; default: the example."),
-    ] = None,
+    decomposition: options.DecomposedOrExample = None,
     model: options.Model = None,
     target: Annotated[
         list[str] | None,
@@ -107,9 +104,7 @@ def graph_command(
     ] = None,
     html: Annotated[Path | None, Option(help="Write a page to explore.")] = None,
     save: Annotated[Path | None, Option(help="Write a directory to load again.")] = None,
-    harvest: Annotated[
-        Path | None, Option(help="What `vpd-lens harvest` wrote; examples for the page.")
-    ] = None,
+    harvest: options.Responses = None,
     model_class: options.ModelClassName = "auto",
     processing: options.ProcessingName = "default",
     device: options.Device = None,
@@ -158,10 +153,7 @@ def _known(model: Any, graph: Any, examples: Any) -> dict[str, Any]:
 
 def explain_command(
     text: Annotated[str, Argument(help="The text.")],
-    decomposition: Annotated[
-        Path | None,
-        Option(help="A saved decomposition, a run, or user/name on the hub; default: the example."),
-    ] = None,
+    decomposition: options.DecomposedOrExample = None,
     model: options.Model = None,
     target: Annotated[
         str | None, Option(metavar="TOKEN", help="Whose probability; default: the likeliest.")
@@ -169,9 +161,7 @@ def explain_command(
     position: Annotated[int, Option(help="After which token of the text.")] = -1,
     top: Annotated[int, Option(min=1, help="Subcomponents to show.")] = 8,
     html: Annotated[Path | None, Option(help="Write a page to explore.")] = None,
-    harvest: Annotated[
-        Path | None, Option(help="What `vpd-lens harvest` wrote; what subcomponents respond to.")
-    ] = None,
+    harvest: options.Responses = None,
     model_class: options.ModelClassName = "auto",
     processing: options.ProcessingName = "default",
     device: options.Device = None,

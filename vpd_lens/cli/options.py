@@ -22,6 +22,13 @@ Decomposed = Annotated[
         metavar="DECOMPOSITION", help="A saved decomposition, a run, or user/name on the hub."
     ),
 ]
+DecomposedOrExample = Annotated[
+    Path | None,
+    Option(help="A saved decomposition, a run, or user/name on the hub; default: the example."),
+]
+Responses = Annotated[
+    Path | None, Option(help="What `vpd-lens harvest` wrote: what subcomponents respond to.")
+]
 Model = Annotated[
     str | None,
     Option(
