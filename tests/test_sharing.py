@@ -373,6 +373,13 @@ def test_without_permission_nothing_is_published(hub, llama, monkeypatch):
 def test_repositories_that_cannot_be_opened(hub, llama, tmp_path, monkeypatch):
     with pytest.raises(HubError, match=r"no such directory here\. On the hub: there is no 'a/b'"):
         vpd_lens.load("a/b")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    with pytest.raises(
+        ArtefactError, match=r"in runs; did you mean runs/first\?.* revision=\"main"
+    ):
+        vpd_lens.load("runs/frist")
+    assert not any("frist" in path for path in hub.asked)
     hub.add_folder("someone/foreign", llama)
     with pytest.raises(ArtefactError, match=r"no record\.json in this repository"):
         vpd_lens.load("someone/foreign")

@@ -29,7 +29,8 @@ def load(
 
     Args:
         where: A folder that `vpd.save` wrote, the output of a finished training run, or a
-            repository on the Hugging Face hub, `"user/name"`, if there is no such folder.
+            repository on the Hugging Face hub, `"user/name"`, if there is neither such a folder
+            nor a folder `user`.
         model: The base model, processed and in the dtype as it was then, onto which to attach; or
             a directory or name to load it from as it was loaded then. `None`: from where the
             record says that it came from.

@@ -13,6 +13,7 @@ Whatever goes wrong on the way to the hub becomes a `HubError` here.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Collection, Iterator
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from vpd_lens import storage
 from vpd_lens.description import DecompositionRecord
-from vpd_lens.errors import ArtefactError, HubError, InputError, VPDError, first_line
+from vpd_lens.errors import ArtefactError, HubError, InputError, VPDError, did_you_mean, first_line
 from vpd_lens.model_card import REPORT, write_card
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def find(where: str | Path, revision: str | None = None, also: Collection[str] =
     """The folder `where`, or where a repository of that name has been downloaded to.
 
     Args:
-        where: A folder, or `"user/name"` if there is no such folder.
+        where: A folder, or `"user/name"` if there is neither such a folder nor a folder `user`.
         revision: A commit, branch or tag; makes `where` a repository.
         also: Folders of the repository that are needed too, such as `"model"` or `"harvest"`.
 
@@ -53,11 +54,19 @@ def find(where: str | Path, revision: str | None = None, also: Collection[str] =
     """
     name = str(where)
     if revision is None:
+        folder = Path(where).expanduser()
         try:
-            return storage.existing_folder(Path(where).expanduser())
+            return storage.existing_folder(folder)
         except ArtefactError:
             if not _REPOSITORY.fullmatch(name):
                 raise
+            if folder.parent.is_dir():  # a misspelt run, and no reason to ask the hub for it
+                beside = [str(folder.parent / found) for found in sorted(os.listdir(folder.parent))]
+                raise ArtefactError(
+                    f"{name}: there is no such directory in {folder.parent}"
+                    f"{did_you_mean(name, beside)}. A repository of this name on the hub is asked "
+                    'for by revision="main".'
+                ) from None
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 

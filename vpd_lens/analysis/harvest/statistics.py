@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor
 
 from vpd_lens.analysis.harvest.examples import Firings
@@ -132,12 +132,22 @@ class TokenTable:
 
     def trimmed(self, firings: Int64[Tensor, " C_total"], k: int) -> TokenTable:
         """The same with 0 for all but the `k` tokens of most information of each subcomponent."""
-        recall = self.at_firings.double() / firings.clamp(min=1)[:, None]
-        pmi = (recall * self.everywhere.sum().round() / self.everywhere).log()
+        recall, pmi = self._recall_and_pmi(self.at_firings.double(), firings.clamp(min=1)[:, None])
         information = torch.where(self.at_firings > 0, recall * pmi, -math.inf)
         best = information.topk(min(k, len(self.everywhere)), dim=1).indices
         kept = torch.zeros_like(self.at_firings)
         return replace(self, at_firings=kept.scatter(1, best, self.at_firings.gather(1, best)))
+
+    def _recall_and_pmi(
+        self,
+        count: Float64[Tensor, "*rows token"],
+        firings: int | Int64[Tensor, "C_total 1"],
+        tokens: slice | Int64[Tensor, " token"] = slice(None),
+    ) -> tuple[Float64[Tensor, "*rows token"], Float64[Tensor, "*rows token"]]:
+        """Of tokens that weigh `count` at so many firings."""
+        recall = count / firings
+        # The weights of a position add up to 1, for output tokens up to rounding.
+        return recall, (recall * self.everywhere.sum().round() / self.everywhere[tokens]).log()
 
     def largest(
         self, row: int, n_firings: int, k: int = 10, by: str = "information", min_count: float = 0.0
@@ -145,10 +155,9 @@ class TokenTable:
         """The tokens that go most with a subcomponent's firing; see `Harvest.tokens`."""
         weights = self.at_firings[row]
         seen = ((weights > 0) & (weights >= min_count)).nonzero().squeeze(1)
-        count, everywhere = weights[seen].double(), self.everywhere[seen]
-        recall, precision = count / n_firings, count / everywhere
-        # The weights of a position add up to 1, for output tokens up to rounding.
-        pmi = (recall * self.everywhere.sum().round() / everywhere).log()
+        count = weights[seen].double()
+        recall, pmi = self._recall_and_pmi(count, n_firings, seen)
+        precision = count / self.everywhere[seen]
         orders = {"information": recall * pmi, "recall": recall, "precision": precision, "pmi": pmi}
         if by not in orders:
             raise InputError(f"by={by!r} is not one of {', '.join(orders)}.")
