@@ -3,8 +3,10 @@
 from itertools import islice
 from types import SimpleNamespace
 
+import pytest
+
 from vpd_lens import progress
-from vpd_lens.progress import Progress
+from vpd_lens.progress import Progress, watching
 
 
 def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
@@ -42,3 +44,20 @@ def test_what_it_costs_is_said_first(capsys):
         pass
     line = "Harvesting: 1 forward of 8 sequences; the tables take 0.1 GiB"
     assert capsys.readouterr().out.splitlines() == [line]
+
+
+def test_who_watches_sees_every_unit_and_may_end_the_work():
+    seen = []
+
+    def watcher(bar):
+        seen.append((bar.title, bar.done, bar.total))
+        if bar.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), watching(watcher), Progress("A", 9, show=False) as bar:
+        for _ in bar.counting(range(9)):
+            pass
+    assert seen == [("A", 0, 9), ("A", 1, 9), ("A", 2, 9)]
+    with Progress("B", 1, show=False) as bar:
+        bar.advance()
+    assert len(seen) == 3

@@ -50,6 +50,10 @@ class CollapseError(VPDError):
     """The causal importance function collapsed, and the run was told to stop then."""
 
 
+class BusyError(VPDError):
+    """The explorer's model is at work for somebody else, or too much is waiting for it."""
+
+
 class ProcessError(VPDError):
     """The processes of a training job disagree, or one of them died or fell silent."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import TypeVar
 
@@ -14,6 +16,22 @@ from rich.table import Column
 T = TypeVar("T")
 
 _FIRST, _BETWEEN = 5.0, 30.0  # seconds before the first line, and between lines, of a log file
+
+
+_watcher: ContextVar[Callable[[Progress], None] | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watching(watcher: Callable[[Progress], None]) -> Iterator[None]:
+    """Hand every `Progress` of this thread to `watcher`, when it begins and after each unit.
+
+    What the watcher raises ends the work in between.
+    """
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 class Progress:
@@ -47,6 +65,7 @@ class Progress:
         if self.cost:
             self.console.print(f"{self.title}: {self.cost}", highlight=False, markup=False)
         self._bar.start()
+        self._tell()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,6 +75,7 @@ class Progress:
         """Count finished units of work."""
         self.done += units
         self._bar.advance(self._task, units)
+        self._tell()
         now = time.monotonic()
         wait = _FIRST if self._spoke == self._began else _BETWEEN
         if self._in_lines and now - self._spoke >= wait:
@@ -64,6 +84,10 @@ class Progress:
             passed, left = (timedelta(seconds=round(seconds)) for seconds in (passed, left))
             line = f"{self.title}: {self.done} of {self.total}, {passed} passed, about {left} left"
             self.console.print(line, highlight=False)
+
+    def _tell(self) -> None:
+        if watcher := _watcher.get():
+            watcher(self)
 
     def counting(self, units: Iterable[T]) -> Iterator[T]:
         """Yield units of work, and count each when the next is asked for."""

@@ -44,3 +44,8 @@ class Shown:
 def titled(title: str, *parts: RenderableType) -> Group:
     """A plain line over something; brackets in it are no markup."""
     return Group(Text(title), *parts)
+
+
+def unescaped(text: str) -> str:
+    r"""What was typed on one line, with `\n` and `\t` as a newline and a tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")

@@ -10,6 +10,7 @@ from typer import Argument, Option
 from vpd_lens.cli import options
 from vpd_lens.cli.options import load_decomposed, readable_errors, require_folder, say
 from vpd_lens.errors import ConfigError, InputError
+from vpd_lens.rendering import unescaped
 
 
 def eval_command(
@@ -118,12 +119,12 @@ def graph_command(
     with readable_errors(debug):
         if keep == 0:
             raise InputError("--keep 0 keeps nothing; give a share above 0.")
-        loaded, examples = _with_examples(
+        loaded, examples = with_examples(
             decomposition, model, model_class, device, processing, harvest
         )
         from vpd_lens.analysis.circuits import Token, TopTokens, attribute
 
-        prompt, *tokens = map(_unescaped, (prompt, *(target or [])))
+        prompt, *tokens = map(unescaped, (prompt, *(target or [])))
         targets: Any = [Token(token, position) for token in tokens]
         if not targets and prune is None:
             targets = [TopTokens(position=position)]
@@ -173,23 +174,19 @@ def explain_command(
     In TEXT and TOKEN, \n and \t stand for a newline and a tab.
     """
     with readable_errors(debug):
-        loaded, examples = _with_examples(
+        loaded, examples = with_examples(
             decomposition, model, model_class, device, processing, harvest
         )
         from vpd_lens.analysis.explain import explain
 
-        goal = None if target is None else _unescaped(target)
-        found = explain(loaded, _unescaped(text), goal, position=position, harvest=examples)
+        goal = None if target is None else unescaped(target)
+        found = explain(loaded, unescaped(text), goal, position=position, harvest=examples)
         say(found.summary(top), quiet)
         if html is not None:
             say(f"Page: {found.to_html(html)}", quiet)
 
 
-def _unescaped(text: str) -> str:
-    return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
-def _with_examples(
+def with_examples(
     decomposition: Path | None,
     model: str | None,
     model_class: str,

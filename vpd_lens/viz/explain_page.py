@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
 
 from vpd_lens.storage import write_text
 from vpd_lens.viz.graph_page import rounded
@@ -24,20 +26,34 @@ def to_html(explanation: Explanation, path: str | Path, title: str | None = None
 
     It has the cards of the subcomponents of the largest effects, at most 400 of them.
     """
-    page = render_template(
-        "vpd_lens.viz",
-        "assets/explain.html.j2",
-        title=title or "What a text needs",
-        data=htmlsafe_json_dumps(payload(explanation), separators=(",", ":"), allow_nan=False),
-        styles=[asset(f"assets/{name}") for name in STYLES],
-        scripts=[asset(f"assets/{name}.js") for name in SCRIPTS],
-    )
-    write_text(Path(path), page)
+    write_text(Path(path), render(payload(explanation), title or "What a text needs"))
     return Path(path)
 
 
-def payload(explanation: Explanation) -> dict[str, Any]:
-    """What the page shows; needs are `[site, index, importance, activation, effect]`."""
+def render(
+    data: dict[str, Any],
+    title: str,
+    template: tuple[str, str] = ("vpd_lens.viz", "assets/explain.html.j2"),
+    styles: Sequence[Markup] = (),
+    scripts: Sequence[Markup] = (),
+    **values: Any,
+) -> str:
+    """The page of a `payload`; a template that extends it may have more styles and scripts."""
+    return render_template(
+        *template,
+        title=title,
+        data=htmlsafe_json_dumps(data, separators=(",", ":"), allow_nan=False),
+        styles=[*(asset(f"assets/{name}") for name in STYLES), *styles],
+        scripts=[*(asset(f"assets/{name}.js") for name in SCRIPTS), *scripts],
+        **values,
+    )
+
+
+def payload(explanation: Explanation, n_cards: int = MAX_CARDS) -> dict[str, Any]:
+    """What the page shows; needs are `[site, index, importance, activation, effect]`.
+
+    It has the cards of the `n_cards` largest effects.
+    """
     names = explanation.layout.names
     numbers = {name: number for number, name in enumerate(names)}
     needs, largest = [], {}
@@ -48,7 +64,7 @@ def payload(explanation: Explanation) -> dict[str, Any]:
             row.append([numbers[site], int(index), need.importance, need.activation, need.effect])
             largest[need.name] = max(largest.get(need.name, 0.0), abs(need.effect))
         needs.append(row)
-    shown = sorted(largest, key=lambda name: -largest[name])[:MAX_CARDS]
+    shown = sorted(largest, key=lambda name: -largest[name])[:n_cards]
     token, position = explanation.target
     data = {
         "tokens": explanation.strings,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
 from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
 from torch import Tensor
 
 from vpd_lens.analysis.circuits.tables import KINDS
@@ -55,16 +57,27 @@ def to_html(
         ArtefactError: If the harvest, or the cards, are of another decomposition.
     """
     data = payload(graph, harvest, cards, loadings)
-    page = render_template(
-        "vpd_lens.viz",
-        "assets/graph.html.j2",
-        title=title or "Attribution graph",
-        data=htmlsafe_json_dumps(data, separators=(",", ":"), allow_nan=False),
-        styles=[asset(f"assets/{name}") for name in STYLES],
-        scripts=[asset(f"assets/{name}.js") for name in SCRIPTS],
-    )
-    write_text(Path(path), page)
+    write_text(Path(path), render(data, title or "Attribution graph"))
     return Path(path)
+
+
+def render(
+    data: dict[str, Any],
+    title: str,
+    template: tuple[str, str] = ("vpd_lens.viz", "assets/graph.html.j2"),
+    styles: Sequence[Markup] = (),
+    scripts: Sequence[Markup] = (),
+    **values: Any,
+) -> str:
+    """The page of a `payload`; a template that extends it may have more styles and scripts."""
+    return render_template(
+        *template,
+        title=title,
+        data=htmlsafe_json_dumps(data, separators=(",", ":"), allow_nan=False),
+        styles=[*(asset(f"assets/{name}") for name in STYLES), *styles],
+        scripts=[*(asset(f"assets/{name}.js") for name in SCRIPTS), *scripts],
+        **values,
+    )
 
 
 def payload(

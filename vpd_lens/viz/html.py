@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 
-def asset(name: str) -> Markup:
-    """A file of this package, to be put into a page as it is."""
-    return Markup(files("vpd_lens.viz").joinpath(name).read_text(encoding="utf-8"))
+def asset(name: str, package: str = "vpd_lens.viz") -> Markup:
+    """A file of a package, to be put into a page as it is."""
+    return Markup(_read(package, name))
+
+
+def _read(package: str, name: str) -> str:
+    return files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 def render_template(package: str, template: str, **values: Any) -> str:
     """One HTML page that needs no network; light and dark follow the reader's system.
 
     The package's template puts `{{ style }}` between `<style>` tags; of what it refers to,
-    everything but `Markup` is escaped.
+    everything but `Markup` is escaped. Templates extend others by their path in `vpd_lens`.
     """
-    source = files(package).joinpath(template).read_text(encoding="utf-8")
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(partial(_read, "vpd_lens")),
     )
-    return environment.from_string(source).render(style=asset("page.css"), **values)
+    found = environment.from_string(_read(package, template))
+    return found.render(style=asset("page.css"), **values)

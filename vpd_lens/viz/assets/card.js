@@ -1,5 +1,24 @@
 // What is known of a subcomponent: examples and tokens of a harvest, and what its weights say.
 
+// A server behind the page has the cards that the page does not hold, and may add to all of them.
+const server = { getCard: null, addTo: () => [] };
+
+function cardParts(name, position) {
+  const added = server.addTo(name, position);
+  const known = data.cards[name];
+  if (known) return [...added, subcomponentCard(known)];
+  return server.getCard ? [...added, fetchedCard(name)] : [];
+}
+
+function fetchedCard(name) {
+  const place = make("section", "card-section muted", "…");
+  server.getCard(name).then(
+    (card) => place.replaceWith(subcomponentCard((data.cards[name] = card))),
+    (error) => (place.textContent = error.message),
+  );
+  return place;
+}
+
 function subcomponentCard(card) {
   const section = make("section", "card-section");
   if (card.density !== undefined) section.append(...harvested(card));

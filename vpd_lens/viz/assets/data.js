@@ -8,4 +8,5 @@ const outputs = new Map(data.outputs.map((output) => [output.node, output]));
 
 const kindOf = (node) => data.kinds[nodes.kind[node]];
 const tokenOf = (node) => tokens[nodes.position[node]];
-const cardOf = (node) => data.cards[nodes.name[node].replace(/@\d+$/, "")];
+const ownName = (node) => nodes.name[node].replace(/@\d+$/, ""); // without its position
+const cardOf = (node) => data.cards[ownName(node)];

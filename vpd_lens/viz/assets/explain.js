@@ -144,11 +144,9 @@ function openCard(name) {
 function cardOf(name) {
   const back = make("button", "quiet", "← needs", { type: "button" });
   back.addEventListener("click", () => openCard(null));
-  const parts = [back, make("h2", "name", name), whereNeeded(name)];
-  const card = data.cards[name];
-  if (card) parts.push(subcomponentCard(card));
-  else parts.push(make("p", "muted", "This page has no card of it; vpd_lens.card(model, name) makes one."));
-  return parts;
+  const parts = cardParts(name, state.position);
+  if (!parts.length) parts.push(make("p", "muted", "This page has no card of it; vpd_lens.card(model, name) makes one."));
+  return [back, make("h2", "name", name), whereNeeded(name), ...parts];
 }
 
 // The text, shaded by the importance of one subcomponent.

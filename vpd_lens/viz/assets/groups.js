@@ -67,7 +67,7 @@ function rename(item, name) {
 function setGroups(wanted, pinned = null) {
   groups.splice(0, groups.length, ...wanted);
   Object.assign(state, { pinned, hovered: null, selected: new Set(), hits: [] });
-  store(GROUPS_KEY, namedGroups());
+  keepGroups(namedGroups());
   deriveEdges();
   forgetGroupElements();
   refresh();
@@ -89,8 +89,13 @@ function groupsFrom(named) {
     .filter((group) => group.members.length > 1);
 }
 
+function keepGroups(named) {
+  store(GROUPS_KEY, named);
+  server.keepGroups?.(named);
+}
+
 function loadGroups() {
-  const saved = stored(GROUPS_KEY);
+  const saved = data.groups ?? stored(GROUPS_KEY); // those that a server keeps, or else this browser
   if (Array.isArray(saved)) groups.push(...groupsFrom(saved));
   deriveEdges();
 }

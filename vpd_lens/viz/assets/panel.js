@@ -26,7 +26,7 @@ function jumpTo(item) {
 
 // A subcomponent that a card names, at the token that is looked at or else at any.
 function openCard(name) {
-  const found = nodes.name.flatMap((node, item) => (node.replace(/@\d+$/, "") === name ? [item] : []));
+  const found = nodes.name.flatMap((_, item) => (ownName(item) === name ? [item] : []));
   const here = state.pinned === null ? undefined : found.find((item) => nodes.position[item] === nodes.position[state.pinned]);
   if (found.length) jumpTo(here ?? found[0]);
   else say(`${name} is no node of this graph.`);
@@ -42,8 +42,7 @@ function showPanel() {
 function details(item) {
   const parts = isGroup(item) ? groupHead(item) : nodeHead(item);
   parts.push(edgeList("Incoming", item, "in"), edgeList("Outgoing", item, "out"));
-  const card = isGroup(item) ? undefined : cardOf(item);
-  if (card) parts.push(subcomponentCard(card));
+  if (!isGroup(item) && kindOf(item) === "subcomponent") parts.push(...cardParts(ownName(item), nodes.position[item]));
   const close = make("button", "quiet close", "✕", { type: "button", "aria-label": "Unpin", title: "Unpin (Esc)" });
   close.addEventListener("click", () => pin(null));
   return [close, ...parts];

@@ -7,7 +7,7 @@ function haystack(node) {
     const own = [nodes.name[node], tokenOf(node), outputs.get(node)?.text ?? ""];
     const card = cardOf(node);
     const words = (rows) => rows.map((row) => row.token);
-    const seen = card
+    const seen = card?.examples // a card of the weights alone has none
       ? [...card.examples.map((example) => example.tokens.join("")), ...words(card.input_tokens), ...words(card.output_tokens)]
       : [];
     haystacks.set(node, [own, seen].map((texts) => texts.join("\n").toLowerCase()));

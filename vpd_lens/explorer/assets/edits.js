@@ -1,0 +1,109 @@
+// Edits of subcomponents, and what they do to the prediction and to what the model writes.
+
+const EDITS_KEY = "vpd-explorer:edits";
+const WRITTEN = 24; // tokens
+const edits = editsOf(asked.text);
+
+// They belong to a text, and go along from its importances to its graphs.
+function editsOf(text) {
+  try {
+    const kept = JSON.parse(sessionStorage.getItem(EDITS_KEY));
+    return kept?.text === text ? kept.edits : [];
+  } catch {
+    return [];
+  }
+}
+
+const where = ({ position }) => (position === null ? "everywhere" : `at ${position} ${visibleText(tokens[position])}`);
+const sameEdit = (a, b) => a.name === b.name && a.position === b.position;
+
+function setEdit(edit) {
+  const at = edits.findIndex((other) => sameEdit(other, edit));
+  if (at < 0) edits.push(edit);
+  else edits[at] = edit;
+  editsChanged();
+}
+
+function dropEdit(edit) {
+  edits.splice(edits.findIndex((other) => sameEdit(other, edit)), 1);
+  editsChanged();
+}
+
+function editsChanged() {
+  sessionStorage.setItem(EDITS_KEY, JSON.stringify({ text: asked.text, edits }));
+  showEdits();
+  clearTimeout(editsChanged.waiting);
+  editsChanged.waiting = setTimeout(tryEdits, 250);
+}
+
+function showEdits() {
+  byId("edits").hidden = edits.length === 0;
+  byId("edit-list").replaceChildren(...edits.map(editRow));
+}
+
+function editRow(edit) {
+  const row = make("li");
+  const factor = make("input", "factor", undefined, { type: "number", step: "0.5", min: "-100", max: "100", "aria-label": `Factor of ${edit.name} ${where(edit)}` });
+  factor.value = edit.factor;
+  factor.addEventListener("change", () => setEdit({ ...edit, factor: Number(factor.value) }));
+  const drop = make("button", "quiet", "✕", { type: "button", "aria-label": `Undo ${edit.name} ${where(edit)}` });
+  drop.addEventListener("click", () => dropEdit(edit));
+  row.append(make("span", "times", "×"), factor, make("code", "", edit.name), make("small", "", where(edit)), drop);
+  return row;
+}
+
+async function tryEdits() {
+  const place = byId("edit-result");
+  if (!edits.length) return place.replaceChildren();
+  place.classList.add("asking");
+  const turn = (tryEdits.turn = (tryEdits.turn ?? 0) + 1);
+  try {
+    const found = await ask("POST", "/api/edits", { ...asked, edits, n_written: WRITTEN });
+    if (turn === tryEdits.turn) place.replaceChildren(predictions(found), writing(found.written));
+  } catch (error) {
+    if (turn === tryEdits.turn) place.replaceChildren(make("p", "failed", error.message));
+  }
+  if (turn === tryEdits.turn) place.classList.remove("asking");
+}
+
+function predictions({ rows, kl, position }) {
+  const table = make("table");
+  const head = make("tr");
+  for (const text of [`after ${visibleText(tokens[position])}`, "before", "edited"]) head.append(make("th", "", text, { scope: "col" }));
+  table.append(head);
+  for (const [text, before, after] of rows) {
+    const row = make("tr", after > before ? "more" : "less");
+    row.append(make("td", "", visibleText(text)), make("td", "", percent(before)), make("td", "after", percent(after)));
+    table.append(row);
+  }
+  const box = make("div", "predictions");
+  box.append(table, make("small", "muted", `KL from the model ${number(kl)} nats`));
+  return box;
+}
+
+function writing({ before, after }) {
+  const list = make("dl", "writing");
+  for (const [title, text] of [["The model writes", before], ["Edited, it writes", after]]) {
+    list.append(make("dt", "", title), make("dd", "", text === "" ? "nothing: the context is full" : text));
+  }
+  return list;
+}
+
+// What a card offers.
+function editTools(name, position) {
+  const box = make("p", "edit-tools buttons", undefined, { role: "group", "aria-label": `Edit ${name}` });
+  const offer = (text, edit) => {
+    const button = make("button", "", text, { type: "button" });
+    button.addEventListener("click", () => setEdit(edit));
+    box.append(button);
+  };
+  offer("Ablate here", { name, position, factor: 0 });
+  offer("Ablate everywhere", { name, position: null, factor: 0 });
+  offer("Double here", { name, position, factor: 2 });
+  return box;
+}
+
+server.getCard = (name) => ask("GET", subcomponentPath(name));
+server.addTo = (name, position) => [editTools(name, position)];
+showEdits();
+if (edits.length) tryEdits();

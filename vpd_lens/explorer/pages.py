@@ -1,0 +1,117 @@
+"""The explorer's pages: those of `vpd_lens.viz`, with a head, edits and jobs around them."""
+
+from __future__ import annotations
+
+import secrets
+from functools import cache
+from typing import Any
+
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+from starlette.responses import HTMLResponse
+
+from vpd_lens.explorer.orders import Question
+from vpd_lens.explorer.saved import KeptGraph
+from vpd_lens.explorer.workbench import Workbench
+from vpd_lens.viz import explain_page, graph_page, html
+
+PACKAGE = "vpd_lens.explorer"
+# In this order, after those of the page itself.
+HEAD, EDITS = ("client", "head", "jobs"), ("edits",)
+
+
+def home(bench: Workbench, question: Question | None = None, error: str = "") -> HTMLResponse:
+    """What is there to begin with; also where a question that has no answer leads to."""
+    nonce = secrets.token_urlsafe(16)
+    page = html.render_template(
+        PACKAGE,
+        "assets/home.html.j2",
+        styles=[html.asset(f"assets/{name}") for name in explain_page.STYLES] + _styles(),
+        scripts=[html.asset("assets/text.js"), *_scripts(*HEAD)],
+        saved=bench.graphs.names(),
+        error=error,
+        **_shell(bench, question, nonce),
+    )
+    return _response(page, nonce, 400 if error else 200)
+
+
+def text(bench: Workbench, question: Question) -> HTMLResponse:
+    """What a text needs, with cards and edits."""
+    data, nonce = bench.explained(question), secrets.token_urlsafe(16)
+    page = explain_page.render(
+        data,
+        template=(PACKAGE, "assets/text.html.j2"),
+        styles=_styles(),
+        scripts=_scripts(*HEAD, *EDITS),
+        **_shell(bench, question, nonce, "What a text needs"),
+    )
+    return _response(page, nonce)
+
+
+def graph(bench: Workbench, key: str) -> HTMLResponse:
+    """A graph, with cards, edits and groups that are kept."""
+    kept, nonce = bench.graph(key), secrets.token_urlsafe(16)
+    data = graph_page.payload(kept.graph, loadings=kept.loadings)
+    data["groups"] = [group.model_dump() for group in kept.notes.groups]
+    shell = _shell(bench, kept.notes.question, nonce, "Attribution graph", graph=_of(key, kept))
+    page = graph_page.render(
+        data,
+        template=(PACKAGE, "assets/graph.html.j2"),
+        styles=_styles(),
+        scripts=_scripts(*HEAD, *EDITS, "graph"),
+        **shell,
+    )
+    return _response(page, nonce)
+
+
+def _of(key: str, kept: KeptGraph) -> dict[str, Any]:
+    circuit = kept.graph.circuit
+    mean = None if circuit is None else circuit.mean
+    return {"key": key, "name": kept.name, "circuit": mean and graph_page.rounded(mean, 3)}
+
+
+def _shell(
+    bench: Workbench,
+    question: Question | None,
+    nonce: str,
+    what: str = "Explorer",
+    graph: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What the explorer's own templates and scripts are given."""
+    asked = (question or Question(text="")).model_dump()
+    known = {
+        "question": asked,
+        "graph": graph,
+        "harvest": bench.harvest is not None,
+        "sites": list(bench.vpd.layout.names),
+    }
+    return {
+        "title": what,
+        "heading": bench.title,
+        "asked": asked,
+        "context": int(bench.model.cfg.n_ctx),  # type: ignore[union-attr, arg-type]
+        "explorer": htmlsafe_json_dumps(known, allow_nan=False),
+        "nonce": nonce,
+    }
+
+
+@cache
+def _asset(name: str) -> Markup:
+    return html.asset(f"assets/{name}", PACKAGE)
+
+
+def _styles() -> list[Markup]:
+    return [_asset("explorer.css")]
+
+
+def _scripts(*names: str) -> list[Markup]:
+    return [_asset(f"{name}.js") for name in names]
+
+
+def _response(page: str, nonce: str, status: int = 200) -> HTMLResponse:
+    own = f"'nonce-{nonce}'"
+    policy = (
+        f"default-src 'none'; script-src {own}; style-src {own}; img-src data:; connect-src 'self'; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    )
+    return HTMLResponse(page, status, {"content-security-policy": policy})

@@ -1,0 +1,101 @@
+"""`explore`: listen on this machine until interrupted."""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+import socket
+import webbrowser
+from pathlib import Path
+
+import uvicorn
+from torch import nn
+
+from vpd_lens.analysis.harvest import Harvest
+from vpd_lens.errors import ConfigError
+from vpd_lens.explorer.app import build_app
+from vpd_lens.explorer.workbench import Workbench
+
+
+def explore(
+    model: nn.Module,
+    harvest: Harvest | None = None,
+    *,
+    folder: str | Path = "explored",
+    title: str = "",
+    host: str = "127.0.0.1",
+    port: int = 0,
+    open_browser: bool = False,
+) -> None:
+    """Serve the explorer of a decomposed model until Ctrl-C; print its address first.
+
+    The address has a token, without which nothing is answered.
+
+    Args:
+        model: A decomposed HookedTransformer or TransformerBridge with a tokenizer.
+        harvest: What its subcomponents respond to; without it, cards say what the weights say.
+        folder: Where graphs and labels are saved; made when something is.
+        title: What the pages call the model.
+        host: Where to listen. Anything but this machine itself makes the explorer reachable from
+            others, over a connection that is not encrypted.
+        port: 0: any that is free.
+        open_browser: Whether to open the page in the default browser.
+
+    Raises:
+        ArtefactError: If the harvest is of another decomposition.
+        AttachError: If the model carries no decomposition.
+        ConfigError: If the port is in use or the host is none of this machine.
+        InputError: If the model has no tokenizer, or no known residual stream.
+
+    Examples:
+        >>> import vpd_lens
+        >>> from vpd_lens.explorer import explore
+        >>> explore(vpd_lens.load_example())  # doctest: +SKIP
+    """
+    listening = _listening(host, port)
+    token = secrets.token_urlsafe(24)
+    with listening:
+        bench = Workbench(model, harvest, Path(folder), title)
+        app = build_app(bench, token, _names(host))
+        shown = host if _is_loopback(host) or host == "localhost" else socket.gethostname()
+        address = f"http://{shown}:{listening.getsockname()[1]}/?token={token}"
+        print(f"Explorer: {address}\nCtrl-C ends it.", flush=True)
+        if open_browser:
+            webbrowser.open(address)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,  # the address has the token in it
+            http="h11",
+            h11_max_incomplete_event_size=1 << 20,  # prompts are part of addresses
+            ws="none",
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=2,
+        )
+        try:
+            uvicorn.Server(config).run(sockets=[listening])
+        except KeyboardInterrupt:  # raised again after a graceful end
+            print("The explorer has ended.")
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Give another --port, or 0 "
+            "for any that is free."
+        ) from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _names(host: str) -> list[str]:
+    """What this machine may be called in requests; behind a public address, anything."""
+    return ["127.0.0.1", "localhost"] if _is_loopback(host) else ["*"]
