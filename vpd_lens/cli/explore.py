@@ -11,6 +11,9 @@ from vpd_lens.cli import options
 from vpd_lens.cli.analyse import with_examples
 from vpd_lens.cli.options import readable_errors
 
+# Of the example's kind, Python.
+TEXTS = ("class Queue:\n    def __init__(", "for i in", "import os\nimport sys\n\ndef main(")
+
 
 def explore_command(
     decomposition: Annotated[
@@ -44,9 +47,16 @@ def explore_command(
         )
         from vpd_lens.explorer import explore
 
-        title = "the example that ships" if decomposition is None else decomposition.name
-        how = {"host": host, "port": port, "open_browser": open_browser}
-        explore(loaded, examples, folder=output, title=title, **how)  # type: ignore[arg-type]
+        explore(
+            loaded,
+            examples,
+            folder=output,
+            title=decomposition.name if decomposition else "the example that ships",
+            texts=() if decomposition else TEXTS,
+            host=host,
+            port=port,
+            open_browser=open_browser,
+        )
 
 
 def _beside(decomposition: Path | None) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -58,7 +58,11 @@ def build_app(bench: Workbench, token: str, hosts: list[str]) -> Starlette:
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
             Middleware(Guard, token=token),
         ],
-        exception_handlers={VPDError: _refused, HTTPException: _refused, Exception: _failed},
+        exception_handlers={
+            VPDError: partial(_refused, bench),
+            HTTPException: partial(_refused, bench),
+            Exception: _failed,
+        },
     )
 
 
@@ -89,9 +93,13 @@ def _routes(bench: Workbench) -> list[Route]:
     def graph(request: Request) -> HTMLResponse:
         return pages.graph(bench, request.path_params["key"])
 
+    def harvest(request: Request) -> HTMLResponse:
+        return pages.harvest(bench, request.path_params["page"])
+
     return [
         Route("/", partial(_front, bench)),
         Route("/graph/{key}", graph),
+        Route("/harvest/{page}", harvest),
         Route("/api/cards/{name}", card),
         Route("/api/graphs", _taking(GraphOrder, start), methods=["POST"]),
         Route("/api/graphs/{key}/groups", _taking(GroupsOrder, group), methods=["PUT"]),
@@ -104,23 +112,18 @@ def _routes(bench: Workbench) -> list[Route]:
 
 
 def _front(bench: Workbench, request: Request) -> HTMLResponse:
-    """The question of an address, if it has one; what is wrong with it is said on a page."""
-    given = {k: v for k, v in request.query_params.items() if k in Question.model_fields}
-    if "text" not in given:
+    """The question of an address, if it has one."""
+    if "text" not in request.query_params:
         return pages.home(bench)
-    # Forms send newlines as two characters, and empty fields as empty texts.
-    given["text"] = given["text"].replace("\r\n", "\n")
-    if not given.get("position", "").strip():
-        given.pop("position", None)
-    question = None
-    try:
-        question = _checked(Question, given)
-        return pages.text(bench, question)
-    except BusyError:
-        raise
-    except VPDError as error:
-        shown = question or Question(text=given["text"], target=given.get("target", ""))
-        return pages.home(bench, shown, str(error))
+    position = request.query_params.get("position", "").strip()
+    given = _asked(request.query_params).model_dump()
+    return pages.text(bench, _checked(Question, {**given, "position": position or -1}))
+
+
+def _asked(given: Mapping[str, str]) -> Question:
+    """Text and target of an address; forms send newlines as two characters."""
+    text, target = (given.get(name, "") for name in ("text", "target"))
+    return Question(text=text.replace("\r\n", "\n"), target=target)
 
 
 def _taking(kind: type[O], answer: Callable[[O, Request], Response]) -> Endpoint:
@@ -156,7 +159,8 @@ def _checked(kind: type[O], given: bytes | dict[str, Any]) -> O:
         raise InputError(f"{where or 'the request'}: {first['msg']}.") from None
 
 
-def _refused(request: Request, error: Exception) -> Response:
+def _refused(bench: Workbench, request: Request, error: Exception) -> Response:
+    """What is wrong with a request, as JSON or as a page."""
     status, headers = 400, {}
     if isinstance(error, BusyError):
         status, headers = 503, {"retry-after": "2"}
@@ -165,7 +169,7 @@ def _refused(request: Request, error: Exception) -> Response:
     text = error.detail if isinstance(error, HTTPException) else str(error)
     if request.url.path.startswith("/api/"):
         return JSONResponse({"error": text}, status, headers)
-    return Response(f"{text}\n", status, headers, "text/plain")
+    return pages.home(bench, _asked(request.query_params), text, status)
 
 
 def _failed(request: Request, error: Exception) -> Response:

@@ -35,11 +35,11 @@ class Job:
 
     def watch(self, bar: Progress) -> None:
         """Note how far the work is; end it if that was asked for."""
-        if self.to_end.is_set():
-            raise CancelledError
         if bar.title != self.phase:
             self.began = time.monotonic()
         self.phase, self.done, self.total = bar.title, bar.done, bar.total
+        if self.to_end.is_set():
+            raise CancelledError
 
     @property
     def ended(self) -> bool:

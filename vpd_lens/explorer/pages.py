@@ -10,17 +10,20 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from starlette.responses import HTMLResponse
 
+from vpd_lens.errors import InputError
 from vpd_lens.explorer.orders import Question
 from vpd_lens.explorer.saved import KeptGraph
 from vpd_lens.explorer.workbench import Workbench
-from vpd_lens.viz import explain_page, graph_page, html
+from vpd_lens.viz import explain_page, graph_page, harvest_page, html
 
 PACKAGE = "vpd_lens.explorer"
 # In this order, after those of the page itself.
 HEAD, EDITS = ("client", "head", "jobs"), ("edits",)
 
 
-def home(bench: Workbench, question: Question | None = None, error: str = "") -> HTMLResponse:
+def home(
+    bench: Workbench, question: Question | None = None, error: str = "", status: int = 200
+) -> HTMLResponse:
     """What is there to begin with; also where a question that has no answer leads to."""
     nonce = secrets.token_urlsafe(16)
     page = html.render_template(
@@ -28,11 +31,12 @@ def home(bench: Workbench, question: Question | None = None, error: str = "") ->
         "assets/home.html.j2",
         styles=[html.asset(f"assets/{name}") for name in explain_page.STYLES] + _styles(),
         scripts=[html.asset("assets/text.js"), *_scripts(*HEAD)],
-        saved=bench.graphs.names(),
+        graphs=bench.graphs.listed(),
+        texts=[] if error else bench.texts,
         error=error,
         **_shell(bench, question, nonce),
     )
-    return _response(page, nonce, 400 if error else 200)
+    return _response(page, nonce, status)
 
 
 def text(bench: Workbench, question: Question) -> HTMLResponse:
@@ -64,6 +68,22 @@ def graph(bench: Workbench, key: str) -> HTMLResponse:
     return _response(page, nonce)
 
 
+def harvest(bench: Workbench, page: str) -> HTMLResponse:
+    """A page of the harvest, by the name that its file would have."""
+    if bench.harvest is None:
+        raise InputError("this explorer has no harvest. Start it with --harvest DIR.")
+    nonce, sites = secrets.token_urlsafe(16), bench.harvest.layout.names
+    how: Any = {"nonce": nonce, "title": f"Harvest of {bench.title}"}
+    if page == harvest_page.INDEX:
+        template = PACKAGE, "assets/harvest_index.html.j2"
+        return _response(harvest_page.index_page(bench.harvest, template=template, **how), nonce)
+    site = {harvest_page.page_name(site): site for site in sites}.get(page)
+    if site is None:
+        raise InputError(f"there is no page {page!r} of the harvest.")
+    template = PACKAGE, "assets/harvest_site.html.j2"
+    return _response(harvest_page.site_page(bench.harvest, site, template=template, **how), nonce)
+
+
 def _of(key: str, kept: KeptGraph) -> dict[str, Any]:
     circuit = kept.graph.circuit
     mean = None if circuit is None else circuit.mean
@@ -82,12 +102,12 @@ def _shell(
     known = {
         "question": asked,
         "graph": graph,
-        "harvest": bench.harvest is not None,
-        "sites": list(bench.vpd.layout.names),
+        "harvested": list(bench.harvest.layout.names) if bench.harvest else [],
     }
     return {
         "title": what,
         "heading": bench.title,
+        "harvested": bench.harvest is not None,
         "asked": asked,
         "context": int(bench.model.cfg.n_ctx),  # type: ignore[union-attr, arg-type]
         "explorer": htmlsafe_json_dumps(known, allow_nan=False),

@@ -71,6 +71,15 @@ class Graphs:
             f"there is no graph {key!r}; those of an earlier session are there if they were saved."
         )
 
+    def listed(self) -> list[tuple[str, str]]:
+        """Keys and what they are of: those of this session that are not on disk, and those there."""
+        fresh = [
+            (key, repr(kept.notes.question.text)[1:-1])
+            for key, kept in self.session.items()
+            if not kept.name
+        ]
+        return fresh + [(name, "saved") for name in self.names()]
+
     def names(self) -> list[str]:
         """Of the graphs on disk."""
         found = (self.folder / self.FOLDER).glob("*.json")

@@ -6,9 +6,11 @@ import ipaddress
 import secrets
 import socket
 import webbrowser
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
+from starlette.applications import Starlette
 from torch import nn
 
 from vpd_lens.analysis.harvest import Harvest
@@ -23,6 +25,7 @@ def explore(
     *,
     folder: str | Path = "explored",
     title: str = "",
+    texts: Sequence[str] = (),
     host: str = "127.0.0.1",
     port: int = 0,
     open_browser: bool = False,
@@ -36,6 +39,7 @@ def explore(
         harvest: What its subcomponents respond to; without it, cards say what the weights say.
         folder: Where graphs and labels are saved; made when something is.
         title: What the pages call the model.
+        texts: To offer on the first page.
         host: Where to listen. Anything but this machine itself makes the explorer reachable from
             others, over a connection that is not encrypted.
         port: 0: any that is free.
@@ -55,14 +59,23 @@ def explore(
     listening = _listening(host, port)
     token = secrets.token_urlsafe(24)
     with listening:
-        bench = Workbench(model, harvest, Path(folder), title)
-        app = build_app(bench, token, _names(host))
-        shown = host if _is_loopback(host) or host == "localhost" else socket.gethostname()
+        bench = Workbench(model, harvest, Path(folder), title, texts)
+        server = server_of(build_app(bench, token, _names(host)))
+        shown = host if _is_loopback(host) else socket.gethostname()
         address = f"http://{shown}:{listening.getsockname()[1]}/?token={token}"
         print(f"Explorer: {address}\nCtrl-C ends it.", flush=True)
         if open_browser:
             webbrowser.open(address)
-        config = uvicorn.Config(
+        try:
+            server.run(sockets=[listening])
+        except KeyboardInterrupt:  # raised again after a graceful end
+            print("The explorer has ended.")
+
+
+def server_of(app: Starlette) -> uvicorn.Server:
+    """What answers requests; `run` takes the sockets to listen on."""
+    return uvicorn.Server(
+        uvicorn.Config(
             app,
             log_level="warning",
             access_log=False,  # the address has the token in it
@@ -73,10 +86,7 @@ def explore(
             proxy_headers=False,
             timeout_graceful_shutdown=2,
         )
-        try:
-            uvicorn.Server(config).run(sockets=[listening])
-        except KeyboardInterrupt:  # raised again after a graceful end
-            print("The explorer has ended.")
+    )
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -8,7 +8,7 @@ given meanwhile.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +43,7 @@ class Workbench:
         harvest: What its subcomponents respond to; without it, cards say what the weights say.
         folder: Where to save to; made when something is saved.
         title: What the model is called on the pages.
+        texts: To offer on the first page.
         patience: Seconds to wait for the model while somebody else uses it.
 
     Raises:
@@ -57,12 +58,13 @@ class Workbench:
         harvest: Harvest | None = None,
         folder: Path = Path("explored"),
         title: str = "",
+        texts: Sequence[str] = (),
         patience: float = 10.0,
     ) -> None:
         self.vpd = targets.explained_decomposition(model)
         if getattr(model, "tokenizer", None) is None:
             raise InputError("the explorer takes text, and the model has no tokenizer.")
-        self.model, self.title, self.patience = model, title, patience
+        self.model, self.title, self.texts, self.patience = model, title, texts, patience
         self.cards, self.harvest = Cards(model, harvest), harvest
         self.graphs, self.jobs = Graphs(folder), Jobs()
         self._model_lock, self._cards_lock = threading.Lock(), threading.Lock()

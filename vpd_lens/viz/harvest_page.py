@@ -20,6 +20,7 @@ from vpd_lens.analysis.harvest import Harvest
 from vpd_lens.storage import write_text
 from vpd_lens.viz.html import asset, render_template
 
+INDEX = "index.html"
 _BINS = 48
 
 
@@ -32,22 +33,35 @@ def write(
     files in it are left alone. The title is the index' heading. With `vpd_lens.Cards(model)`,
     pages also say what the weights read and write, and lead to the subcomponents around each.
     """
-    folder, names = Path(folder), harvest.layout.names
-    for number, site in enumerate(names):
-        page = _render(
-            "harvest_site.html.j2",
-            title=f"{site} - {title}",
-            heading=title,
-            site=site,
-            before=_link(names[number - 1]) if number else None,
-            after=_link(names[number + 1]) if number + 1 < len(names) else None,
-            data=htmlsafe_json_dumps(_payload(harvest, site, cards), separators=(",", ":")),
-            script=asset("harvest.js"),
-        )
-        write_text(folder / page_name(site), page)
-    index = folder / "index.html"
-    write_text(index, _index(harvest, title))
+    folder = Path(folder)
+    for site in harvest.layout.names:
+        write_text(folder / page_name(site), site_page(harvest, site, title, cards))
+    index = folder / INDEX
+    write_text(index, index_page(harvest, title))
     return index
+
+
+def site_page(
+    harvest: Harvest,
+    site: str,
+    title: str,
+    cards: Cards | None = None,
+    template: tuple[str, str] = ("vpd_lens.viz", "harvest_site.html.j2"),
+    **values: Any,
+) -> str:
+    """The page of one site, perhaps by a template that extends ours and takes more values."""
+    names, number = harvest.layout.names, harvest.layout.names.index(site)
+    return _render(
+        template,
+        title=f"{site} - {title}",
+        heading=title,
+        site=site,
+        before=_link(names[number - 1]) if number else None,
+        after=_link(names[number + 1]) if number + 1 < len(names) else None,
+        data=htmlsafe_json_dumps(_payload(harvest, site, cards), separators=(",", ":")),
+        script=asset("harvest.js"),
+        **values,
+    )
 
 
 def page_name(site: str) -> str:
@@ -60,11 +74,17 @@ def _link(site: str) -> dict[str, Any]:
     return {"name": site, "href": quote(page_name(site))}
 
 
-def _render(template: str, **values: Any) -> str:
-    return render_template("vpd_lens.viz", template, harvest_style=asset("harvest.css"), **values)
+def _render(template: tuple[str, str], **values: Any) -> str:
+    return render_template(*template, harvest_style=asset("harvest.css"), **values)
 
 
-def _index(harvest: Harvest, title: str) -> str:
+def index_page(
+    harvest: Harvest,
+    title: str,
+    template: tuple[str, str] = ("vpd_lens.viz", "harvest_index.html.j2"),
+    **values: Any,
+) -> str:
+    """The page of all sites; see `site_page`."""
     lowest, fired, rows = _lowest_decade(harvest), [], []
     for site, size in zip(harvest.layout.names, harvest.layout.sizes, strict=True):
         densities = sorted(row.density for row in harvest.table(site) if row.density)
@@ -78,7 +98,7 @@ def _index(harvest: Harvest, title: str) -> str:
         }
         rows.append(_link(site) | row)
     totals = {"alive": len(fired), "l0": sum(fired), "decades": -lowest}
-    return _render("harvest_index.html.j2", title=title, harvest=harvest, sites=rows, **totals)
+    return _render(template, title=title, harvest=harvest, sites=rows, **totals, **values)
 
 
 def _lowest_decade(harvest: Harvest) -> int:

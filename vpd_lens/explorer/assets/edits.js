@@ -2,6 +2,7 @@
 
 const EDITS_KEY = "vpd-explorer:edits";
 const WRITTEN = 24; // tokens
+const RARE = 0.01; // a probability that is not worth a line
 const edits = editsOf(asked.text);
 
 // They belong to a text, and go along from its importances to its graphs.
@@ -66,20 +67,20 @@ async function tryEdits() {
   if (turn === tryEdits.turn) place.classList.remove("asking");
 }
 
+// The tokens asked for and those that are likely, before or after.
 function predictions({ rows, kl, position }) {
-  const table = make("table");
-  const head = make("tr");
-  for (const text of [`after ${visibleText(tokens[position])}`, "before", "edited"]) head.append(make("th", "", text, { scope: "col" }));
-  table.append(head);
-  for (const [text, before, after] of rows) {
-    const row = make("tr", after > before ? "more" : "less");
-    row.append(make("td", "", visibleText(text)), make("td", "", percent(before)), make("td", "after", percent(after)));
-    table.append(row);
-  }
-  const box = make("div", "predictions");
-  box.append(table, make("small", "muted", `KL from the model ${number(kl)} nats`));
-  return box;
+  const list = make("ul", "predictions", undefined, { "aria-label": `Predictions after ${visibleText(tokens[position])}` });
+  rows.forEach(([text, before, after], n) => {
+    if (n && Math.max(before, after) < RARE) return;
+    const row = make("li", after > before ? "more" : "less");
+    row.append(make("b", "", visibleText(text)), make("span", "", `${share(before)} → `), make("span", "after", share(after)));
+    list.append(row);
+  });
+  byId("edit-summary").textContent = `after ${visibleText(tokens[position])}: KL ${number(kl)} nats`;
+  return list;
 }
+
+const share = (p) => (p < RARE ? "< 1 %" : shortPercent(p).replace("%", " %"));
 
 function writing({ before, after }) {
   const list = make("dl", "writing");
@@ -103,7 +104,14 @@ function editTools(name, position) {
   return box;
 }
 
+function responses(name) {
+  const [site, index] = name.split(/:(?=\d+$)/);
+  if (!explorer.harvested.includes(site)) return [];
+  const page = encodeURIComponent(`${encodeURIComponent(site)}.html`);
+  return [make("a", "responses", "All examples", { href: `/harvest/${page}#c${index}` })];
+}
+
 server.getCard = (name) => ask("GET", subcomponentPath(name));
-server.addTo = (name, position) => [editTools(name, position)];
+server.addTo = (name, position) => [editTools(name, position), ...responses(name)];
 showEdits();
 if (edits.length) tryEdits();
