@@ -26,8 +26,8 @@ def explore_command(
     model: options.Model = None,
     harvest: options.Responses = None,
     output: Annotated[
-        Path, Option(help="Where the pages save graphs and labels; made when they do.")
-    ] = Path("explored"),
+        Path | None, Option(help="Where pages save graphs; default: explored/ and a name.")
+    ] = None,
     host: Annotated[str, Option(help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="0: any that is free.")] = 0,
     open_browser: Annotated[bool, Option("--open", help="Open the page in a browser.")] = False,
@@ -38,7 +38,8 @@ def explore_command(
 ) -> None:
     """Explore a decomposition in the browser: importances, cards, graphs, interventions.
 
-    Prints the address of a page on this machine, and serves it until Ctrl-C.
+    Prints the address of a page on this machine, and serves it until Ctrl-C. Labels are saved
+    beside the decomposition, or, of one that is not here, in the output directory.
     """
     with readable_errors(debug):
         place = harvest or _beside(decomposition)
@@ -47,16 +48,26 @@ def explore_command(
         )
         from vpd_lens.explorer import explore
 
+        name = _name(decomposition)
         explore(
             loaded,
             examples,
-            folder=output,
-            title=decomposition.name if decomposition else "the example that ships",
+            folder=output or Path("explored") / name,
+            labels=decomposition if decomposition and decomposition.is_dir() else None,
+            title=name,
             texts=() if decomposition else TEXTS,
             host=host,
             port=port,
             open_browser=open_browser,
         )
+
+
+def _name(decomposition: Path | None) -> str:
+    """What to call it: after its run, if it has one."""
+    if decomposition is None:
+        return "example"
+    path = decomposition.absolute()
+    return path.parent.name if path.name == "decomposition" else path.name
 
 
 def _beside(decomposition: Path | None) -> Path | None:

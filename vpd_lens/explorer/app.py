@@ -25,6 +25,7 @@ from vpd_lens.explorer.orders import (
     EditsOrder,
     GraphOrder,
     GroupsOrder,
+    LabelOrder,
     Order,
     Question,
     SaveOrder,
@@ -77,6 +78,9 @@ def _routes(bench: Workbench) -> list[Route]:
         bench.graphs.group(request.path_params["key"], order.groups)
         return JSONResponse({"groups": len(order.groups)})
 
+    def label(order: LabelOrder, request: Request) -> JSONResponse:
+        return JSONResponse(bench.label(request.path_params["name"], order.text))
+
     def save(order: SaveOrder, request: Request) -> JSONResponse:
         kept = bench.graphs.save(request.path_params["key"], order.name)
         return JSONResponse({"name": kept.name, "folder": str(bench.graphs.folder)})
@@ -101,6 +105,7 @@ def _routes(bench: Workbench) -> list[Route]:
         Route("/graph/{key}", graph),
         Route("/harvest/{page}", harvest),
         Route("/api/cards/{name}", card),
+        Route("/api/labels/{name}", _taking(LabelOrder, label), methods=["PUT"]),
         Route("/api/graphs", _taking(GraphOrder, start), methods=["POST"]),
         Route("/api/graphs/{key}/groups", _taking(GroupsOrder, group), methods=["PUT"]),
         Route("/api/graphs/{key}/save", _taking(SaveOrder, save), methods=["POST"]),

@@ -76,3 +76,9 @@ class SaveOrder(Order):
     """What to call a graph on disk."""
 
     name: Name
+
+
+class LabelOrder(Order):
+    """What to call a subcomponent; an empty text takes its label away."""
+
+    text: str

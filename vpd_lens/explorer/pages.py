@@ -18,7 +18,7 @@ from vpd_lens.viz import explain_page, graph_page, harvest_page, html
 
 PACKAGE = "vpd_lens.explorer"
 # In this order, after those of the page itself.
-HEAD, EDITS = ("client", "head", "jobs"), ("edits",)
+HEAD, CARDS = ("client", "head", "jobs"), ("edits", "cards")
 
 
 def home(
@@ -43,10 +43,10 @@ def text(bench: Workbench, question: Question) -> HTMLResponse:
     """What a text needs, with cards and edits."""
     data, nonce = bench.explained(question), secrets.token_urlsafe(16)
     page = explain_page.render(
-        data,
+        data | {"labels": bench.labels.texts()},
         template=(PACKAGE, "assets/text.html.j2"),
         styles=_styles(),
-        scripts=_scripts(*HEAD, *EDITS),
+        scripts=_scripts(*HEAD, *CARDS),
         **_shell(bench, question, nonce, "What a text needs"),
     )
     return _response(page, nonce)
@@ -56,13 +56,14 @@ def graph(bench: Workbench, key: str) -> HTMLResponse:
     """A graph, with cards, edits and groups that are kept."""
     kept, nonce = bench.graph(key), secrets.token_urlsafe(16)
     data = graph_page.payload(kept.graph, loadings=kept.loadings)
+    data["labels"] = bench.labels.texts()
     data["groups"] = [group.model_dump() for group in kept.notes.groups]
     shell = _shell(bench, kept.notes.question, nonce, "Attribution graph", graph=_of(key, kept))
     page = graph_page.render(
         data,
         template=(PACKAGE, "assets/graph.html.j2"),
         styles=_styles(),
-        scripts=_scripts(*HEAD, *EDITS, "graph"),
+        scripts=_scripts(*HEAD, *CARDS, "graph"),
         **shell,
     )
     return _response(page, nonce)

@@ -24,6 +24,7 @@ def explore(
     harvest: Harvest | None = None,
     *,
     folder: str | Path = "explored",
+    labels: str | Path | None = None,
     title: str = "",
     texts: Sequence[str] = (),
     host: str = "127.0.0.1",
@@ -37,7 +38,9 @@ def explore(
     Args:
         model: A decomposed HookedTransformer or TransformerBridge with a tokenizer.
         harvest: What its subcomponents respond to; without it, cards say what the weights say.
-        folder: Where graphs and labels are saved; made when something is.
+        folder: Where graphs are saved; made when something is.
+        labels: The file that labels are written to, or the folder of the saved decomposition;
+            `None`: `labels.json` in `folder`, which is read if it is there.
         title: What the pages call the model.
         texts: To offer on the first page.
         host: Where to listen. Anything but this machine itself makes the explorer reachable from
@@ -46,7 +49,7 @@ def explore(
         open_browser: Whether to open the page in the default browser.
 
     Raises:
-        ArtefactError: If the harvest is of another decomposition.
+        ArtefactError: If the harvest, or the labels, are of another decomposition.
         AttachError: If the model carries no decomposition.
         ConfigError: If the port is in use or the host is none of this machine.
         InputError: If the model has no tokenizer, or no known residual stream.
@@ -59,7 +62,8 @@ def explore(
     listening = _listening(host, port)
     token = secrets.token_urlsafe(24)
     with listening:
-        bench = Workbench(model, harvest, Path(folder), title, texts)
+        place = None if labels is None else Path(labels)
+        bench = Workbench(model, harvest, Path(folder), place, title, texts)
         server = server_of(build_app(bench, token, _names(host)))
         shown = host if _is_loopback(host) else socket.gethostname()
         address = f"http://{shown}:{listening.getsockname()[1]}/?token={token}"

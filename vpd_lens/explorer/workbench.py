@@ -24,6 +24,7 @@ from vpd_lens.analysis.circuits.graph import AttributionGraph
 from vpd_lens.analysis.circuits.intervene import InterventionResult
 from vpd_lens.analysis.explain import explain
 from vpd_lens.analysis.harvest import Harvest
+from vpd_lens.decomposition.labels import FILE
 from vpd_lens.errors import BusyError, InputError
 from vpd_lens.explorer.jobs import Job, Jobs
 from vpd_lens.explorer.orders import EditsOrder, GraphOrder, Question
@@ -41,13 +42,15 @@ class Workbench:
     Args:
         model: A decomposed transformer with a tokenizer.
         harvest: What its subcomponents respond to; without it, cards say what the weights say.
-        folder: Where to save to; made when something is saved.
+        folder: Where to save to; made when something is saved. Labels that are there are read.
+        labels: The file that labels are written to, or the folder of the saved decomposition;
+            `None`: `labels.json` in `folder`.
         title: What the model is called on the pages.
         texts: To offer on the first page.
         patience: Seconds to wait for the model while somebody else uses it.
 
     Raises:
-        ArtefactError: If the harvest is of another decomposition.
+        ArtefactError: If the harvest, or the labels, are of another decomposition.
         AttachError: If the model carries no decomposition.
         InputError: If the model has no tokenizer, or no known residual stream.
     """
@@ -57,6 +60,7 @@ class Workbench:
         model: nn.Module,
         harvest: Harvest | None = None,
         folder: Path = Path("explored"),
+        labels: Path | None = None,
         title: str = "",
         texts: Sequence[str] = (),
         patience: float = 10.0,
@@ -67,7 +71,11 @@ class Workbench:
         self.model, self.title, self.texts, self.patience = model, title, texts, patience
         self.cards, self.harvest = Cards(model, harvest), harvest
         self.graphs, self.jobs = Graphs(folder), Jobs()
+        self.labels, self.labels_place = self.vpd.labels, labels or folder / FILE
+        if self.labels_place.is_file():
+            self.labels.read(self.labels_place)
         self._model_lock, self._cards_lock = threading.Lock(), threading.Lock()
+        self._labels_lock = threading.Lock()
         self.explained = lru_cache(16)(self._explained)
 
     @contextmanager
@@ -103,6 +111,18 @@ class Workbench:
         """What pages show of a subcomponent."""
         with self._cards_lock:
             return rounded(self.cards.for_page(name), 3)
+
+    def label(self, name: str, text: str) -> dict[str, str]:
+        """Call a subcomponent something, or with an empty text nothing, and save all labels."""
+        with self._labels_lock:
+            self.labels.check(name)
+            if text.strip():
+                self.labels[name] = text
+            else:
+                self.labels.pop(name, None)
+            self.labels_place.parent.mkdir(parents=True, exist_ok=True)
+            place = self.labels.save(self.labels_place)
+        return {"text": self.labels.text(name), "file": str(place)}
 
     # ------------------------------------------------------------------------ graphs
 

@@ -90,28 +90,5 @@ function writing({ before, after }) {
   return list;
 }
 
-// What a card offers.
-function editTools(name, position) {
-  const box = make("p", "edit-tools buttons", undefined, { role: "group", "aria-label": `Edit ${name}` });
-  const offer = (text, edit) => {
-    const button = make("button", "", text, { type: "button" });
-    button.addEventListener("click", () => setEdit(edit));
-    box.append(button);
-  };
-  offer("Ablate here", { name, position, factor: 0 });
-  offer("Ablate everywhere", { name, position: null, factor: 0 });
-  offer("Double here", { name, position, factor: 2 });
-  return box;
-}
-
-function responses(name) {
-  const [site, index] = name.split(/:(?=\d+$)/);
-  if (!explorer.harvested.includes(site)) return [];
-  const page = encodeURIComponent(`${encodeURIComponent(site)}.html`);
-  return [make("a", "responses", "All examples", { href: `/harvest/${page}#c${index}` })];
-}
-
-server.getCard = (name) => ask("GET", subcomponentPath(name));
-server.addTo = (name, position) => [editTools(name, position), ...responses(name)];
 showEdits();
 if (edits.length) tryEdits();
