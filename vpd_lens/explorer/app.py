@@ -174,7 +174,9 @@ def _refused(bench: Workbench, request: Request, error: Exception) -> Response:
     text = error.detail if isinstance(error, HTTPException) else str(error)
     if request.url.path.startswith("/api/"):
         return JSONResponse({"error": text}, status, headers)
-    return pages.home(bench, _asked(request.query_params), text, status)
+    page = pages.home(bench, _asked(request.query_params), text, status)
+    page.headers.update(headers)
+    return page
 
 
 def _failed(request: Request, error: Exception) -> Response:

@@ -88,7 +88,6 @@ def server_of(app: Starlette) -> uvicorn.Server:
             ws="none",
             server_header=False,
             proxy_headers=False,
-            timeout_graceful_shutdown=2,
         )
     )
 

@@ -37,7 +37,8 @@ traceForm.addEventListener("submit", async (event) => {
   const how = { prune: prune.value || null, keep: keep.value ? Number(keep.value) : null, frozen: frozen.checked };
   notice("");
   try {
-    await ask("POST", "/api/graphs", { ...question(), ...how });
+    const { key } = await ask("POST", "/api/graphs", { ...question(), ...how });
+    follow(key);
     showTrace(false);
     watchJobs();
   } catch (error) {

@@ -1,16 +1,24 @@
 // Jobs: how far they are, and where their results are.
 
 const POLL = 400; // ms
-const DISMISSED = "vpd-explorer:dismissed";
-const dismissed = new Set(JSON.parse(sessionStorage.getItem(DISMISSED) ?? "[]"));
+const FOLLOWED = "vpd-explorer:jobs"; // those that this tab saw at work, until they are dismissed
+const followed = new Set(JSON.parse(sessionStorage.getItem(FOLLOWED) ?? "[]"));
 const ended = (job) => ["done", "failed", "cancelled"].includes(job.state);
+
+function follow(key, wanted = true) {
+  if (wanted) followed.add(key);
+  else followed.delete(key);
+  sessionStorage.setItem(FOLLOWED, JSON.stringify([...followed]));
+}
 
 async function watchJobs() {
   clearTimeout(watchJobs.next);
   try {
     const jobs = await ask("GET", "/api/jobs");
-    showJobs(jobs.filter(({ key }) => !dismissed.has(key)));
-    if (jobs.some((job) => !ended(job))) watchJobs.next = setTimeout(watchJobs, POLL);
+    const atWork = jobs.filter((job) => !ended(job));
+    atWork.forEach(({ key }) => follow(key));
+    showJobs(jobs.filter(({ key }) => followed.has(key)));
+    if (atWork.length) watchJobs.next = setTimeout(watchJobs, POLL);
   } catch (error) {
     complain(error);
   }
@@ -61,7 +69,9 @@ function jobState(job) {
   }
   if (job.state === "done") {
     const { graph, nodes, edges } = job.result;
-    return [make("a", "", `Open: ${count(nodes)} nodes, ${count(edges)} edges`, { href: `/graph/${graph}` })];
+    const link = make("a", "", `Open: ${count(nodes)} nodes, ${count(edges)} edges`, { href: `/graph/${graph}` });
+    link.addEventListener("click", () => follow(job.key, false));
+    return [link];
   }
   return [make("small", job.state, { waiting: "waiting", cancelled: "cancelled", failed: job.error }[job.state])];
 }
@@ -69,10 +79,7 @@ function jobState(job) {
 async function endOrDismiss(job) {
   try {
     if (!ended(job)) await ask("DELETE", `/api/jobs/${job.key}`);
-    else {
-      dismissed.add(job.key);
-      sessionStorage.setItem(DISMISSED, JSON.stringify([...dismissed]));
-    }
+    else follow(job.key, false);
     watchJobs();
   } catch (error) {
     complain(error);
