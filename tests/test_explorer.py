@@ -16,10 +16,11 @@ import vpd_lens
 from vpd_lens.analysis.cards import Cards
 from vpd_lens.analysis.circuits import Token
 from vpd_lens.cli import app as command_line
-from vpd_lens.errors import ArtefactError, BusyError, ConfigError
+from vpd_lens.errors import ArtefactError, BusyError, ConfigError, InputError
 from vpd_lens.example import example_harvest, load_example
 from vpd_lens.explorer import server
 from vpd_lens.explorer.app import build_app
+from vpd_lens.explorer.orders import HarvestOrder
 from vpd_lens.explorer.workbench import Workbench
 from vpd_lens.viz.explain_page import payload
 from vpd_lens.viz.graph_page import rounded
@@ -331,6 +332,7 @@ def test_while_the_model_is_busy_requests_say_so_and_cards_are_given(client, ben
             holds.set()
             let_go.wait(SOON)
 
+    client.get("/", params=QUESTION)
     thread = threading.Thread(target=hold)
     thread.start()
     assert holds.wait(SOON)
@@ -346,6 +348,27 @@ def test_while_the_model_is_busy_requests_say_so_and_cards_are_given(client, ben
     thread.join()
     with pytest.raises(BusyError), bench.the_model(), bench.the_model(0):
         pass
+
+
+def test_a_harvest_is_gathered_gone_on_with_and_there_the_next_time(loaded, tmp_path):
+    model, _ = loaded
+    tokens = model.to_tokens("for i in range(9):\n    print(i)\n" * 9, prepend_bos=False)
+    data = tokens[0, :96].view(12, 8)
+    bench = Workbench(model, None, tmp_path / "new", data=data)
+    client = TestClient(build_app(bench, TOKEN, ["*"]), HOST)
+    client.get("/", params={"token": TOKEN, **QUESTION})
+    for n_batches, n_tokens in ((1, 96), (9, 96)):
+        job = client.post("/api/harvest", json={"n_batches": n_batches}).json()
+        assert finished(client, job)["result"] == {"harvest": n_tokens}
+    site, index = "blocks.3.mlp.out", bench.harvest.table("blocks.3.mlp.out")[0].index
+    known = client.get(f"/api/cards/{site}:{index}").json()
+    assert known["density"] > 0
+    bench.close()
+    again = Workbench(model, None, tmp_path / "new")
+    assert again.card(f"{site}:{index}") == known
+    with pytest.raises(InputError, match="no data to gather from"):
+        again.gather(HarvestOrder())
+    again.close()
 
 
 # ------------------------------------------------------------------------ saving
@@ -507,14 +530,13 @@ def test_from_a_prompt_to_a_saved_graph(page, bench, address):
     page.keyboard.press("Enter")
     page.locator("#trace select[name=keep]").select_option("0.5")
     page.get_by_role("button", name="Trace", exact=True).click()
-    page.locator("#jobs a").first.click()
+    page.locator("#jobs a").click()  # jobs of others are not shown
     expect(page.locator("#edit-list li")).to_have_count(1)  # edits come along
     node = page.locator("#nodes .node.subcomponent").last
     node.focus()
     page.keyboard.press("Enter")
     expect(page.locator("#panel .weights").first).to_be_visible()
-    for one in page.locator("#nodes .node.subcomponent").all()[-2:]:
-        one.click(modifiers=["Shift"])
+    page.locator("#nodes .node.subcomponent").nth(-2).click(modifiers=["Shift"])
     page.keyboard.press("g")
     page.get_by_label("Name of the graph").fill("loop")
     page.keyboard.press("Enter")

@@ -25,6 +25,9 @@ def explore_command(
     ] = None,
     model: options.Model = None,
     harvest: options.Responses = None,
+    data: Annotated[
+        str | None, Option(help="Text or tokens that a harvest can be gathered from: as in harvest.")
+    ] = None,
     output: Annotated[
         Path | None, Option(help="Where pages save graphs; default: explored/ and a name.")
     ] = None,
@@ -52,6 +55,7 @@ def explore_command(
         explore(
             loaded,
             examples,
+            data=data,
             folder=output or Path("explored") / name,
             labels=decomposition if decomposition and decomposition.is_dir() else None,
             title=name,

@@ -25,6 +25,7 @@ from vpd_lens.explorer.orders import (
     EditsOrder,
     GraphOrder,
     GroupsOrder,
+    HarvestOrder,
     LabelOrder,
     Order,
     Question,
@@ -71,6 +72,9 @@ def _routes(bench: Workbench) -> list[Route]:
     def start(order: GraphOrder, _: Request) -> JSONResponse:
         return JSONResponse(bench.trace(order).shown(), 202)
 
+    def gather(order: HarvestOrder, _: Request) -> JSONResponse:
+        return JSONResponse(bench.gather(order).shown(), 202)
+
     def edits(order: EditsOrder, _: Request) -> JSONResponse:
         return JSONResponse(bench.intervene(order))
 
@@ -109,6 +113,7 @@ def _routes(bench: Workbench) -> list[Route]:
         Route("/api/graphs", _taking(GraphOrder, start), methods=["POST"]),
         Route("/api/graphs/{key}/groups", _taking(GroupsOrder, group), methods=["PUT"]),
         Route("/api/graphs/{key}/save", _taking(SaveOrder, save), methods=["POST"]),
+        Route("/api/harvest", _taking(HarvestOrder, gather), methods=["POST"]),
         Route("/api/edits", _taking(EditsOrder, edits), methods=["POST"]),
         Route("/api/jobs", jobs),
         Route("/api/jobs/{key}", partial(one_job, bench.jobs.__getitem__)),

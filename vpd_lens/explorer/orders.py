@@ -78,6 +78,12 @@ class SaveOrder(Order):
     name: Name
 
 
+class HarvestOrder(Order):
+    """Gather what subcomponents respond to, until so many batches have been read in all."""
+
+    n_batches: int = Field(default=100, ge=1, le=1_000_000)
+
+
 class LabelOrder(Order):
     """What to call a subcomponent; an empty text takes its label away."""
 

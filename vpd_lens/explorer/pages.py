@@ -32,6 +32,7 @@ def home(
         styles=[html.asset(f"assets/{name}") for name in explain_page.STYLES] + _styles(),
         scripts=[html.asset("assets/text.js"), *_scripts(*HEAD)],
         graphs=bench.graphs.listed(),
+        data=None if bench.data is None else str(bench.data),
         texts=[] if error else bench.texts,
         error=error,
         **_shell(bench, question, nonce),

@@ -8,6 +8,7 @@ import socket
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -23,6 +24,7 @@ def explore(
     model: nn.Module,
     harvest: Harvest | None = None,
     *,
+    data: Any = None,
     folder: str | Path = "explored",
     labels: str | Path | None = None,
     title: str = "",
@@ -38,6 +40,8 @@ def explore(
     Args:
         model: A decomposed HookedTransformer or TransformerBridge with a tokenizer.
         harvest: What its subcomponents respond to; without it, cards say what the weights say.
+        data: What a harvest can be gathered from when a page asks for it, as for
+            `vpd_lens.harvest`.
         folder: Where graphs are saved; made when something is.
         labels: The file that labels are written to, or the folder of the saved decomposition;
             `None`: `labels.json` in `folder`, which is read if it is there.
@@ -63,7 +67,8 @@ def explore(
     token = secrets.token_urlsafe(24)
     with listening:
         place = None if labels is None else Path(labels)
-        bench = Workbench(model, harvest, Path(folder), place, title, texts)
+        how: Any = {"data": data, "labels": place, "title": title, "texts": texts}
+        bench = Workbench(model, harvest, Path(folder), **how)
         server = server_of(build_app(bench, token, _names(host)))
         shown = host if _is_loopback(host) else socket.gethostname()
         address = f"http://{shown}:{listening.getsockname()[1]}/?token={token}"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vpd_lens import storage
 from vpd_lens.analysis.attention import head_loadings
 from vpd_lens.analysis.cards import Cards
 from vpd_lens.analysis.circuits import Scale, Token, TopTokens, attribute, edited, intervene, targets
@@ -24,10 +25,11 @@ from vpd_lens.analysis.circuits.graph import AttributionGraph
 from vpd_lens.analysis.circuits.intervene import InterventionResult
 from vpd_lens.analysis.explain import explain
 from vpd_lens.analysis.harvest import Harvest
+from vpd_lens.analysis.harvest import harvest as harvest_of
 from vpd_lens.decomposition.labels import FILE
 from vpd_lens.errors import BusyError, InputError
 from vpd_lens.explorer.jobs import Job, Jobs
-from vpd_lens.explorer.orders import EditsOrder, GraphOrder, Question
+from vpd_lens.explorer.orders import EditsOrder, GraphOrder, HarvestOrder, Question
 from vpd_lens.explorer.saved import GraphNotes, Graphs, KeptGraph
 from vpd_lens.rendering import unescaped
 from vpd_lens.viz import explain_page
@@ -41,7 +43,9 @@ class Workbench:
 
     Args:
         model: A decomposed transformer with a tokenizer.
-        harvest: What its subcomponents respond to; without it, cards say what the weights say.
+        harvest: What its subcomponents respond to; without it, and if none was gathered here
+            before, cards say what the weights say.
+        data: What a harvest can be gathered from, as for `vpd_lens.harvest`.
         folder: Where to save to; made when something is saved. Labels that are there are read.
         labels: The file that labels are written to, or the folder of the saved decomposition;
             `None`: `labels.json` in `folder`.
@@ -60,6 +64,8 @@ class Workbench:
         model: nn.Module,
         harvest: Harvest | None = None,
         folder: Path = Path("explored"),
+        *,
+        data: Any = None,
         labels: Path | None = None,
         title: str = "",
         texts: Sequence[str] = (),
@@ -69,6 +75,9 @@ class Workbench:
         if getattr(model, "tokenizer", None) is None:
             raise InputError("the explorer takes text, and the model has no tokenizer.")
         self.model, self.title, self.texts, self.patience = model, title, texts, patience
+        self.data, self.gathered = data, folder / "harvest"
+        if harvest is None and storage.kind_of(self.gathered) == "harvest":
+            harvest = Harvest.load(self.gathered, self.vpd)
         self.cards, self.harvest = Cards(model, harvest), harvest
         self.graphs, self.jobs = Graphs(folder), Jobs()
         self.labels, self.labels_place = self.vpd.labels, labels or folder / FILE
@@ -177,6 +186,25 @@ class Workbench:
             with self.the_model(self.patience):
                 kept.loadings = self._loadings(kept.graph)
         return kept
+
+    # ----------------------------------------------------------------------- harvest
+
+    def gather(self, order: HarvestOrder) -> Job:
+        """Start a harvest of the data, or go on with one; an `InputError` if there is no data."""
+        if self.data is None:
+            raise InputError("this explorer has no data to gather from. Start it with --data DATA.")
+        return self.jobs.start(f"Harvest of {self.data}", lambda _: self._gather(order.n_batches))
+
+    def _gather(self, n_batches: int) -> dict[str, Any]:
+        resume = storage.kind_of(self.gathered) == "harvest"
+        how: Any = {"output": self.gathered, "resume": resume, "progress": False}
+        with self.the_model():
+            self.gathered.parent.mkdir(parents=True, exist_ok=True)
+            found = harvest_of(self.model, self.data, n_batches=n_batches, **how)
+            with self._cards_lock:
+                self.cards, self.harvest = Cards(self.model, found), found
+                self.explained.cache_clear()
+        return {"harvest": found.n_positions}
 
     # ----------------------------------------------------------------- interventions
 

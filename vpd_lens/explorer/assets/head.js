@@ -31,17 +31,27 @@ function question() {
   return { text: text.value, target: target.value, position: position.value === "" ? -1 : Number(position.value) };
 }
 
+async function startJob(path, order) {
+  notice("");
+  try {
+    const { key } = await ask("POST", path, order);
+    follow(key);
+    watchJobs();
+    return true;
+  } catch (error) {
+    complain(error);
+    return false;
+  }
+}
+
 traceForm.addEventListener("submit", async (event) => {
   event.preventDefault();
   const { prune, keep, frozen } = traceForm.elements;
   const how = { prune: prune.value || null, keep: keep.value ? Number(keep.value) : null, frozen: frozen.checked };
-  notice("");
-  try {
-    const { key } = await ask("POST", "/api/graphs", { ...question(), ...how });
-    follow(key);
-    showTrace(false);
-    watchJobs();
-  } catch (error) {
-    complain(error);
-  }
+  if (await startJob("/api/graphs", { ...question(), ...how })) showTrace(false);
+});
+
+byId("gather")?.addEventListener("submit", (event) => {
+  event.preventDefault();
+  startJob("/api/harvest", { n_batches: Number(event.target.elements.n_batches.value) });
 });

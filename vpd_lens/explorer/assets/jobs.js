@@ -68,8 +68,9 @@ function jobState(job) {
     return [bar, make("small", "", job.total ? `${job.phase}: ${job.done} of ${job.total}${left}` : "waiting for the model")];
   }
   if (job.state === "done") {
-    const { graph, nodes, edges } = job.result;
-    const link = make("a", "", `Open: ${count(nodes)} nodes, ${count(edges)} edges`, { href: `/graph/${graph}` });
+    const { graph, nodes, edges, harvest } = job.result;
+    const [text, href] = graph ? [`Open: ${count(nodes)} nodes, ${count(edges)} edges`, `/graph/${graph}`] : [`Open: ${count(harvest)} tokens`, "/harvest/index.html"];
+    const link = make("a", "", text, { href });
     link.addEventListener("click", () => follow(job.key, false));
     return [link];
   }
