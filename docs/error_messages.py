@@ -17,6 +17,7 @@ KINDS = (
     "OutOfMemoryError",
     "TrainingInterrupted",
     "ProcessError",
+    "BusyError",
     "VPDError",
 )
 

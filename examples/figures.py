@@ -3,8 +3,8 @@
     python examples/figures.py          # needs playwright (pip install --group test) and Chromium
 
 For each, `docs/assets/<name>_light` and `_dark`: the example's resistance (beside that of the run
-without an adversary, if its report is there), what a prompt needs, as a figure and as a page, and
-its circuit.
+without an adversary, if its report is there), what a prompt needs, as a figure and as a page, its
+circuit, and the explorer.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from socket import create_server
 from tempfile import TemporaryDirectory
+from threading import Thread
+from urllib.parse import urlencode
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
 import vpd_lens
 from quickstart import PROMPT, TARGET
@@ -29,6 +33,9 @@ from vpd_lens.analysis.attention import head_loadings
 from vpd_lens.evaluation import EvalReport
 from vpd_lens.evaluation.plots import BESIDE, MAIN, line
 from vpd_lens.example import example_harvest, example_report
+from vpd_lens.explorer.app import build_app
+from vpd_lens.explorer.server import server_of
+from vpd_lens.explorer.workbench import Workbench
 from vpd_lens.viz.svg import INK, MUTED, legend_above
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +53,7 @@ def main() -> None:
     model = vpd_lens.load_example()
     save(output, "example_needs", (9, 4.6), lambda figure: needs(figure, model, PROMPT))
     pages(model, output)
+    explorer(model, output)
 
 
 def resistance(figure: Figure, reports: dict[str, EvalReport]) -> None:
@@ -108,16 +116,40 @@ def pages(model: torch.nn.Module, folder: Path) -> None:
     cards = vpd_lens.Cards(model, harvest := example_harvest(model.vpd))
     with TemporaryDirectory() as place:
         found = vpd_lens.explain(model, PROMPT, TARGET, harvest=harvest)
-        photograph(found.to_html(Path(place) / "explained.html"), folder, "explain")
+        page = found.to_html(Path(place) / "explained.html")
+        photograph(page.as_uri(), folder, "explain")
         graph = vpd_lens.attribute(model, PROMPT, TARGET, prune="adversarial")
         path = graph.to_html(
             Path(place) / "circuit.html", cards=cards, loadings=head_loadings(model, graph)
         )
-        photograph(path, folder, "example_circuit")
+        photograph(path.as_uri(), folder, "example_circuit")
 
 
-def photograph(page: Path, folder: Path, name: str) -> None:
-    """A page in light and in dark."""
+def explorer(model: torch.nn.Module, folder: Path) -> None:
+    """The explorer with a prompt, the card of what matters most, and what is predicted without."""
+    with TemporaryDirectory() as place, create_server(("127.0.0.1", 0)) as listening:
+        bench = Workbench(model, example_harvest(model.vpd), Path(place), title="example")
+        server = server_of(build_app(bench, token := "figures", ["127.0.0.1"]))
+        thread = Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        asked = urlencode({"text": PROMPT, "target": TARGET, "token": token})
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/?{asked}"
+        photograph(address, folder, "explorer", look_at_the_first)
+        server.should_exit = True
+        thread.join()
+
+
+def look_at_the_first(page: Page) -> None:
+    """Open the card of the first need, and ablate it."""
+    page.locator("#panel .need").first.click()
+    page.get_by_role("button", name="Ablate here").click()
+    page.locator("#edit-result .writing").wait_for()
+
+
+def photograph(
+    address: str, folder: Path, name: str, first: Callable[[Page], None] | None = None
+) -> None:
+    """A page in light and in dark, after something was done on it."""
     with sync_playwright() as playwright:
         program = shutil.which("chromium")  # the system's, or else playwright's own
         browser = playwright.chromium.launch(
@@ -125,7 +157,9 @@ def photograph(page: Path, folder: Path, name: str) -> None:
         )
         for theme in COLOURS:
             shown = browser.new_page(viewport={"width": 1280, "height": 720}, color_scheme=theme)
-            shown.goto(page.as_uri())
+            shown.goto(address)
+            if first is not None:
+                first(shown)
             shown.wait_for_timeout(1000)
             shown.screenshot(path=folder / f"{name}_{theme}.png")
         browser.close()

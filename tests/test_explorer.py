@@ -126,7 +126,9 @@ def test_browsers_are_told_to_run_and_to_load_nothing_else(client):
     assert "default-src 'none'" in policy
     assert "frame-ancestors 'none'" in policy
     assert "unsafe" not in policy
-    assert page.text.count(f'nonce="{nonce}"') == len(re.findall("<(?:script|style)>? n", page.text))
+    assert page.text.count(f'nonce="{nonce}"') == len(
+        re.findall("<(?:script|style)>? n", page.text)
+    )
     assert nonce not in client.get("/").text
     for answer in (page, client.get("/api/jobs"), client.get("/api/cards/x")):
         assert answer.headers["x-content-type-options"] == "nosniff"
@@ -219,7 +221,10 @@ def test_edits_do_what_intervene_and_edited_do(client, loaded):
     ]
     result = vpd_lens.intervene(model, TEXT, direct, target=TARGET)
     p = result.probabilities(TARGET)
-    assert found["rows"][0] == [TARGET, *(pytest.approx(p[n], rel=1e-3) for n in ("base", "edited"))]
+    assert found["rows"][0] == [
+        TARGET,
+        *(pytest.approx(p[n], rel=1e-3) for n in ("base", "edited")),
+    ]
     assert found["kl"] == pytest.approx(float(result.kl[-1]), rel=1e-3)
     likeliest = result.top(3)
     assert {text for text, *_ in likeliest} <= {text for text, *_ in found["rows"]}
@@ -274,9 +279,9 @@ def traced(bench):
 
 
 def test_a_graph_is_that_of_attribute(client, loaded, traced):
-    graph = vpd_lens.attribute(
-        loaded[0], TEXT, Token(TARGET), frozen=True, progress=False
-    ).pruned(0.5)
+    graph = vpd_lens.attribute(loaded[0], TEXT, Token(TARGET), frozen=True, progress=False).pruned(
+        0.5
+    )
     assert (traced["nodes"], traced["edges"]) == (graph.n_nodes, graph.n_edges)
     page = client.get(f"/graph/{traced['graph']}")
     data = data_of(page.text, "graph-data")
@@ -420,7 +425,9 @@ def test_the_command_prints_an_address_with_a_token_of_its_own(loaded, monkeypat
     asked = []
 
     def run(self, sockets):
-        asked.append((self.config.loaded_app if self.config.loaded else self.config.app, sockets[0]))
+        asked.append(
+            (self.config.loaded_app if self.config.loaded else self.config.app, sockets[0])
+        )
         port = sockets[0].getsockname()[1]
         client = TestClient(asked[-1][0], f"http://localhost:{port}")
         address = asked_address()

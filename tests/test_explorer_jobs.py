@@ -61,7 +61,9 @@ def test_a_job_says_how_far_it_is(jobs):
 
 def test_a_running_job_ends_after_its_unit_and_a_waiting_one_at_once(jobs):
     first, second, third = Work(), Work(), Work(1)
-    running, waiting, last = (jobs.start(*x) for x in zip("abc", (first, second, third), strict=True))
+    running, waiting, last = (
+        jobs.start(*x) for x in zip("abc", (first, second, third), strict=True)
+    )
     assert first.at.acquire(timeout=SOON)
     assert jobs.cancel(waiting.key).state == "cancelled"
     jobs.cancel(running.key)

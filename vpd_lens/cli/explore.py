@@ -26,7 +26,8 @@ def explore_command(
     model: options.Model = None,
     harvest: options.Responses = None,
     data: Annotated[
-        str | None, Option(help="Text or tokens that a harvest can be gathered from: as in harvest.")
+        str | None,
+        Option(help="Text or tokens that a harvest can be gathered from: as in harvest."),
     ] = None,
     output: Annotated[
         Path | None, Option(help="Where pages save graphs; default: explored/ and a name.")

@@ -35,7 +35,7 @@ from vpd_lens.explorer.workbench import Workbench
 
 MAX_BODY = 4 << 20  # bytes
 
-O = TypeVar("O", bound=Order)
+Asked = TypeVar("Asked", bound=Order)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -136,7 +136,7 @@ def _asked(given: Mapping[str, str]) -> Question:
     return Question(text=text.replace("\r\n", "\n"), target=target)
 
 
-def _taking(kind: type[O], answer: Callable[[O, Request], Response]) -> Endpoint:
+def _taking(kind: type[Asked], answer: Callable[[Asked, Request], Response]) -> Endpoint:
     """An endpoint for JSON of one kind, answered in a thread."""
 
     async def endpoint(request: Request) -> Response:
@@ -158,7 +158,7 @@ async def _body(request: Request) -> bytes:
     return body
 
 
-def _checked(kind: type[O], given: bytes | dict[str, Any]) -> O:
+def _checked(kind: type[Asked], given: bytes | dict[str, Any]) -> Asked:
     try:
         if isinstance(given, bytes):
             return kind.model_validate_json(given)

@@ -21,9 +21,9 @@ class Order(BaseModel):
 
 
 class Question(Order):
-    """A text, and the token whose prediction is explained; an empty `target` is the likeliest.
+    r"""A text, and the token whose prediction is explained; an empty `target` is the likeliest.
 
-    In the target, `\\n` and `\\t` stand for a newline and a tab.
+    In the target, `\n` and `\t` stand for a newline and a tab.
     """
 
     text: str

@@ -133,7 +133,7 @@ def _scripts(*names: str) -> list[Markup]:
 def _response(page: str, nonce: str, status: int = 200) -> HTMLResponse:
     own = f"'nonce-{nonce}'"
     policy = (
-        f"default-src 'none'; script-src {own}; style-src {own}; img-src data:; connect-src 'self'; "
-        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {own}; style-src {own}; img-src data:; "
+        "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     )
     return HTMLResponse(page, status, {"content-security-policy": policy})

@@ -72,7 +72,7 @@ class Graphs:
         )
 
     def listed(self) -> list[tuple[str, str]]:
-        """Keys and what they are of: those of this session that are not on disk, and those there."""
+        """Keys and what they are of: what is new in this session, then what is on disk."""
         fresh = [
             (key, repr(kept.notes.question.text)[1:-1])
             for key, kept in self.session.items()

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from vpd_lens import storage
 from vpd_lens.analysis.attention import head_loadings
 from vpd_lens.analysis.cards import Cards
-from vpd_lens.analysis.circuits import Scale, Token, TopTokens, attribute, edited, intervene, targets
+from vpd_lens.analysis.circuits import (
+    Scale,
+    Token,
+    TopTokens,
+    attribute,
+    edited,
+    intervene,
+    targets,
+)
 from vpd_lens.analysis.circuits.graph import AttributionGraph
 from vpd_lens.analysis.circuits.intervene import InterventionResult
 from vpd_lens.analysis.explain import explain
