@@ -16,7 +16,17 @@ gc.set_threshold(20_000, 20)
 
 # Fixtures that take seconds: on one worker only, not once on each, and first, so that none is left
 # over. Models that tests of many files share are on one worker, too: `bridge-llama-default`.
-LONG = ("addition", "circuit", "finished", "first_claim", "report", "whole", "found", "dense")
+LONG = (
+    "addition",
+    "circuit",
+    "finished",
+    "first_claim",
+    "report",
+    "whole",
+    "found",
+    "dense",
+    "explored",
+)
 CASES = ("bridge-", "native-", "hooked-")
 # The cases of which every test of many models has one: on another version of TransformerLens these
 # run with checks of types and shapes, and the others, marked `repeated`, without.

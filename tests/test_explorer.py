@@ -35,14 +35,14 @@ expect.set_options(timeout=SOON * 1000)
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def explored():
     model = load_example()
     return model, example_harvest(model.vpd)
 
 
 @pytest.fixture(scope="module")
-def bench(loaded, tmp_path_factory):
-    model, harvest = loaded
+def bench(explored, tmp_path_factory):
+    model, harvest = explored
     folder = tmp_path_factory.mktemp("explorer") / "saved"
     bench = Workbench(model, harvest, folder, title="<b>&", texts=[TEXT], patience=0.1)
     yield bench
@@ -152,8 +152,8 @@ def test_what_changes_something_takes_json_and_no_get(client):
 # ------------------------------------------------------------------------- texts
 
 
-def test_a_text_is_what_explain_finds(client, loaded):
-    model, harvest = loaded
+def test_a_text_is_what_explain_finds(client, explored):
+    model, harvest = explored
     page = client.get("/", params={**QUESTION, "position": ""})
     assert page.status_code == 200
     found = data_of(page.text, "explain-data")
@@ -181,14 +181,14 @@ def test_a_question_without_an_answer_leads_to_a_page_that_says_why(client, ques
     assert f">\n{question['text']}</textarea>" in page.text
 
 
-def test_a_form_sends_newlines_as_two_characters(client, loaded):
+def test_a_form_sends_newlines_as_two_characters(client, explored):
     page = client.get("/", params={"text": "a\r\n  b"})
     assert "".join(data_of(page.text, "explain-data")["tokens"]) == "a\n  b"
     assert data_of(page.text, "explorer-data")["question"]["text"] == "a\n  b"
 
 
-def test_cards_follow_on_demand(client, loaded):
-    known = rounded(Cards(*loaded).for_page(NAME), 3)
+def test_cards_follow_on_demand(client, explored):
+    known = rounded(Cards(*explored).for_page(NAME), 3)
     assert client.get(f"/api/cards/{NAME}").json() == json.loads(json.dumps(known))
     for name in ("blocks.3.mlp.out:99999", "nothing", "blocks.9.mlp.out:1"):
         answer = client.get(f"/api/cards/{name}")
@@ -207,8 +207,8 @@ def test_the_harvest_is_there(client, bench):
 # ------------------------------------------------------------------------- edits
 
 
-def test_edits_do_what_intervene_and_edited_do(client, loaded):
-    model, _ = loaded
+def test_edits_do_what_intervene_and_edited_do(client, explored):
+    model, _ = explored
     edits = [
         {"name": NAME, "position": 1, "factor": 0},
         {"name": "blocks.0.mlp.gate:101", "position": None, "factor": -2.5},
@@ -237,8 +237,8 @@ def test_edits_do_what_intervene_and_edited_do(client, loaded):
     assert found["written"] == written
 
 
-def test_writing_stops_at_the_context(client, loaded):
-    model, _ = loaded
+def test_writing_stops_at_the_context(client, explored):
+    model, _ = explored
     full = model.to_string(model.to_tokens("x = 1\n" * 60)[0, : model.cfg.n_ctx])
     n = model.to_tokens(full).shape[1]
     order = {"text": full, "edits": [], "n_written": 200}
@@ -278,10 +278,10 @@ def traced(bench):
     return job["result"]
 
 
-def test_a_graph_is_that_of_attribute(client, loaded, traced):
-    graph = vpd_lens.attribute(loaded[0], TEXT, Token(TARGET), frozen=True, progress=False).pruned(
-        0.5
-    )
+def test_a_graph_is_that_of_attribute(client, explored, traced):
+    graph = vpd_lens.attribute(
+        explored[0], TEXT, Token(TARGET), frozen=True, progress=False
+    ).pruned(0.5)
     assert (traced["nodes"], traced["edges"]) == (graph.n_nodes, graph.n_edges)
     page = client.get(f"/graph/{traced['graph']}")
     data = data_of(page.text, "graph-data")
@@ -310,8 +310,8 @@ def test_a_graph_that_cannot_be_made_is_refused_at_once(client):
 JSON = {"content-type": "application/json"}
 
 
-def test_pruning_can_be_ended_and_leaves_the_model_as_it_was(client, loaded):
-    model, _ = loaded
+def test_pruning_can_be_ended_and_leaves_the_model_as_it_was(client, explored):
+    model, _ = explored
     tokens = model.to_tokens(TEXT)
     before = model(tokens)
     job = client.post("/api/graphs", json={"text": TEXT, "prune": "adversarial"}).json()
@@ -355,8 +355,8 @@ def test_while_the_model_is_busy_requests_say_so_and_cards_are_given(client, ben
         pass
 
 
-def test_a_harvest_is_gathered_gone_on_with_and_there_the_next_time(loaded, tmp_path):
-    model, _ = loaded
+def test_a_harvest_is_gathered_gone_on_with_and_there_the_next_time(explored, tmp_path):
+    model, _ = explored
     tokens = model.to_tokens("for i in range(9):\n    print(i)\n" * 9, prepend_bos=False)
     data = tokens[0, :96].view(12, 8)
     bench = Workbench(model, None, tmp_path / "new", data=data)
@@ -379,8 +379,8 @@ def test_a_harvest_is_gathered_gone_on_with_and_there_the_next_time(loaded, tmp_
 # ------------------------------------------------------------------------ saving
 
 
-def test_labels_graphs_and_groups_are_there_the_next_time(client, bench, loaded, traced):
-    model, _ = loaded
+def test_labels_graphs_and_groups_are_there_the_next_time(client, bench, explored, traced):
+    model, _ = explored
     key = traced["graph"]
     answer = client.put(f"/api/labels/{NAME}", json={"text": " starts  a name "})
     assert answer.json()["text"] == "starts a name"
@@ -409,24 +409,24 @@ def test_labels_graphs_and_groups_are_there_the_next_time(client, bench, loaded,
     other.close()
 
 
-def test_labels_of_another_decomposition_are_refused(bench, loaded, tmp_path):
+def test_labels_of_another_decomposition_are_refused(bench, explored, tmp_path):
     record = {"kind": "labels", "format_version": 1, "fingerprint": "other"}
     (tmp_path / "labels.json").write_text(json.dumps(record))
     with pytest.raises(ArtefactError, match="another decomposition"):
-        Workbench(loaded[0], None, tmp_path)
+        Workbench(explored[0], None, tmp_path)
 
 
 # ---------------------------------------------------------------------- listening
 
 
-def test_the_command_prints_an_address_with_a_token_of_its_own(loaded, monkeypatch, tmp_path):
+def test_the_command_prints_an_address_with_a_token_of_its_own(explored, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vpd_lens.example.load_example", lambda device: loaded[0])
+    monkeypatch.setattr("vpd_lens.example.load_example", lambda device: explored[0])
     asked = []
 
     def run(self, sockets):
         asked.append(
-            (self.config.loaded_app if self.config.loaded else self.config.app, sockets[0])
+            (self.config.loaded_app if self.config.explored else self.config.app, sockets[0])
         )
         port = sockets[0].getsockname()[1]
         client = TestClient(asked[-1][0], f"http://localhost:{port}")
@@ -448,11 +448,11 @@ def test_the_command_prints_an_address_with_a_token_of_its_own(loaded, monkeypat
     assert not list(tmp_path.iterdir())  # nothing was saved
 
 
-def test_a_port_in_use_and_a_missing_folder_are_said(loaded):
+def test_a_port_in_use_and_a_missing_folder_are_said(explored):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: .*--port"):
-            server.explore(loaded[0], port=port)
+            server.explore(explored[0], port=port)
     result = CliRunner().invoke(command_line, ["explore", "nowhere"])
     assert result.exit_code == 2
     assert "nowhere: there is no such directory" in result.stderr
@@ -545,6 +545,8 @@ def test_from_a_prompt_to_a_saved_graph(page, bench, address):
     expect(page.locator("#panel .weights").first).to_be_visible()
     page.locator("#nodes .node.subcomponent").nth(-2).click(modifiers=["Shift"])
     page.keyboard.press("g")
+    page.locator("textarea").press_sequentially("/g")  # no keys of the graph
+    expect(page.locator("textarea")).to_have_value(f"{TEXT}/g")
     page.get_by_label("Name of the graph").fill("loop")
     page.keyboard.press("Enter")
     expect(page.locator("#status")).to_contain_text("Saved as loop")

@@ -7,6 +7,7 @@ import secrets
 import socket
 import webbrowser
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,9 @@ def explore(
         print(f"Explorer: {address}\nCtrl-C ends it.", flush=True)
         if open_browser:
             webbrowser.open(address)
-        try:
+        with suppress(KeyboardInterrupt):  # raised again after a graceful end
             server.run(sockets=[listening])
-        except KeyboardInterrupt:  # raised again after a graceful end
-            print("The explorer has ended.")
+        print("The explorer has ended.")
 
 
 def server_of(app: Starlette) -> uvicorn.Server:

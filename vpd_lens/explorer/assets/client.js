@@ -19,7 +19,7 @@ async function ask(method, path, body) {
     throw new Error("The explorer does not answer; has it been ended?");
   }
   const answer = await response.json().catch(() => ({ error: `${response.status} ${response.statusText}` }));
-  if (!response.ok) throw new Error(answer.error);
+  if (!response.ok) throw Object.assign(new Error(answer.error), { busy: response.status === 503 });
   return answer;
 }
 

@@ -2,6 +2,7 @@
 
 const EDITS_KEY = "vpd-explorer:edits";
 const WRITTEN = 24; // tokens
+const RETRY = 2000; // ms, while the model is busy
 const RARE = 0.01; // a probability that is not worth a line
 const edits = editsOf(asked.text);
 
@@ -62,7 +63,9 @@ async function tryEdits() {
     const found = await ask("POST", "/api/edits", { ...asked, edits, n_written: WRITTEN });
     if (turn === tryEdits.turn) place.replaceChildren(predictions(found), writing(found.written));
   } catch (error) {
-    if (turn === tryEdits.turn) place.replaceChildren(make("p", "failed", error.message));
+    if (turn !== tryEdits.turn) return;
+    place.replaceChildren(make("p", "failed", error.message));
+    if (error.busy) editsChanged.waiting = setTimeout(tryEdits, RETRY);
   }
   if (turn === tryEdits.turn) place.classList.remove("asking");
 }

@@ -65,7 +65,7 @@ function jobState(job) {
     const bar = make("progress", "", undefined, { max: job.total || 1, "aria-label": job.title });
     if (job.total) bar.value = job.done;
     const left = job.left === null ? "" : `, about ${Math.ceil(job.left)} s left`;
-    return [bar, make("small", "", job.total ? `${job.phase}: ${job.done} of ${job.total}${left}` : "waiting for the model")];
+    return [bar, make("small", "", job.total ? `${job.phase}: ${job.done} of ${job.total}${left}` : "starting")];
   }
   if (job.state === "done") {
     const { graph, nodes, edges, harvest } = job.result;

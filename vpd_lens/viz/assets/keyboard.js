@@ -28,7 +28,7 @@ function listenToKeys() {
   document.addEventListener("keydown", (event) => {
     const { key, target } = event;
     if (event.ctrlKey || event.metaKey || event.altKey || byId("help").open || !KEYS[key]) return;
-    if (target.matches("input") && !(key === "Escape")) return;
+    if (target.matches("input, textarea, select") && key !== "Escape") return;
     const onBody = target === document.body || target === viewport;
     if (ON_NODES.has(key) && itemAt(target) === null && !(onBody && key.startsWith("Arrow"))) return;
     event.preventDefault();
