@@ -422,29 +422,17 @@ def test_labels_of_another_decomposition_are_refused(bench, explored, tmp_path):
 def test_the_command_prints_an_address_with_a_token_of_its_own(explored, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vpd_lens.example.load_example", lambda device: explored[0])
-    asked = []
-
-    def run(self, sockets):
-        asked.append(
-            (self.config.loaded_app if self.config.explored else self.config.app, sockets[0])
-        )
-        port = sockets[0].getsockname()[1]
-        client = TestClient(asked[-1][0], f"http://localhost:{port}")
-        address = asked_address()
-        assert client.get(address.replace("127.0.0.1", "localhost")).status_code == 200
-
-    printed = []
-    monkeypatch.setattr("builtins.print", lambda *words, **_: printed.extend(words))
-
-    def asked_address():
-        return re.search(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{32}", printed[-1])[0]
-
-    monkeypatch.setattr("uvicorn.Server.run", run)
-    result = CliRunner().invoke(command_line, ["explore", "--device", "cpu"])
-    assert result.exit_code == 0, (result.output, result.exception)
-    first = asked_address()
-    CliRunner().invoke(command_line, ["explore", "--device", "cpu"])
-    assert first.partition("token=")[2] != asked_address().partition("token=")[2]
+    served, addresses = [], []
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: served.append(self.config.app))
+    for _ in range(2):
+        result = CliRunner().invoke(command_line, ["explore", "--device", "cpu"])
+        assert result.exit_code == 0, (result.output, result.exception)
+        found = re.search(r"(http://127\.0\.0\.1:\d+)/\?token=([\w-]{32})\n", result.output)
+        addresses.append(found.groups())
+    (base, token), (_, other) = addresses
+    client = TestClient(served[0], base)
+    assert client.get("/", params={"token": other}).status_code == 401
+    assert client.get("/", params={"token": token}).status_code == 200
     assert not list(tmp_path.iterdir())  # nothing was saved
 
 

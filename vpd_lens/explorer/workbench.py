@@ -153,7 +153,7 @@ class Workbench:
             if order.target:
                 n_vocab = int(self.model.cfg.d_vocab)  # type: ignore[union-attr, arg-type]
                 targets.token_id(self.model, unescaped(order.target), n_vocab)
-        what = {None: "Graph", "ci": "Importances that suffice"}.get(order.prune, "Circuit")
+        what = f"Circuit ({order.prune})" if order.prune else "Graph"
         about = f" of {order.target!r}" if order.target else ""
         title = f"{what}{about} after {order.text[-40:]!r}"
         return self.jobs.start(title, lambda job: self._traced(order, job))
