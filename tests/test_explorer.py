@@ -533,7 +533,8 @@ def test_from_a_prompt_to_a_saved_graph(page, bench, address):
     expect(page.locator("#panel .weights").first).to_be_visible()
     page.locator("#nodes .node.subcomponent").nth(-2).click(modifiers=["Shift"])
     page.keyboard.press("g")
-    page.locator("textarea").press_sequentially("/g")  # no keys of the graph
+    page.locator("textarea").press("End")
+    page.keyboard.type("/g")  # which are keys of the graph
     expect(page.locator("textarea")).to_have_value(f"{TEXT}/g")
     page.get_by_label("Name of the graph").fill("loop")
     page.keyboard.press("Enter")

@@ -83,7 +83,7 @@ function predictions({ rows, kl, position }) {
   return list;
 }
 
-const share = (p) => (p < RARE ? "< 1 %" : shortPercent(p).replace("%", " %"));
+const share = (p) => (p < RARE ? "< 1 %" : percent(p));
 
 function writing({ before, after }) {
   const list = make("dl", "writing");
