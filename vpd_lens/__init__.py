@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vpd_lens.decomposing import decompose
     from vpd_lens.decomposition import Decomposition, Masks
     from vpd_lens.decomposition.attach import remove
+    from vpd_lens.decomposition.labels import Label, Labels
     from vpd_lens.evaluation import EvalReport, Redundancy, evaluate, redundancy
     from vpd_lens.example import load_example
     from vpd_lens.interop.param_decomp import import_param_decomp
@@ -55,6 +56,7 @@ _MODULES = {
     "decomposing": "decompose",
     "decomposition": "Decomposition Masks",
     "decomposition.attach": "remove",
+    "decomposition.labels": "Label Labels",
     "evaluation": "EvalReport Redundancy evaluate redundancy",
     "example": "load_example",
     "interop.param_decomp": "import_param_decomp",
@@ -67,8 +69,8 @@ _WHERE = {name: f"vpd_lens.{where}" for where in _MODULES for name in _MODULES[w
 # Written out for type checkers.
 __all__ = ["Ablate", "Attention", "AttributionGraph", "Card", "Cards"]
 __all__ += ["CausalImportanceConfig", "DatasetAttributions", "Decomposition", "EvalReport"]
-__all__ += ["Explanation", "Harvest", "Masks", "Patch", "PruneConfig", "Redundancy"]
-__all__ += ["Scale", "Site", "VPDConfig", "attention", "attribute", "card"]
+__all__ += ["Explanation", "Harvest", "Label", "Labels", "Masks", "Patch", "PruneConfig"]
+__all__ += ["Redundancy", "Scale", "Site", "VPDConfig", "attention", "attribute", "card"]
 __all__ += ["dataset_attributions", "decompose", "edited", "evaluate", "explain", "harvest"]
 __all__ += ["import_param_decomp", "intervene", "load", "load_example", "prune"]
 __all__ += ["redundancy", "remove", "train"]

@@ -5,7 +5,8 @@
 | `record.json` | `kind`, `format_version`, `vpd_lens_version`; the `record` itself; `files`: the \
 SHA-256 of each; `sha256`: that of all this |
 | `<name>.safetensors` | tensors by name |
-| further files | such as a tokenizer's, listed in `files` too; `README.md` alone is not |
+| further files | such as a tokenizer's, listed in `files` too; `README.md` and `labels.json`, \
+which people edit, are not |
 
 A folder is written beside its destination, flushed to disk and renamed, so that an interruption
 leaves either the old one or the new one. Whatever is wrong with a folder or with the disk is an
@@ -34,7 +35,8 @@ from torch import Tensor
 from vpd_lens.errors import ArtefactError, InputError
 
 FORMAT_VERSION = 2
-RECORD, _CARD = "record.json", "README.md"
+RECORD = "record.json"
+_EDITED = ("README.md", "labels.json")
 _RESTORE = "Restore it from a copy, or make it again."
 
 
@@ -131,7 +133,7 @@ def write(
             "format_version": FORMAT_VERSION,
             "vpd_lens_version": importlib.metadata.version("vpd-lens"),
             "record": fields,
-            "files": {name: file_hash(folder / name) for name in names if name != _CARD},
+            "files": {name: file_hash(folder / name) for name in names if name not in _EDITED},
         }
         write_json(folder / RECORD, {**content, "sha256": _digest(content)})
         for file in written:  # safetensors lets nobody else read what it writes
@@ -142,7 +144,7 @@ def write(
 def read(path: str | Path, record_type: type[R]) -> Artefact[R]:
     """Open an artefact, or that inside the output of a training run, and check its record."""
     kind = record_type.kind
-    folder = _folder_of(Path(path), kind)
+    folder = folder_of(Path(path), kind)
     file = folder / (RECORD if (folder / RECORD).is_file() else _VERSION_1[kind][0])
     content = read_json(file)
     version = content.get("format_version")
@@ -188,7 +190,8 @@ def kind_of(folder: Path) -> str | None:
     return None
 
 
-def _folder_of(path: Path, kind: str) -> Path:
+def folder_of(path: Path, kind: str) -> Path:
+    """Where an artefact of a kind is: in `path`, or inside the output of a training run there."""
     folder = existing_folder(path)
     found = kind_of(folder)
     if found == kind:

@@ -21,6 +21,7 @@ from vpd_lens.analysis.harvest import Harvest
 from vpd_lens.analysis.harvest.examples import Example
 from vpd_lens.analysis.reads_writes import Directions, Neighbour, TokenEffect
 from vpd_lens.decomposition.attach import decomposition_of
+from vpd_lens.decomposition.labels import Labels
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import ArtefactError, InputError
 from vpd_lens.rendering import Shown
@@ -32,6 +33,7 @@ class Card(Shown):
 
     Attributes:
         name: `blocks.0.mlp.out:17`.
+        label: What it is called, if it has a label; those of others that it names are in `labels`.
         density: Share of tokens at which it fires.
         mean_importance: Over all tokens.
         fires_at: Tokens where it fires, with their share of its firings.
@@ -52,6 +54,7 @@ class Card(Shown):
     """
 
     name: str
+    label: str = ""
     density: float | None = None
     mean_importance: float | None = None
     fires_at: list[TokenEffect] = field(default_factory=list)
@@ -70,6 +73,7 @@ class Card(Shown):
     examples: list[Example] = field(default_factory=list)
     strings: list[list[str]] = field(default_factory=list)
     final_scale: float = 1.0
+    labels: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-serialisable values."""
@@ -83,7 +87,9 @@ class Card(Shown):
         for title, text in self._rows():
             table.add_row(title, Text(text))
         return Group(
-            Text(self.name, style="bold"), table, *map(self._strip, range(len(self.examples)))
+            Text.assemble((self.name, "bold"), f"  {self.label}"),
+            table,
+            *map(self._strip, range(len(self.examples))),
         )
 
     def __rich__(self) -> Group:
@@ -122,8 +128,13 @@ class Card(Shown):
         shown = {"share": "{0!r} {1:.0%}", "token": "{0!r} {1:+.2f}"}
         shown |= {"part": "{0}: {1:.0%}", "name": "{0} {1:+.2f}"}
         for title, kind, entries in self.lists():
+            if kind == "name":
+                entries = [(self._named(name), value) for name, value in entries]
             rows.append((title, "  ".join(shown[kind].format(*entry) for entry in entries)))
         return rows
+
+    def _named(self, name: str) -> str:
+        return f'{name} "{self.labels[name]}"' if name in self.labels else name
 
     def _strip(self, number: int) -> Text:
         """An example on one line, brighter the more important the subcomponent is."""
@@ -168,6 +179,11 @@ class Cards:
         self.harvest, self.attributions = harvest, attributions
         self.k, self.n_examples = k, n_examples
 
+    @property
+    def labels(self) -> Labels:
+        """What subcomponents are called, those of the model."""
+        return self.vpd.labels
+
     def check(self, decomposition: str) -> None:
         """Refuse the fingerprint of another decomposition than the model's; an `ArtefactError`."""
         if decomposition != (own := fingerprint(self.vpd)):
@@ -180,6 +196,9 @@ class Cards:
         """The card of one subcomponent; an `InputError` if there is none of that name."""
         card = self._of_weights(name)
         self._harvested(card, *self._checked(name))
+        card.label = self.labels.text(name)
+        named = {other for _, kind, rows in card.lists() if kind == "name" for other, _ in rows}
+        card.labels = {other: text for other in named if (text := self.labels.text(other))}
         return card
 
     def weights(self, name: str) -> list[list[Any]]:

@@ -178,7 +178,8 @@ class Explanation(Shown):
         for column in ("subcomponent", "at", "g", "effect"):
             right = column in ("g", "effect")
             table.add_column(column, justify="right" if right else "left", no_wrap=True)
-        table.add_column("fires at → promotes", overflow="fold")
+        heading = "label: fires at → promotes" if self.cards.labels else "fires at → promotes"
+        table.add_column(heading, overflow="fold")
         for position, need in self.strongest(k):
             card = self.cards[need.name]
             words = " → ".join(
@@ -187,7 +188,8 @@ class Explanation(Shown):
                 if tokens
             )
             figures = f"{need.importance:.2f}", f"{need.effect:+.2f}"
-            table.add_row(need.name, Text(repr(self.strings[position])), *figures, Text(words))
+            what = f"{card.label}: {words}" if card.label else words
+            table.add_row(need.name, Text(repr(self.strings[position])), *figures, Text(what))
         return table
 
     def strongest(self, k: int = 10) -> list[tuple[int, Need]]:

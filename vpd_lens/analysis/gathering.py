@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from vpd_lens import storage
 from vpd_lens.data import Batch, TokenBatches
 from vpd_lens.decomposition import Decomposition
+from vpd_lens.decomposition.labels import Labels
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import ArtefactError, ConfigError, InputError
 
@@ -50,6 +51,7 @@ class Gathered(ABC):
     strings: Sequence[str]
     n_batches: int = 0
     data_state: dict[str, Any] | None = None
+    labels: Labels = field(default_factory=Labels, compare=False)
 
     def check(self, decomposition: Decomposition | str) -> None:
         """Refuse a decomposition, or its `fingerprint`, if it is not the one this is of.
@@ -109,6 +111,7 @@ class Gathered(ABC):
         )
         if vpd is not None:
             found.check(vpd)
+            found.labels = vpd.labels
         return found
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -271,7 +274,8 @@ def chosen(
 def origin(vpd: Decomposition, vocabulary: int) -> dict[str, Any]:
     """What every result says of its decomposition and of its model's tokens."""
     tokenizer = getattr(vpd.model, "tokenizer", None)
-    return {"fingerprint": fingerprint(vpd), "strings": token_strings(tokenizer, vocabulary)}
+    strings = token_strings(tokenizer, vocabulary)
+    return {"fingerprint": fingerprint(vpd), "strings": strings, "labels": vpd.labels}
 
 
 def token_strings(tokenizer: Any, vocabulary: int) -> list[str]:

@@ -5,6 +5,7 @@ Every forward of the model goes through `_forward`, which decides the masks of `
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -24,6 +25,7 @@ from vpd_lens.decomposition.divergence import CustomDivergence, DivergenceKind
 from vpd_lens.decomposition.forward import Forwards
 from vpd_lens.decomposition.heads import compute_head_results
 from vpd_lens.decomposition.importance import build_importance, lower_leaky, sized_importance
+from vpd_lens.decomposition.labels import Labels
 from vpd_lens.decomposition.masking import importance_watched, masks_for, through_hooks
 from vpd_lens.decomposition.masks import Masks
 from vpd_lens.decomposition.modes import MODES, MaskContext, masks_from_tensors
@@ -88,6 +90,7 @@ class Decomposition(Shown, Runs):
         self.trained_steps = 0
         self.training_config: dict[str, Any] | None = None
         self.other_origin: Origin | None = None
+        self._labels = Labels()
 
     def site(self, name: str) -> Site:
         """The site called `name`; an `InputError` if there is none."""
@@ -119,6 +122,37 @@ class Decomposition(Shown, Runs):
         from vpd_lens.decomposition.projection import project
 
         return project(self, gradients)
+
+    @property
+    def labels(self) -> Labels:
+        """What subcomponents are called; everything made from the model shows it.
+
+        Labels are of V and U as they are. Once those have changed, by training or folding, there
+        are none, with a warning.
+
+        Raises:
+            ArtefactError: If labels of another decomposition are set.
+
+        Examples:
+            >>> model.vpd.labels["blocks.0.mlp.out:17"] = "self after ("  # doctest: +SKIP
+        """
+        from vpd_lens.decomposition.saving import fingerprint
+
+        if (own := fingerprint(self)) != self._labels.fingerprint:
+            if self._labels:
+                warnings.warn(
+                    f"the decomposition has changed since {len(self._labels)} of its subcomponents "
+                    "were labelled; those labels are of what it was, and no longer shown.",
+                    stacklevel=2,
+                )
+            layout = self.layout
+            self._labels = Labels(own, dict(zip(layout.names, layout.sizes, strict=True)))
+        return self._labels
+
+    @labels.setter
+    def labels(self, labels: Labels) -> None:
+        labels.require(self.labels.fingerprint)
+        self._labels = labels
 
     def original_indices(self, name: str) -> list[int]:
         """The column number that each subcomponent of a site had before others were folded."""
@@ -163,7 +197,9 @@ class Decomposition(Shown, Runs):
             f"V and U have {own:,} parameters, the causal importance function {function:,}: "
             f"{function / own:.1f} times as many (importance.d_model, .n_blocks and .n_heads)."
         )
-        return Group(Text(repr(self)), Text(sizes), sites_table(self))
+        labelled = f"{len(self.labels):,} subcomponents are labelled (.labels)."
+        parts = [Text(repr(self)), Text(sizes), *[Text(labelled)] * bool(self.labels)]
+        return Group(*parts, sites_table(self))
 
     @contextmanager
     def masked(

@@ -7,6 +7,7 @@ subcomponents were folded into the delta, theirs as `<site>.folded_V`, `<site>.f
 | `causal_importance.safetensors` | parameters of the causal importance function |
 | `record.json` | sites, sizes, how it was trained and measured, what its base model is |
 | `README.md` | a model card |
+| `labels.json` | what its subcomponents are called, if any are; see `labels.py` |
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from vpd_lens import storage
 from vpd_lens.decomposition.attach import attach, decomposition_of
 from vpd_lens.decomposition.difference import differing_sites
 from vpd_lens.decomposition.handle import Decomposition, target_size
+from vpd_lens.decomposition.labels import FILE, Labels
 from vpd_lens.description import BaseModelRecord, DecompositionRecord, Indices, SubcomponentsRecord
 from vpd_lens.errors import ArtefactError, InputError
 from vpd_lens.model_card import write_card
@@ -67,7 +69,13 @@ def save(
     function = vpd.importance.state_dict()
     tensors = {"subcomponents": subcomponent_tensors(vpd), "causal_importance": function}
     tensors = {file: _rounded(part, dtype) for file, part in tensors.items()}
-    return storage.write(path, record, tensors, lambda new: write_card(new, record, report))
+
+    def beside(folder: Path) -> None:
+        write_card(folder, record, report)
+        if vpd.labels:
+            _relabelled(vpd.labels, tensors["subcomponents"]).save(folder / FILE)
+
+    return storage.write(path, record, tensors, beside)
 
 
 def load(
@@ -104,6 +112,8 @@ def load(
         subcomponents, importance = recorded_shapes(record, vpd)
         load_subcomponents(vpd, artefact.tensors("subcomponents", subcomponents), record)
         vpd.importance.load_state_dict(artefact.tensors("causal_importance", importance))
+        if (artefact.folder / FILE).is_file():
+            vpd.labels = Labels.load(artefact.folder / FILE)
     except BaseException:
         vpd.attachment.detach()
         raise
@@ -191,6 +201,12 @@ def subcomponent_tensors(vpd: Decomposition) -> dict[str, Tensor]:
         if folded.indices:
             tensors |= {f"{name}.folded_V": folded.v, f"{name}.folded_U": folded.u}
     return tensors
+
+
+def _relabelled(labels: Labels, tensors: dict[str, Tensor]) -> Labels:
+    """The same labels, of what will be loaded from tensors that may have been rounded."""
+    parts = [tensors[f"{site}.{part}"].float() for part in "VU" for site in labels.sizes]
+    return Labels.of(labels.record.model_copy(update={"fingerprint": fingerprint_of(parts)}))
 
 
 def _rounded(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

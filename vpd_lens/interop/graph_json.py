@@ -168,6 +168,8 @@ def _nodes(graph: AttributionGraph, numbers: Numbering) -> list[dict[str, Any]]:
             node = _place_node(numbers, kind, place, index, position)
         if kind == "subcomponent":
             node["clerp"] += " (-)" if activation < 0 else " (+)"
+            if text := graph.labels.text(f"{place}:{index}"):
+                node["clerp"] = f"{text} [{node['clerp']}]"
         result.append(node | {"activation": activation, "influence": influence})
     return result
 

@@ -6,6 +6,7 @@ A repository is a decomposition's folder as `vpd.save` writes it, with a card. I
 |---|---|
 | `report.json`, `*.png` | an evaluation report, and its plots in the card |
 | `harvest/` | what its subcomponents respond to |
+| `labels.json` | what they are called |
 | `model/` | the base model, as a Hugging Face directory |
 
 Whatever goes wrong on the way to the hub becomes a `HubError` here.
@@ -23,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from vpd_lens import storage
+from vpd_lens.decomposition.labels import FILE as LABELS
 from vpd_lens.description import DecompositionRecord
 from vpd_lens.errors import ArtefactError, HubError, InputError, VPDError, did_you_mean, first_line
 from vpd_lens.model_card import REPORT, write_card
@@ -78,7 +80,7 @@ def find(where: str | Path, revision: str | None = None, also: Collection[str] =
                 f"{name}: there is no {storage.RECORD} in this repository, so it is no "
                 "decomposition by vpd_lens. `vpd-lens list --hub` lists those there are."
             ) from None
-        wanted = [*storage.read_json(record).get("files", ()), storage.RECORD, REPORT]
+        wanted = [*storage.read_json(record).get("files", ()), storage.RECORD, REPORT, LABELS]
         wanted += [f"{part}/*" for part in also]
         commit = record.parent.name  # of both calls, though somebody may push in between
         return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
@@ -157,6 +159,8 @@ def _shareable(source: Path, folder: Path, include_model: bool) -> Path:
         record = record.model_copy(update={"other_origin": None})
     tensors = {name: artefact.tensors(name) for name in ("subcomponents", "causal_importance")}
     storage.write(folder, record, tensors)
+    if (artefact.folder / LABELS).is_file():
+        shutil.copyfile(artefact.folder / LABELS, folder / LABELS)
     if include_model and path is not None:
         files = [file for pattern in _MODEL_FILES for file in path.glob(pattern)]
         if not any(file.suffix == ".safetensors" for file in files):
@@ -182,7 +186,7 @@ def _upload(
 ) -> str:
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    api, one = HfApi(), (REPORT, LABELS)
     with hub_errors(repository, f"{repository}: nothing was published. On the hub"):
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:
@@ -193,7 +197,7 @@ def _upload(
             commit_message=message,
             revision=revision,
             # Of an earlier one, what this one has no more.
-            delete_patterns=["*.safetensors", "*.png", REPORT, f"{MODEL}/*", f"{HARVEST}/*"],
+            delete_patterns=["*.safetensors", "*.png", *one, f"{MODEL}/*", f"{HARVEST}/*"],
         )
     return str(commit.commit_url)
 

@@ -15,8 +15,8 @@ def to_networkx(graph: AttributionGraph, loadings: HeadLoadings | None = None) -
     """The graph with nodes named as in `graph.nodes.names()`.
 
     Nodes have `kind`, `site`, `position`, `token` (the prompt's, as text), `index`, `activation`,
-    `importance` and `influence`; edges have `weight` and, with `loadings`, those from v to o
-    `heads`, what each head carries.
+    `importance`, `influence` and, those that are labelled, `label`; edges have `weight` and, with
+    `loadings`, those from v to o `heads`, what each head carries.
     """
     import networkx
 
@@ -27,6 +27,8 @@ def to_networkx(graph: AttributionGraph, loadings: HeadLoadings | None = None) -
     result = networkx.DiGraph()
     for name, *values in zip(names, *columns.values(), strict=True):
         result.add_node(name, **dict(zip(columns, values, strict=True)))
+    called = {name: text for name in names if (text := graph.labels.text(name))}
+    networkx.set_node_attributes(result, called, "label")
     ends = [[names[node] for node in side.tolist()] for side in (edges.source, edges.target)]
     result.add_weighted_edges_from(zip(*ends, edges.weight.tolist(), strict=True))
     if loadings is not None:

@@ -59,6 +59,7 @@ def payload(explanation: Explanation) -> dict[str, Any]:
         "threshold": explanation.threshold,
         "final_scale": explanation.cards.directions.final_scale,
         "cards": {name: explanation.cards.for_page(name) for name in shown},
+        "labels": explanation.cards.labels.texts(),
         "n_subcomponents": len(largest),
     }
     return rounded(data, 3)

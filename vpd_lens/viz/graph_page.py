@@ -103,6 +103,7 @@ def payload(
             "completeness_score": influence.completeness,
         },
         "cards": _cards(graph, harvest, cards),
+        "labels": _labels(graph, cards or harvest),
     }
     settings = {name: graph.settings.get(name) for name in ("frozen", "delta", "threshold")}
     return rounded(data) | {"settings": settings}
@@ -132,6 +133,11 @@ def _heads(
     number[shown] = torch.arange(len(shown))
     rows = zip(number[loadings.edge].tolist(), loadings.weights.tolist(), strict=True)
     return {edge: weights for edge, weights in rows if edge >= 0}
+
+
+def _labels(graph: AttributionGraph, known: Harvest | Cards | None) -> dict[str, str]:
+    """What subcomponents are called now, or else were when the graph was saved."""
+    return (known is not None and known.labels.texts()) or graph.labels.texts()
 
 
 def _cards(

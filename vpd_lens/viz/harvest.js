@@ -116,6 +116,7 @@ function weightLists(lists) {
       }
       if (kind === "token") fill(entry, text);
       else entry.append(text);
+      if (kind === "name" && data.labels[text]) entry.append(make("q", "", visibleLabel(text)));
       entry.append(make("small", "", kind === "part" ? percent(Math.abs(value)) : signed(value)));
       row.append(entry);
     }
@@ -123,6 +124,9 @@ function weightLists(lists) {
   }
   return box;
 }
+
+// Of a subcomponent, empty if it has none.
+const visibleLabel = (name) => [...(data.labels[name] ?? "")].map((c) => (c === " " ? c : visible(c))).join("");
 
 const along = (density) => 1 - Math.log10(density) / data.lowest;
 
@@ -147,6 +151,8 @@ function cardOf(card) {
   const link = make("a", "", `#${card.i}`);
   link.href = `#c${card.i}`;
   header.append(link);
+  const label = visibleLabel(`${data.site}:${card.i}`);
+  if (label) header.append(make("strong", "label", label));
   for (const [label, value] of [
     ["fires at", percent(card.density)],
     ["mean importance", number(card.importance)],
@@ -176,7 +182,7 @@ function haystack(card) {
     const text = (tokens) => tokens.map((token) => data.tokens[token]).join("");
     const windows = [...card.top, ...card.random].map((example) => text(example[1]));
     const tokens = [...card.input, ...card.output].map((row) => data.tokens[row[0]]);
-    card.text = [...windows, ...tokens].join("\0").toLowerCase();
+    card.text = [data.labels[`${data.site}:${card.i}`] ?? "", ...windows, ...tokens].join("\0").toLowerCase();
   }
   return card.text;
 }
@@ -268,7 +274,7 @@ function drawMap() {
     const [token, recall] = card.commonest;
     const dot = drawn("circle", { cx: x(card.density), cy: y(recall), r: 4.5 });
     dot.card = card;
-    dot.tip = `#${card.i}\nfires at ${percent(card.density)} of the tokens\n${percent(recall)} of them ${visible(data.tokens[token])}`;
+    dot.tip = `#${card.i} ${visibleLabel(`${data.site}:${card.i}`)}\nfires at ${percent(card.density)} of the tokens\n${percent(recall)} of them ${visible(data.tokens[token])}`;
     dot.onclick = () => { location.hash = `#c${card.i}`; follow(); };
     map.append(dot);
   }

@@ -144,6 +144,7 @@ def _payload(harvest: Harvest, site: str, known: Cards | None) -> dict[str, Any]
         "threshold": harvest.settings.threshold,
         "lowest": _lowest_decade(harvest),
         "cards": cards,
+        "labels": (known.labels if known else harvest.labels).texts(),
         "pages": {name: quote(page_name(name)) for name in harvest.layout.names},
         "tokens": list(numbers),
     }

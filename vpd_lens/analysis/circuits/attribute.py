@@ -138,7 +138,8 @@ def attribute(
     settings["decomposition"] = fingerprint(vpd)
     ids = tuple(tokens.tolist())
     strings = tuple(targets.token_text(model, token) for token in ids)
-    return AttributionGraph(ids, strings, nodes, edges, tuple(outputs), settings, report)
+    found = ids, strings, nodes, edges, tuple(outputs), settings, report
+    return AttributionGraph(*found, labels=vpd.labels)
 
 
 def _found(

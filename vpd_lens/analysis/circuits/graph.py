@@ -18,6 +18,7 @@ from vpd_lens.analysis.circuits.prune import CircuitReport
 from vpd_lens.analysis.circuits.tables import Edges, Nodes, subgraph
 from vpd_lens.analysis.circuits.targets import Output
 from vpd_lens.decomposition import Decomposition
+from vpd_lens.decomposition.labels import Labels, LabelsRecord
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import ArtefactError, InputError
 
@@ -41,6 +42,7 @@ class GraphRecord(storage.Record):
     outputs: tuple[Output, ...]
     settings: dict[str, Any]
     circuit: CircuitReport | None
+    labels: LabelsRecord = LabelsRecord()
 
 
 @dataclass
@@ -55,6 +57,7 @@ class AttributionGraph:
         outputs: What is explained, in the order of the output nodes.
         settings: How the graph was made.
         circuit: What `prune=` found out about the circuit, or `None`.
+        labels: What subcomponents are called: the model's, `model.vpd.labels`. Saved along.
     """
 
     tokens: tuple[int, ...]
@@ -64,6 +67,7 @@ class AttributionGraph:
     outputs: tuple[Output, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     circuit: CircuitReport | None = None
+    labels: Labels = field(default_factory=Labels, compare=False)
 
     @property
     def n_nodes(self) -> int:
@@ -193,8 +197,10 @@ class AttributionGraph:
             ArtefactError: If something else is there, or the disk does not take it.
             InputError: If `settings` has values that JSON has not.
         """
-        own = {name: getattr(self, name) for name in GraphRecord.model_fields if name != "places"}
-        record = GraphRecord(places=self.nodes.places, **own)
+        elsewhere = {"places": self.nodes.places, "labels": self.labels.record}
+        names = GraphRecord.model_fields.keys() - elsewhere.keys()
+        own = {name: getattr(self, name) for name in names} | elsewhere
+        record = GraphRecord(**own)
         vectors = {f"outputs.{i}": output.vector for i, output in enumerate(self.outputs)}
         tensors = self.nodes.named("nodes") | self.edges.named("edges") | vectors
         return storage.write(path, record, {"graph": tensors})
@@ -217,6 +223,7 @@ class AttributionGraph:
         nodes, edges, vectors = ([tensors[name] for name in names] for names in groups)
         own = dict(artefact.record)
         both = zip(outputs, vectors, strict=True)
+        own["labels"] = Labels.of(own["labels"])
         own["outputs"] = tuple(replace(output, vector=vector) for output, vector in both)
         return cls(nodes=Nodes(own.pop("places"), *nodes), edges=Edges(*edges), **own)
 

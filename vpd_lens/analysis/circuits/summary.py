@@ -50,15 +50,15 @@ def _outputs(graph: AttributionGraph) -> Table:
 
 
 def _most_influential(graph: AttributionGraph) -> Table:
-    nodes, influence = graph.nodes, graph.influence().nodes
+    nodes, influence, named = graph.nodes, graph.influence().nodes, graph.labels.named
     inner = influence.masked_fill(nodes.of_kind("output"), 0)
     headings = "node, and its strongest input", ">influence", ">importance", ">activation"
     table = _table("Most influential nodes", *headings)
     order = inner.argsort(descending=True, stable=True)[:_TOP]
     for node in order[inner[order] > 0].tolist():
-        name = Text(f"{nodes.name(node)}  {graph.strings[int(nodes.position[node])]!r}")
+        name = Text(f"{named(nodes.name(node))}  {graph.strings[int(nodes.position[node])]!r}")
         for source, weight in graph.incoming(node, top=1):
-            name.append(f"\n  <- {source} {weight:+.3g}")
+            name.append(f"\n  <- {named(source)} {weight:+.3g}")
         figures = influence, nodes.importance, nodes.activation
         table.add_row(name, *(f"{float(column[node]):.3f}" for column in figures))
     return table

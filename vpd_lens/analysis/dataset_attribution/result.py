@@ -71,6 +71,7 @@ class DatasetAttributions(Gathered):
         n_batches: Batches so far.
         n_positions: Positions so far.
         data_state: Where in the data to go on.
+        labels: What subcomponents are called: the model's, `model.vpd.labels`.
     """
 
     record_type, prefix = _Record, "attributions/"
@@ -199,7 +200,7 @@ class DatasetAttributions(Gathered):
         place = node.partition(":")[0]
         sources = self.sources(node, top, absolute=absolute) if place in self.places else []
         targets = [] if place == OUTPUT else self.targets(node, top, absolute=absolute)
-        title = f"{node}: {'absolute ' * absolute}attributions"
+        title = f"{self.labels.named(node)}: {'absolute ' * absolute}attributions"
         table = Table(title=title, title_justify="left")
         for heading in ("source", "target"):
             table.add_column(heading, overflow="fold")
@@ -212,7 +213,7 @@ class DatasetAttributions(Gathered):
         for name, value in found:
             place, _, index = name.partition(":")
             text = f" {self.strings[int(index)]!r}" if place in (EMBEDDING, OUTPUT) else ""
-            yield name + text, f"{value:+.3f}"
+            yield self.labels.named(name) + text, f"{value:+.3f}"
 
     def __repr__(self) -> str:
         n_alive = sum(map(len, self.alive.values()))

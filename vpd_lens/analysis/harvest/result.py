@@ -14,6 +14,7 @@ from vpd_lens.analysis.gathering import Gathered, GatheredRecord
 from vpd_lens.analysis.harvest.examples import Example, Examples, Firings, random_keys, top_keys
 from vpd_lens.analysis.harvest.statistics import Summary, TokenStatistic, TokenTable, Usage
 from vpd_lens.decomposition import Layout
+from vpd_lens.decomposition.labels import Labels
 from vpd_lens.errors import InputError
 
 
@@ -68,6 +69,8 @@ class Harvest(Gathered):
         random: Its random examples.
         n_batches: Batches gathered so far.
         data_state: Where in the data to go on.
+        labels: What subcomponents are called: the model's, `model.vpd.labels`, if the harvest was
+            made from it or loaded with it.
     """
 
     record_type = HarvestRecord
@@ -79,6 +82,11 @@ class Harvest(Gathered):
     outputs: TokenTable
     top: Examples
     random: Examples
+
+    def __post_init__(self) -> None:
+        if not self.labels.sizes:
+            sizes = dict(zip(self.layout.names, self.layout.sizes, strict=True))
+            self.labels = Labels(self.fingerprint, sizes)
 
     @classmethod
     def empty(
@@ -208,7 +216,8 @@ class Harvest(Gathered):
         alive = int((self.usage.firings > 0).sum())
         return (
             f"Harvest({self.layout.n_sites} sites, {alive} of {self.layout.total} subcomponents "
-            f"fired, {self.n_positions} tokens, threshold {self.settings.threshold:g})"
+            f"fired, {self.n_positions} tokens, threshold {self.settings.threshold:g}"
+            + (f", {len(self.labels)} labelled)" if self.labels else ")")
         )
 
     def _columns(self, site: str) -> slice:

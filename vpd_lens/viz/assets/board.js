@@ -32,7 +32,8 @@ function forgetGroupElements() {
 function description(item) {
   if (isGroup(item)) return [itemName(item), `${groupOf(item).members.length} nodes`];
   const kind = kindOf(item);
-  const lines = [itemName(item), `token ${visibleText(tokenOf(item))}`];
+  const label = labelOf(nodes.name[item]);
+  const lines = [itemName(item), ...(label ? [visibleText(label, true)] : []), `token ${visibleText(tokenOf(item))}`];
   if (kind === "output") lines.push(`${visibleText(outputs.get(item).text)}`);
   if (kind === "subcomponent") lines.push(`importance ${number(nodes.importance[item])}`);
   lines.push(`${activationWord(kind)} ${number(nodes.activation[item])}`);

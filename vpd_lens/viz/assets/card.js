@@ -14,7 +14,8 @@ function weightLists(lists) {
     for (const [text, value] of entries) {
       const entry = make(kind === "name" ? "button" : "span", `entry ${value < 0 ? "minus" : "plus"}`);
       const shown = kind === "token" ? visibleText(text) : text;
-      entry.append(make("b", "", shown), make("small", "", kind === "part" ? percent(value) : signed(value)));
+      const label = kind === "name" ? labelOf(text) : "";
+      entry.append(make("b", "", shown), ...(label ? [make("q", "", visibleText(label, true))] : []), make("small", "", kind === "part" ? percent(value) : signed(value)));
       if (entry.tagName === "BUTTON") {
         entry.type = "button";
         entry.addEventListener("click", () => openCard(text));

@@ -124,13 +124,14 @@ function context(position) {
 function needRow(need, bold) {
   const name = nameOf(need);
   const card = data.cards[name];
-  const words = (card?.input_tokens ?? []).slice(0, 3).map(({ token }) => visibleText(token));
+  const seen = (card?.input_tokens ?? []).slice(0, 3).map(({ token }) => visibleText(token));
+  const words = labelOf(name) ? visibleText(labelOf(name), true) : seen.join(" ");
   const row = make("li");
   const hint = `importance ${number(need[IMPORTANCE])}, activation ${signed(need[ACTIVATION])}, effect ${signed(need[EFFECT])}`;
   const button = make("button", "edge need", undefined, { type: "button", title: hint });
   const bar = make("span", `bar ${need[EFFECT] < 0 ? "minus" : "plus"}`);
   bar.style.setProperty("--share", Math.abs(need[EFFECT]) / bold);
-  button.append(bar, make("span", "who", name), make("span", "token", words.join(" ")), make("span", "weight", signed(need[EFFECT])));
+  button.append(bar, make("span", "who", name), make("span", labelOf(name) ? "token label" : "token", words), make("span", "weight", signed(need[EFFECT])));
   button.addEventListener("click", () => openCard(name));
   row.append(button);
   return row;
@@ -144,7 +145,7 @@ function openCard(name) {
 function cardOf(name) {
   const back = make("button", "quiet", "← needs", { type: "button" });
   back.addEventListener("click", () => openCard(null));
-  const parts = [back, make("h2", "name", name), whereNeeded(name)];
+  const parts = [back, make("h2", "name", name), ...labelLine(name), whereNeeded(name)];
   const card = data.cards[name];
   if (card) parts.push(subcomponentCard(card));
   else parts.push(make("p", "muted", "This page has no card of it; vpd_lens.card(model, name) makes one."));

@@ -63,7 +63,7 @@ function nodeHead(node) {
   if (probability !== null) addFact(facts, "probability", percent(probability));
   const title = make("h2", "name", nodes.name[node]);
   const what = make("p", "muted kind", text === undefined ? kind : `${kind} ${visibleText(text)}`);
-  return [title, what, context, facts];
+  return [title, ...labelLine(nodes.name[node]), what, context, facts];
 }
 
 function groupHead(item) {
@@ -73,7 +73,7 @@ function groupHead(item) {
   const undo = make("button", "", "Ungroup", { type: "button", id: "ungroup" });
   undo.addEventListener("click", () => ungroup(item));
   const members = make("ul", "members");
-  for (const node of groupOf(item).members) members.append(make("li", "", nodes.name[node]));
+  for (const node of groupOf(item).members) members.append(make("li", "", [nodes.name[node], labelOf(nodes.name[node])].join("  ").trim()));
   const head = make("p", "muted kind", `group of ${groupOf(item).members.length} nodes; edges are sums`);
   return [name, head, members, undo];
 }
@@ -106,7 +106,7 @@ function edgeRow({ item, weight, heads, edge }, largest) {
   const bar = make("span", `bar ${weight < 0 ? "minus" : "plus"}`);
   bar.style.setProperty("--share", Math.abs(weight) / largest);
   const token = isGroup(item) ? "" : outputs.get(item)?.text ?? tokenOf(item);
-  row.append(bar, make("span", "who", itemName(item)), make("span", "token", token && visibleText(token)), make("span", "weight", signed(weight)));
+  row.append(bar, make("span", "who", itemName(item)), what(item, token), make("span", "weight", signed(weight)));
   row.addEventListener("click", () => jumpTo(item));
   row.addEventListener("pointerenter", () => drawLitEdges([edge]));
   row.addEventListener("pointerleave", () => drawLitEdges());
@@ -114,6 +114,12 @@ function edgeRow({ item, weight, heads, edge }, largest) {
   line.append(row);
   if (heads) line.append(headStrip(heads));
   return line;
+}
+
+// In a list, an item's label, or else its token.
+function what(item, token) {
+  const label = isGroup(item) ? "" : labelOf(nodes.name[item]);
+  return make("span", label ? "token label" : "token", label ? visibleText(label, true) : token && visibleText(token));
 }
 
 // What every head carries of an edge from v to o; the shares add up to it.
@@ -161,7 +167,7 @@ function mostInfluential() {
     const row = make("button", "edge", undefined, { type: "button", "data-name": nodes.name[node] });
     const bar = make("span", "bar plain");
     bar.style.setProperty("--share", nodes.influence[node] / (nodes.influence[byInfluence[0]] || 1));
-    row.append(bar, make("span", "who", nodes.name[node]), make("span", "token", visibleText(tokenOf(node))), make("span", "weight", number(nodes.influence[node])));
+    row.append(bar, make("span", "who", nodes.name[node]), what(node, tokenOf(node)), make("span", "weight", number(nodes.influence[node])));
     row.addEventListener("click", () => jumpTo(derived.owner[node]));
     const line = make("li");
     line.append(row);

@@ -4,7 +4,7 @@ const haystacks = new Map();
 
 function haystack(node) {
   if (!haystacks.has(node)) {
-    const own = [nodes.name[node], tokenOf(node), outputs.get(node)?.text ?? ""];
+    const own = [nodes.name[node], labelOf(nodes.name[node]), tokenOf(node), outputs.get(node)?.text ?? ""];
     const card = cardOf(node);
     const words = (rows) => rows.map((row) => row.token);
     const seen = card

@@ -35,4 +35,11 @@ function number(value) {
   return text.replace(/-/g, "−");
 }
 
+// What a subcomponent is called, or a node of it.
+const labelOf = (name) => data.labels[name.replace(/@\d+$/, "")] ?? "";
+
+function labelLine(name) {
+  return labelOf(name) ? [make("p", "label", visibleText(labelOf(name), true))] : [];
+}
+
 const signed = (value) => (value > 0 ? "+" : "") + number(value);
