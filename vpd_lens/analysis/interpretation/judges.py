@@ -87,14 +87,13 @@ class TokenJudge:
 class EmbeddingJudge:
     """Compares what an embedding model makes of the text around the firing.
 
-    A passage is the sum of two unit vectors: of the text up to and at the firing, and of the wider
-    text around it.
+    A passage is the sum of two unit vectors: of the token at the firing, and of the text around it.
 
     Args:
         embed: Vectors of texts, `[n, d]`, such as `static_embeddings()` or the `encode` of a
             SentenceTransformer.
         name: Of the model, for reports.
-        context: Tokens around the firing, on either side, of the wider text.
+        context: Tokens around the firing, on either side.
         seed: Of choices among equals.
     """
 
@@ -110,10 +109,8 @@ class EmbeddingJudge:
         passages = [passage for question in questions for passage in question]
         if not passages:
             return []
-        texts = (
-            [p.near(1, 0) for p in passages],
-            [p.near(self.context, self.context) for p in passages],
-        )
+        around = self.context, self.context
+        texts = [p.near(0, 0) for p in passages], [p.near(*around) for p in passages]
         vectors = sum(_unit(np.asarray(self.embed(part), dtype=float)) for part in texts)
         bounds = np.cumsum([len(question) for question in questions])[:-1]
         rng = np.random.default_rng(self.seed)
