@@ -183,3 +183,14 @@ def test_all_that_is_printed_and_written_of_a_subcomponent_has_its_label(
     alone = Harvest.load(tmp_path / "harvest").labels
     assert alone.fingerprint == labelled.vpd.labels.fingerprint
     assert alone.sizes == labelled.vpd.labels.sizes
+
+
+def test_tables_of_attention_have_labels(labelled):
+    heads = vpd_lens.attention(labelled)
+    static = heads.static(0)
+    name = static.top(1)[0].first
+    labelled.vpd.labels[name] = "looks back"
+    on = heads.on(torch.tensor(TOKENS))
+    for table in (static, on.contributions(0, 0, 5, 3)):
+        assert ('"looks back"' in " ".join(str(table).split())) == (name in str(table))
+    assert "looks back" in str(static)
