@@ -20,7 +20,9 @@ TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 @pytest.fixture(scope="module")
 def model():
-    return vpd_lens.decompose(tiny_bridge(), n_subcomponents=6)
+    model = vpd_lens.decompose(tiny_bridge(), n_subcomponents=6)
+    model.vpd.trained_steps = 1  # or everything would warn
+    return model
 
 
 @pytest.fixture

@@ -143,7 +143,8 @@ class Spent:
         )
 
 
-class Reply(NamedTuple, Generic[A]):
+@dataclass(frozen=True)
+class Reply(Generic[A]):
     """An answer, or the reason why there is none; and the tokens it took."""
 
     answer: A | None

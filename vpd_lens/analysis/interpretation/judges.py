@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Float, Int
-from numpy.typing import NDArray
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict
 
 from vpd_lens.analysis.interpretation.endpoint import Endpoint, Prompt, Spent, ask
@@ -183,15 +182,15 @@ class EndpointJudge:
         return chosen
 
 
-def odd_one_out(vectors: Float[NDArray, "n d"], rng: np.random.Generator) -> int:
+def odd_one_out(vectors: Float[np.ndarray, "n d"], rng: np.random.Generator) -> int:
     """The row of the smallest mean cosine with the others; among equals by chance."""
     unit = _unit(vectors)
     closeness = unit @ unit.sum(0) - (unit * unit).sum(1)
-    best: Int[NDArray, " m"] = np.flatnonzero(closeness <= closeness.min() + 1e-9)
+    best = np.flatnonzero(closeness <= closeness.min() + 1e-9)
     return int(rng.choice(best))
 
 
-def _unit(vectors: Float[NDArray, "n d"]) -> Float[NDArray, "n d"]:
+def _unit(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
