@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -26,6 +26,7 @@ Question = tuple[Passage, ...]
 Embed = Callable[[list[str]], Any]
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Chooses the passage of each question that does not belong."""
 
