@@ -30,7 +30,13 @@ def saved(tmp_path_factory):
     model = vpd_lens.decompose(tiny_bridge(), n_subcomponents=6)
     tokens = torch.randint(29, (8, 12), generator=torch.Generator().manual_seed(0))
     harvest = vpd_lens.harvest(
-        model, tokens, n_batches=2, batch_size=4, threshold=0, sites=[NAMES[0][:-2]], progress=False
+        model,
+        tokens,
+        n_batches=2,
+        batch_size=4,
+        threshold=0.0,
+        sites=[NAMES[0][:-2]],
+        progress=False,
     )
     harvest.strings = [f" word{i}" for i in range(29)]
     model.vpd.save(folder / "decomposition")
