@@ -13,6 +13,7 @@ KINDS = (
     "DataError",
     "ArtefactError",
     "HubError",
+    "EndpointError",
     "NonFiniteLossError",
     "OutOfMemoryError",
     "TrainingInterrupted",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vpd_lens.analysis.dataset_attribution import DatasetAttributions, dataset_attributions
     from vpd_lens.analysis.explain import Explanation, explain
     from vpd_lens.analysis.harvest import Harvest, harvest
+    from vpd_lens.analysis.interpretation import Endpoint, IntruderReport, LabelRun, intruder, label
     from vpd_lens.config import CausalImportanceConfig, VPDConfig
     from vpd_lens.decomposing import decompose
     from vpd_lens.decomposition import Decomposition, Masks
@@ -52,6 +53,7 @@ _MODULES = {
     "analysis.dataset_attribution": "DatasetAttributions dataset_attributions",
     "analysis.explain": "Explanation explain",
     "analysis.harvest": "Harvest harvest",
+    "analysis.interpretation": "Endpoint IntruderReport LabelRun intruder label",
     "config": "CausalImportanceConfig VPDConfig",
     "decomposing": "decompose",
     "decomposition": "Decomposition Masks",
@@ -68,11 +70,20 @@ _WHERE = {name: f"vpd_lens.{where}" for where in _MODULES for name in _MODULES[w
 
 # Written out for type checkers.
 __all__ = ["Ablate", "Attention", "AttributionGraph", "Card", "Cards"]
-__all__ += ["CausalImportanceConfig", "DatasetAttributions", "Decomposition", "EvalReport"]
-__all__ += ["Explanation", "Harvest", "Label", "Labels", "Masks", "Patch", "PruneConfig"]
+__all__ += ["CausalImportanceConfig", "DatasetAttributions", "Decomposition", "Endpoint"]
+__all__ += ["EvalReport", "Explanation", "Harvest", "IntruderReport", "Label", "LabelRun"]
+__all__ += ["Labels", "Masks", "Patch", "PruneConfig"]
 __all__ += ["Redundancy", "Scale", "Site", "VPDConfig", "attention", "attribute", "card"]
 __all__ += ["dataset_attributions", "decompose", "edited", "evaluate", "explain", "harvest"]
-__all__ += ["import_param_decomp", "intervene", "load", "load_example", "prune"]
+__all__ += [
+    "import_param_decomp",
+    "intervene",
+    "intruder",
+    "label",
+    "load",
+    "load_example",
+    "prune",
+]
 __all__ += ["redundancy", "remove", "train"]
 
 

@@ -34,6 +34,10 @@ class HubError(VPDError):
     """The Hugging Face hub cannot be reached, refuses, or has no such repository."""
 
 
+class EndpointError(VPDError):
+    """A language model that is asked for labels or judgements cannot be reached, or refuses."""
+
+
 class NonFiniteLossError(VPDError, ArithmeticError):
     """A loss term became NaN or infinite during training."""
 

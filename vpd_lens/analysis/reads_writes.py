@@ -83,7 +83,9 @@ class Directions:
         self.final_scale = 1.0
         if harvest is not None:
             harvest.check(vpd)
-            self.signs = torch.where(harvest.usage.signed < 0, -1.0, 1.0)
+            for site in harvest.layout.names:  # perhaps some only
+                signed = harvest.usage.signed[harvest.layout.columns(site)]
+                self.signs[vpd.layout.columns(site)] = torch.where(signed < 0, -1.0, 1.0)
             self.final_scale = self._mean_scale(harvest)
         self.signs = self.signs.to(vpd.device)
         self.reads, self.writes = cache(self._reads), cache(self._writes)

@@ -20,6 +20,7 @@ from vpd_lens.cli.analyse import (
 )
 from vpd_lens.cli.explore import explore_command
 from vpd_lens.cli.importing import import_command
+from vpd_lens.cli.labelling import label_command
 from vpd_lens.cli.sharing import list_command, push_command
 from vpd_lens.cli.train import init_command, plan_command, train_command
 
@@ -39,6 +40,7 @@ app.command("harvest")(harvest_command)
 app.command("graph")(graph_command)
 app.command("explain")(explain_command)
 app.command("explore")(explore_command)
+app.command("label")(label_command)
 app.command("import")(import_command)
 app.command("list")(list_command)
 app.command("push")(push_command)

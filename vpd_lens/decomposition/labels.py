@@ -216,7 +216,7 @@ class Labels(Shown, MutableMapping[str, Label]):
                 `None`: where they came from.
 
         Raises:
-            ArtefactError: If it cannot be written, or the folder holds another decomposition.
+            ArtefactError: If it cannot be written, or what is there is of another decomposition.
             InputError: If they came from nowhere and no path is given.
         """
         if path is None and self.path is None:
@@ -224,11 +224,9 @@ class Labels(Shown, MutableMapping[str, Label]):
                 "these labels came from no file; give the path of one, or of the folder of the "
                 "saved decomposition."
             )
-        path = Path(path or self.path or "")
-        if path.is_dir():
-            path = storage.folder_of(path, "decomposition") / FILE
-            if path.is_file():
-                Labels.load(path).require(self.fingerprint)
+        path = _file(path or self.path or "")
+        if path != self.path and path.is_file():
+            Labels.load(path).require(self.fingerprint)
         storage.write_json(path, self.record.model_dump(mode="json", exclude_defaults=True) | _KIND)
         self.path = path
         return path
@@ -240,15 +238,29 @@ class Labels(Shown, MutableMapping[str, Label]):
         Raises:
             ArtefactError: If it is missing or damaged; the message says where.
         """
-        path = Path(path)
-        if path.is_dir():
-            path = storage.folder_of(path, "decomposition") / FILE
+        path = _file(path)
         try:
             labels = cls.of(LabelsRecord.model_validate(storage.read_json(path)))
         except (ValidationError, InputError) as error:
             raise ArtefactError(f"{path}: these are no labels: {_problem(error)}") from None
         labels.path = path
         return labels
+
+    def join(self, path: str | Path) -> Path:
+        """Keep these labels in a file, or beside a decomposition, from now on; see `save`.
+
+        If there are labels already, those of names that have none here are added to these.
+
+        Raises:
+            ArtefactError: If what is there is damaged, or of another decomposition.
+        """
+        path = _file(path)
+        if path.is_file():
+            other = Labels.load(path)
+            other.require(self.fingerprint)
+            self.sizes = other.sizes | self.sizes
+            self._labels = other._labels | self._labels
+        return self.save(path)
 
     def to_csv(self, path: str | Path) -> Path:
         """Write a table with the columns `name`, `text`, `note`, `source`, `score`."""
@@ -287,6 +299,12 @@ class Labels(Shown, MutableMapping[str, Label]):
 
 
 _KIND = LabelsRecord().model_dump(include={"kind", "format_version"})
+
+
+def _file(path: str | Path) -> Path:
+    """The file that is meant: that beside a decomposition, if its folder is."""
+    path = Path(path)
+    return storage.folder_of(path, "decomposition") / FILE if path.is_dir() else path
 
 
 def _label(given: Mapping[str, Any], name: str) -> Label:

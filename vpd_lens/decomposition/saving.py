@@ -13,7 +13,7 @@ subcomponents were folded into the delta, theirs as `<site>.folded_V`, `<site>.f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -205,8 +205,8 @@ def subcomponent_tensors(vpd: Decomposition) -> dict[str, Tensor]:
 
 def _relabelled(labels: Labels, tensors: dict[str, Tensor]) -> Labels:
     """The same labels, of what will be loaded from tensors that may have been rounded."""
-    parts = [tensors[f"{site}.{part}"].float() for part in "VU" for site in labels.sizes]
-    return Labels.of(labels.record.model_copy(update={"fingerprint": fingerprint_of(parts)}))
+    fingerprint = _stored_fingerprint(labels.sizes, tensors)
+    return Labels.of(labels.record.model_copy(update={"fingerprint": fingerprint}))
 
 
 def _rounded(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -248,6 +248,16 @@ def fingerprint(vpd: Decomposition) -> str:
         value = fingerprint_of(directions)
         _FINGERPRINTS[vpd] = versions, value
     return value
+
+
+def saved_fingerprint(path: str | Path) -> str:
+    """The `fingerprint` of the decomposition in a folder, as of the model it is loaded onto."""
+    artefact = storage.read(path, DecompositionRecord)
+    return _stored_fingerprint(artefact.record.sites, artefact.tensors("subcomponents"))
+
+
+def _stored_fingerprint(sites: Iterable[str], tensors: dict[str, Tensor]) -> str:
+    return fingerprint_of([tensors[f"{name}.{part}"].float() for part in "VU" for name in sites])
 
 
 def fingerprint_of(directions: Sequence[Tensor]) -> str:

@@ -133,7 +133,9 @@ def push(
         record = storage.read(folder, DecompositionRecord).record
         write_card(folder, record, report, repository, licence)
         if harvest is not None:
-            harvest.check(_fingerprint(folder))
+            from vpd_lens.decomposition.saving import saved_fingerprint
+
+            harvest.check(saved_fingerprint(folder))
             harvest.save(folder / HARVEST)
         return _upload(folder, repository, private, revision, commit_message)
 
@@ -169,16 +171,6 @@ def _shareable(source: Path, folder: Path, include_model: bool) -> Path:
         for file in files:
             shutil.copyfile(file, folder / MODEL / file.name)
     return folder
-
-
-def _fingerprint(folder: Path) -> str:
-    """That of the decomposition in a folder, as of the model it would be loaded onto."""
-    from vpd_lens.decomposition.saving import fingerprint_of
-
-    artefact = storage.read(folder, DecompositionRecord)
-    tensors = artefact.tensors("subcomponents")
-    sites = artefact.record.sites
-    return fingerprint_of([tensors[f"{name}.{part}"].float() for part in "VU" for name in sites])
 
 
 def _upload(

@@ -20,6 +20,7 @@ from einops import einsum, repeat
 from jaxtyping import Bool, Float, Int
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from vpd_lens.analysis.attention.form import ScoreForm
@@ -29,6 +30,7 @@ from vpd_lens.analysis.attention.prompt import patterns_of
 from vpd_lens.data import Batch
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.importance import lower_leaky
+from vpd_lens.decomposition.labels import Labels
 from vpd_lens.rendering import Shown, titled
 
 
@@ -102,6 +104,7 @@ class Together(Shown):
         n_keys: Positions where each of k is.
         n_values: Positions where each of v is.
         n_positions: All positions.
+        labels: What subcomponents are called.
     """
 
     keys: str
@@ -110,6 +113,7 @@ class Together(Shown):
     n_keys: Float[Tensor, " C_k"]
     n_values: Float[Tensor, " C_v"]
     n_positions: int
+    labels: Labels = field(default_factory=Labels)
 
     @property
     def k_given_v(self) -> Float[Tensor, "C_k C_v"]:
@@ -144,7 +148,8 @@ class Together(Shown):
         for heading in ("k", "v", "P(k | v)", "P(v | k)", "correlation"):
             table.add_column(heading, justify="left" if len(heading) == 1 else "right")
         for k, v, *figures in self.top():
-            table.add_row(k, v, *(f"{figure:.3f}" for figure in figures))
+            ends = (Text(self.labels.named(end)) for end in (k, v))
+            table.add_row(*ends, *(f"{figure:.3f}" for figure in figures))
         return titled(title, table)
 
 
@@ -222,7 +227,7 @@ def over_batches(
             sizes = [len(vpd.u(name)) for name in (keys, values)]
             shapes = sizes, sizes[:1], sizes[1:]
             counts = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
-            together[layer] = Together(keys, values, *counts, 0)
+            together[layer] = Together(keys, values, *counts, 0, vpd.labels)
     vectors: dict[int, tuple[Side, Side]] = {}
     for batch in batches:
         batch = batch.to(vpd.device)
@@ -241,7 +246,7 @@ def over_batches(
     counts = profiles.n.clamp(min=1)
     contributions = {
         layer: _contributions(
-            form, vectors[layer], products[layer] / counts[:, None, None], offsets, used
+            form, vectors[layer], products[layer] / counts[:, None, None], offsets, used, vpd.labels
         )
         for layer, form in forms.items()
     }
@@ -307,6 +312,7 @@ def _contributions(
     products: Float[Tensor, "head_or_1 offset first second"],
     offsets: tuple[int, ...],
     used: dict[str, tuple[Int[Tensor, " _n"], Tensor]],
+    labels: Labels,
 ) -> Interactions:
     """What the forms make of mean products of activations."""
     indices = [used[side.site][0] for side in vectors]
@@ -322,4 +328,4 @@ def _contributions(
         (*names_of(site, index), f"{site}.bias") for site, index in zip(sites, indices, strict=True)
     ]
     values = pairs * products.float()
-    return Interactions("mean contribution", *sites, *names, offsets, values)
+    return Interactions("mean contribution", *sites, *names, offsets, values, labels=labels)

@@ -15,7 +15,7 @@ Source: VPD, attention (static interaction).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -23,12 +23,14 @@ from einops import einsum, repeat
 from jaxtyping import Float, Int
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from vpd_lens.analysis.attention.form import ScoreForm
 from vpd_lens.analysis.attention.parts import unit_vectors
 from vpd_lens.analysis.harvest import Harvest
 from vpd_lens.decomposition import Decomposition
+from vpd_lens.decomposition.labels import Labels
 from vpd_lens.errors import InputError
 from vpd_lens.rendering import Shown, titled
 
@@ -58,6 +60,7 @@ class Interactions(Shown):
         signed: Whether signs mean anything; that of a subcomponent alone is a convention.
         sees_offsets: Whether the model's scores depend on the distance at all, given q and k. With
             learned positions they do not: there the distance is in what q and k read.
+        labels: What subcomponents are called.
     """
 
     kind: str
@@ -69,6 +72,7 @@ class Interactions(Shown):
     values: Float[Tensor, "head offset first second"]
     signed: bool = True
     sees_offsets: bool = True
+    labels: Labels = field(default_factory=Labels)
 
     def standardised(self) -> Interactions:
         """Less their mean and over their standard deviation, in every head."""
@@ -135,7 +139,8 @@ class Interactions(Shown):
         for heading in ("first", "second", "head", "offset", "value"):
             table.add_column(heading, justify="left" if heading in ("first", "second") else "right")
         for pair in self.top():
-            table.add_row(*map(str, pair[:4]), f"{pair.value:+.3f}")
+            ends = (Text(self.labels.named(end)) for end in pair[:2])
+            table.add_row(*ends, *map(str, pair[2:4]), f"{pair.value:+.3f}")
         return titled(title, table)
 
 
@@ -194,7 +199,8 @@ def static_interactions(
     seen = einsum(matrices, k, "offset i j, second head j -> head offset second i")
     values = einsum(q, seen, "first head i, head offset second i -> head offset first second")
     names = (names_of(site, used[site][0]) for site in sites)
-    return Interactions("static", *sites, *names, offsets, values, signed, form.sees_offsets)
+    settings = signed, form.sees_offsets
+    return Interactions("static", *sites, *names, offsets, values, *settings, vpd.labels)
 
 
 @torch.no_grad()
@@ -210,4 +216,4 @@ def value_output_interactions(
     v = repeat(v, "c kv d -> c (kv group) d", group=o.shape[1] // v.shape[1])
     values = einsum(v, o, "first head d, second head d -> head first second")[:, None]
     names = (names_of(site, used[site][0]) for site in sites)
-    return Interactions("static", *sites, *names, (0,), values, signed)
+    return Interactions("static", *sites, *names, (0,), values, signed, labels=vpd.labels)

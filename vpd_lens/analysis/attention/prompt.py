@@ -13,13 +13,14 @@ Source: VPD, attention (data-dependent interaction).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from einops import einsum
 from jaxtyping import Float, Int
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from vpd_lens.analysis.attention.form import ScoreForm
@@ -29,6 +30,7 @@ from vpd_lens.analysis.circuits.edits import Ablate, applied, resolved
 from vpd_lens.analysis.circuits.tables import AttentionPair
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.importance import lower_leaky
+from vpd_lens.decomposition.labels import Labels
 from vpd_lens.decomposition.masks import NEEDED
 from vpd_lens.errors import InputError, VPDError
 from vpd_lens.rendering import Shown, titled
@@ -46,6 +48,7 @@ class Contributions(Shown):
         values: Contributions, before any soft cap, scale included.
         names: Names of rows and of columns.
         relative: Whether this is the score over the mean of all scores of the query.
+        labels: What subcomponents are called.
     """
 
     layer: int
@@ -55,6 +58,7 @@ class Contributions(Shown):
     values: Float[Tensor, "C_q_and_2 C_k_and_2"]
     names: tuple[list[str], list[str]]
     relative: bool = False
+    labels: Labels = field(default_factory=Labels)
 
     @property
     def score(self) -> float:
@@ -74,7 +78,7 @@ class Contributions(Shown):
     def __rich__(self) -> Group:
         kind = "score over the query's mean" if self.relative else "score"
         title = f"Layer {self.layer}, head {self.head}, {self.query} to {self.key}: {kind}"
-        return titled(f"{title} {self.score:+.3f}", pairs_table(self.top()))
+        return titled(f"{title} {self.score:+.3f}", pairs_table(self.top(), self.labels))
 
 
 class PromptAttention:
@@ -170,7 +174,9 @@ class PromptAttention:
                 there = k.at(position)[:, of_k] @ matrices[query - position].T
                 seen = seen - weights[position] * there
         names = q.names, k.names
-        return Contributions(layer, head, query, key, rows @ seen.T, names, relative)
+        return Contributions(
+            layer, head, query, key, rows @ seen.T, names, relative, self.vpd.labels
+        )
 
     @torch.no_grad()
     def top(
@@ -252,11 +258,12 @@ def patterns_of(
     return patterns
 
 
-def pairs_table(pairs: Sequence[AttentionPair]) -> Table:
+def pairs_table(pairs: Sequence[AttentionPair], labels: Labels) -> Table:
     """Pairs, and what each contributes."""
     table = Table()
     for heading in ("head", "query", "key", "contribution"):
         table.add_column(heading, justify="left" if heading in ("query", "key") else "right")
     for pair in pairs:
-        table.add_row(str(pair.head), pair.query, pair.key, f"{pair.weight:+.3f}")
+        ends = (Text(labels.named(end)) for end in (pair.query, pair.key))
+        table.add_row(str(pair.head), *ends, f"{pair.weight:+.3f}")
     return table
