@@ -19,6 +19,7 @@ if os.environ.get("VPD_LENS_TYPECHECK") == "1":
     install_import_hook("vpd_lens", "beartype.beartype")
 
 if TYPE_CHECKING:
+    from vpd_lens import plots
     from vpd_lens.analysis.attention import Attention, attention
     from vpd_lens.analysis.cards import Card, Cards, card
     from vpd_lens.analysis.circuits.attribute import attribute
@@ -70,7 +71,7 @@ __all__ += ["CausalImportanceConfig", "DatasetAttributions", "Decomposition", "E
 __all__ += ["Explanation", "Harvest", "Masks", "Patch", "PruneConfig", "Redundancy"]
 __all__ += ["Scale", "Site", "VPDConfig", "attention", "attribute", "card"]
 __all__ += ["dataset_attributions", "decompose", "edited", "evaluate", "explain", "harvest"]
-__all__ += ["import_param_decomp", "intervene", "load", "load_example", "prune"]
+__all__ += ["import_param_decomp", "intervene", "load", "load_example", "plots", "prune"]
 __all__ += ["redundancy", "remove", "train"]
 
 
@@ -78,6 +79,8 @@ def __getattr__(name: str) -> Any:
     # Imported on first use: importing transformer_lens takes seconds.
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
+    if name == "plots":
+        return importlib.import_module("vpd_lens.plots")
     raise AttributeError(f"module 'vpd_lens' has no attribute {name!r}")
 
 

@@ -15,6 +15,8 @@ from vpd_lens.evaluation.audit import Audit, Estimate
 from vpd_lens.evaluation.verdict import findings, in_words
 from vpd_lens.rendering import Shown
 
+UNITS = {"kl": "KL", "mse": "MSE", "custom": "divergence"}
+
 
 class EvalReport(Shown, BaseModel):
     """Measurements of one decomposition.
@@ -211,6 +213,11 @@ class EvalReport(Shown, BaseModel):
     def __repr__(self) -> str:
         figures = ", ".join(f"{key}={value:.4g}" for key, value in self.summary().items())
         return f"EvalReport({figures})"
+
+
+def headline_attack(report: EvalReport) -> str | None:
+    """20 steps, the paper's headline, or the strongest attack there is."""
+    return "20" if "20" in report.pgd else max(report.pgd, key=int, default=None)
 
 
 def audit_tables(audit: Audit) -> list[Table]:
