@@ -1,23 +1,55 @@
-"""How far a long computation is and how long it will still take, on terminals and in log files."""
+"""How far a long computation is and how long it will still take.
+
+On terminals and in notebooks a bar, in log files lines.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich import progress
 from rich.console import Console
 from rich.table import Column
+
+from vpd_lens.rendering import as_html, as_text
 
 T = TypeVar("T")
 
 _FIRST, _BETWEEN = 5.0, 30.0  # seconds before the first line, and between lines, of a log file
 
 
+class Bar(progress.Progress):
+    """A bar that rich redraws on a terminal, and `draw` in a notebook, which needs no ipywidgets.
+
+    `show` says whether there is one at all; elsewhere there is none.
+    """
+
+    def __init__(self, *columns: progress.ProgressColumn, console: Console, show: bool) -> None:
+        super().__init__(*columns, console=console, disable=not (show and console.is_terminal))
+        self._in_notebook = show and console.is_jupyter
+        self._output: Any = None
+        self._drawn = 0.0
+
+    def draw(self, pause: float = 0.25) -> None:
+        """Show its state in a notebook in place of the last one, `pause` seconds after it."""
+        now = time.monotonic()
+        if not self._in_notebook or now - self._drawn < pause:
+            return
+        self._drawn, state = now, self.get_renderable()
+        shown = {"text/html": as_html(state), "text/plain": as_text(state)}
+        if self._output is None:
+            from IPython.display import display
+
+            self._output = display(shown, raw=True, display_id=True)
+        else:
+            self._output.update(shown, raw=True)
+
+
 class Progress:
-    """A bar on a terminal, lines elsewhere, for `total` units of work of which `start` are done.
+    """A bar, or lines where there is none, for `total` units of work of which `start` are done.
 
     What the work will `cost` is said before it begins.
     """
@@ -28,9 +60,9 @@ class Progress:
         self.title, self.total, self.start, self.done = title, total, start, start
         self.cost = cost
         self.console = Console(quiet=not show)
-        self._in_lines = not self.console.is_terminal or self.console.is_jupyter
+        self._in_lines = not (self.console.is_terminal or self.console.is_jupyter)
         whole = Column(no_wrap=True)  # on a narrow terminal only the bar shrinks
-        self._bar = progress.Progress(
+        self._bar = Bar(
             progress.TextColumn("[bold]{task.description}", table_column=whole),
             progress.BarColumn(),
             progress.MofNCompleteColumn(table_column=whole),
@@ -38,7 +70,7 @@ class Progress:
             progress.TextColumn("left", table_column=whole),
             progress.TimeRemainingColumn(table_column=whole),
             console=self.console,
-            disable=not show or self._in_lines,
+            show=show,
         )
         self._task = self._bar.add_task(title, total=total, completed=start)
         self._began = self._spoke = time.monotonic()
@@ -47,15 +79,18 @@ class Progress:
         if self.cost:
             self.console.print(f"{self.title}: {self.cost}", highlight=False, markup=False)
         self._bar.start()
+        self._bar.draw()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        self._bar.draw(pause=0)
 
     def advance(self, units: int = 1) -> None:
         """Count finished units of work."""
         self.done += units
         self._bar.advance(self._task, units)
+        self._bar.draw()
         now = time.monotonic()
         wait = _FIRST if self._spoke == self._began else _BETWEEN
         if self._in_lines and now - self._spoke >= wait:

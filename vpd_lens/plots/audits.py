@@ -98,7 +98,9 @@ def resistance(reports: Reports) -> Figure:
     Raises:
         InputError: If a report has no audit.
     """
-    with canvas("Divergence under attack, and when other tokens' needs are on", (9, 2.9)) as figure:
+    with canvas(
+        "Divergence under attack, and when other tokens' needs are on", (9.0, 2.9)
+    ) as figure:
         left, right = figure.subplots(1, 2)
         adversary(reports, ax=left)
         donors(reports, ax=right)

@@ -58,7 +58,7 @@ def unit(reports: Mapping[str, EvalReport]) -> str:
     return UNITS[next(iter(reports.values())).divergence]
 
 
-def steps_axis(axes: Axes, ticks: Sequence[float]) -> None:
+def steps_axis(axes: Axes, ticks: Sequence[float | int]) -> None:
     """A logarithmic axis with just these ticks."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
@@ -91,10 +91,9 @@ def adversary(reports: Reports, *, ax: Axes | None = None) -> Figure:
         steps_axis(axes, list({int(step) for r in runs.values() for step in r.pgd} - {0}))
         plain_log(axes.yaxis)
         main = next(iter(runs.values()))
-        for mode, label in (("stochastic", "random masks"), ("zero", "everything ablated")):
-            line(axes, main.modes[mode]["kl"], label)
-        if main.worst < main.modes["zero"]["kl"]:
-            line(axes, main.worst, "knowing nothing of the input")
+        line(axes, main.modes["stochastic"]["kl"], "random masks")
+        blind = main.worst < main.modes["zero"]["kl"]
+        line(axes, main.worst, "knowing nothing of the input" if blind else "everything ablated")
         legend_above(axes)
     return figure
 
@@ -315,7 +314,7 @@ def _marks(names: Sequence[str]) -> list[Line2D]:
 def _label_bars(
     axes: Axes,
     names: list[str],
-    heights: Sequence[float],
+    heights: Sequence[float | int],
     labels: Sequence[str],
     others: Sequence[str],
 ) -> None:

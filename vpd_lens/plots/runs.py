@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -50,7 +51,7 @@ def training(runs: Runs, metrics: Sequence[str] | None = None) -> Figure:
     return figure
 
 
-def _read(path: Path) -> list[dict[str, float]]:
+def _read(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; an interruption may have cut the last one short."""
     path = path / "metrics.jsonl" if path.is_dir() else path
     try:

@@ -17,7 +17,6 @@ import numpy as np
 from matplotlib import rc_context, rcParams
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backend_bases import RendererBase
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -91,7 +90,7 @@ class Plot(Figure):
 
     style: dict[str, Any]
 
-    def draw(self, renderer: RendererBase) -> None:
+    def draw(self, renderer: Any) -> None:
         """As any figure, in the style it was made in: ticks are made when they are first drawn."""
         with rc_context(self.style):
             super().draw(renderer)
@@ -224,7 +223,8 @@ def legend_above(axes: Axes, handles: Sequence[Artist] | None = None) -> None:
 
 
 def plain(text: str) -> str:
-    """A token as a label: line breaks visible, and dollars no formulas."""
+    """A token as a label: white space visible, and dollars no formulas."""
+    text = text.replace(" ", "·") if text.isspace() else text
     return text.replace("\n", "⏎").replace("$", r"\$")
 
 

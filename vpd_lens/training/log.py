@@ -16,10 +16,11 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from vpd_lens.config import MinimalityConfig
+from vpd_lens.progress import Bar
 from vpd_lens.storage import disk_errors, write_text
 
 
-class _Bar(bars.Progress):
+class _Bar(Bar):
     losses = ""  # on a line of their own, so that 80 columns hold them and the bar
 
     def get_renderables(self) -> Iterable[RenderableType]:
@@ -51,8 +52,7 @@ class MetricsLog:
         self.last: dict[str, float] = {}  # metrics of an earlier attempt
         name = bars.TextColumn("[bold]{task.description}")
         more = (bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
-        hidden = not progress or not self.console.is_terminal
-        self._bar = _Bar(name, bars.BarColumn(), *more, console=self.console, disable=hidden)
+        self._bar = _Bar(name, bars.BarColumn(), *more, console=self.console, show=progress)
         self._task = self._bar.add_task("VPD", total=steps, completed=start)
         if wandb is not None:
             import wandb as wandb_module
@@ -75,6 +75,7 @@ class MetricsLog:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.stop()
+        self._bar.draw(pause=0)
         self._file.close()
         if self.run is not None:
             self.run.finish(exit_code=0 if kind is None else 1)
@@ -82,6 +83,7 @@ class MetricsLog:
     def advance(self, step: int) -> None:
         """Move the bar to `step` finished steps."""
         self._bar.update(self._task, completed=step)
+        self._bar.draw()
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -95,7 +97,7 @@ class MetricsLog:
         names = ("stochastic", "adversarial", "merged", "l0", "faithfulness")
         shown = [name for name in names if name in metrics]
         self._bar.losses = text = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
-        if not self.console.is_terminal:
+        if not (self.console.is_terminal or self.console.is_jupyter):
             seconds = metrics["seconds_per_step"]
             left = f"{(self.steps - step) * seconds / 60:.1f} min left"
             self.say(f"step {step}/{self.steps}  {text}  {seconds * 1e3:.0f} ms/step  {left}")

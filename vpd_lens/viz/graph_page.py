@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import math
 import re
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # More than a browser filters between two frames, and a few megabytes of page.
 MAX_EDGES = 60_000
+INLINE_EDGES = 10_000  # a notebook keeps every output in its file
 STYLES = ("graph.css", "panel.css")
 # In this order: they share one scope, and each may use the ones before it.
 SCRIPTS = (
@@ -55,16 +57,31 @@ def to_html(
         ArtefactError: If the harvest, or the cards, are of another decomposition.
     """
     data = payload(graph, harvest, cards, loadings)
-    page = render_template(
+    write_text(Path(path), _page(data, title or "Attribution graph"))
+    return Path(path)
+
+
+def inline(graph: AttributionGraph) -> str:
+    """The page as part of a notebook's output, for which a large graph is too much."""
+    if graph.n_edges > INLINE_EDGES:
+        return (
+            f"<p>To explore its {graph.n_edges:,} edges: <code>graph.to_html(path)</code>. Of at "
+            f"most {INLINE_EDGES:,} the page is shown here: <code>graph.pruned(0.6)</code>.</p>"
+        )
+    page = html.escape(_page(payload(graph), "Attribution graph"))
+    style = "width:100%;height:640px;border:0;color-scheme:light dark"
+    return f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{page}"></iframe>'
+
+
+def _page(data: dict[str, Any], title: str) -> str:
+    return render_template(
         "vpd_lens.viz",
         "assets/graph.html.j2",
-        title=title or "Attribution graph",
+        title=title,
         data=htmlsafe_json_dumps(data, separators=(",", ":"), allow_nan=False),
         styles=[asset(f"assets/{name}") for name in STYLES],
         scripts=[asset(f"assets/{name}.js") for name in SCRIPTS],
     )
-    write_text(Path(path), page)
-    return Path(path)
 
 
 def payload(
