@@ -10,6 +10,8 @@ model = vpd_lens.decompose(hooked_model, data=tokens, config=vpd_lens.VPDConfig.
 
 import importlib
 import os
+import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if os.environ.get("VPD_LENS_TYPECHECK") == "1":
@@ -17,6 +19,12 @@ if os.environ.get("VPD_LENS_TYPECHECK") == "1":
     from jaxtyping import install_import_hook
 
     install_import_hook("vpd_lens", "beartype.beartype")
+
+if "ipykernel" in sys.modules:
+    # tqdm, which TransformerLens imports, warns of missing ipywidgets, and does without them.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")
+        importlib.import_module("tqdm.auto")
 
 if TYPE_CHECKING:
     from vpd_lens import plots

@@ -84,7 +84,7 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-        self._bar.draw(pause=0)
+        self._bar.draw(pause=0.0)
 
     def advance(self, units: int = 1) -> None:
         """Count finished units of work."""

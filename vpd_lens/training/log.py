@@ -75,7 +75,7 @@ class MetricsLog:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.stop()
-        self._bar.draw(pause=0)
+        self._bar.draw(pause=0.0)
         self._file.close()
         if self.run is not None:
             self.run.finish(exit_code=0 if kind is None else 1)
