@@ -11,8 +11,9 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from rich import progress
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Column
+from rich.text import Text
 
 from vpd_lens.rendering import as_html, as_text
 
@@ -27,18 +28,25 @@ class Bar(progress.Progress):
     `show` says whether there is one at all; elsewhere there is none.
     """
 
+    note = ""  # how it stands, on a line of its own, so that 80 columns hold it and the bar
+
     def __init__(self, *columns: progress.ProgressColumn, console: Console, show: bool) -> None:
         super().__init__(*columns, console=console, disable=not (show and console.is_terminal))
         self._in_notebook = show and console.is_jupyter
         self._output: Any = None
         self._drawn = 0.0
 
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, and the note below it."""
+        yield from super().get_renderables()
+        if self.note:
+            yield Text(self.note)
+
     def draw(self, pause: float = 0.25) -> None:
         """Show its state in a notebook in place of the last one, `pause` seconds after it."""
-        now = time.monotonic()
-        if not self._in_notebook or now - self._drawn < pause:
+        if not self._in_notebook or time.monotonic() - self._drawn < pause:
             return
-        self._drawn, state = now, self.get_renderable()
+        self._drawn, state = time.monotonic(), self.get_renderable()
         shown = {"text/html": as_html(state), "text/plain": as_text(state)}
         if self._output is None:
             from IPython.display import display
@@ -99,6 +107,12 @@ class Progress:
             passed, left = (timedelta(seconds=round(seconds)) for seconds in (passed, left))
             line = f"{self.title}: {self.done} of {self.total}, {passed} passed, about {left} left"
             self.console.print(line, highlight=False)
+
+    def say(self, text: str) -> None:
+        """Say how it stands: below the bar, or in a line."""
+        self._bar.note = text
+        if self._in_lines:
+            self.console.print(f"{self.title}  {text}", highlight=False)
 
     def counting(self, units: Iterable[T]) -> Iterator[T]:
         """Yield units of work, and count each when the next is asked for."""

@@ -44,10 +44,10 @@ output = graph.nodes.names()[-1]
 graph.incoming(output, top=6)
 
 # %% [markdown]
-# The nodes that hold 30 % of the influence, with their page: hover a node for its edges, click to pin it.
+# The nodes that hold half of the influence, with their page: hover a node for its edges, click to pin it.
 
 # %%
-graph.pruned(0.3)
+graph.pruned(0.5)
 
 # %% [markdown]
 # ## The circuit
@@ -56,7 +56,7 @@ graph.pruned(0.3)
 # chooses. So few steps leave more than is needed; leave out the configuration for 400 of them, which take minutes.
 
 # %%
-config = vpd_lens.PruneConfig(steps=20, attack_steps=(4,), attack_restarts=1, draws=4)
+config = vpd_lens.PruneConfig(steps=10, attack_steps=(4,), attack_restarts=1, draws=4)
 circuit = vpd_lens.prune(model, prompt, "self", config)
 circuit
 

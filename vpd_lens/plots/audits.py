@@ -42,6 +42,7 @@ def donors(reports: Reports, *, ax: Axes | None = None) -> Figure:
         steps_axis(axes, _places(curves))
         if len(runs) == 1:
             line(axes, next(iter(runs.values())).modes["ci"]["kl"], "importances alone")
+            axes.set_ylim(top=1.1 * axes.get_ylim()[1])  # room for its label
     return figure
 
 

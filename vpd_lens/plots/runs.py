@@ -44,7 +44,9 @@ def training(runs: Runs, metrics: Sequence[str] | None = None) -> Figure:
                 rows = [(row["step"], row[metric]) for row in log if metric in row]
                 steps, values = zip(*rows, strict=True) if rows else ((), ())
                 axes.plot(steps, values, color=colour, label=name)
-            axes.set(yscale="log", title=metric)
+            values = [row[metric] for log in logs.values() for row in log if metric in row]
+            wide = min(values) > 0 and max(values) > 10 * min(values)
+            axes.set(yscale="log" if wide else "linear", title=metric)
         figure.supxlabel("training steps", fontsize=8.5, color=muted())
         if handles := panels[0].get_legend_handles_labels()[0]:
             figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))

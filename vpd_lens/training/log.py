@@ -6,27 +6,16 @@ import json
 import math
 import statistics
 import warnings
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rich import progress as bars
-from rich.console import Console, RenderableType
-from rich.text import Text
+from rich.console import Console
 
 from vpd_lens.config import MinimalityConfig
 from vpd_lens.progress import Bar
 from vpd_lens.storage import disk_errors, write_text
-
-
-class _Bar(Bar):
-    losses = ""  # on a line of their own, so that 80 columns hold them and the bar
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        yield from super().get_renderables()
-        if self.losses:
-            yield Text(self.losses)
 
 
 class MetricsLog:
@@ -52,7 +41,7 @@ class MetricsLog:
         self.last: dict[str, float] = {}  # metrics of an earlier attempt
         name = bars.TextColumn("[bold]{task.description}")
         more = (bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
-        self._bar = _Bar(name, bars.BarColumn(), *more, console=self.console, show=progress)
+        self._bar = Bar(name, bars.BarColumn(), *more, console=self.console, show=progress)
         self._task = self._bar.add_task("VPD", total=steps, completed=start)
         if wandb is not None:
             import wandb as wandb_module
@@ -96,7 +85,7 @@ class MetricsLog:
             self._file.flush()
         names = ("stochastic", "adversarial", "merged", "l0", "faithfulness")
         shown = [name for name in names if name in metrics]
-        self._bar.losses = text = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
+        self._bar.note = text = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
         if not (self.console.is_terminal or self.console.is_jupyter):
             seconds = metrics["seconds_per_step"]
             left = f"{(self.steps - step) * seconds / 60:.1f} min left"

@@ -66,7 +66,7 @@ def inline(graph: AttributionGraph) -> str:
     if graph.n_edges > INLINE_EDGES:
         return (
             f"<p>To explore its {graph.n_edges:,} edges: <code>graph.to_html(path)</code>. Of at "
-            f"most {INLINE_EDGES:,} the page is shown here: <code>graph.pruned(0.6)</code>.</p>"
+            f"most {INLINE_EDGES:,} the page is shown here: <code>graph.pruned(0.3)</code>.</p>"
         )
     page = html.escape(_page(payload(graph), "Attribution graph"))
     style = "width:100%;height:640px;border:0;color-scheme:light dark"

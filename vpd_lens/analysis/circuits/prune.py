@@ -242,7 +242,7 @@ class _Search:
             if step % max(1, config.steps // 10) == 0:
                 nodes = int((self.phi > 0).sum()) / len(self.clean)
                 text = f"step {step + 1}  loss {float(loss.detach()):.2f}  nodes {nodes:.0f}"
-                self.bar.console.print(f"Pruning  {text}", highlight=False)
+                self.bar.say(text)
         return self._importance().detach()
 
     def _importance(self) -> Float[Tensor, "prompt pos C_total"]:
