@@ -6,6 +6,7 @@ Source: the paper's figures of attention.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
@@ -14,9 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from vpd_lens.analysis.attention.data import PatternChange, Together
-from vpd_lens.analysis.attention.heads import HeadSpread, Overlap
-from vpd_lens.analysis.attention.interactions import Interaction, Interactions
 from vpd_lens.plots.style import (
     BESIDE,
     FULL,
@@ -30,6 +28,11 @@ from vpd_lens.plots.style import (
     panel,
     plain,
 )
+
+if TYPE_CHECKING:
+    from vpd_lens.analysis.attention.data import PatternChange, Together
+    from vpd_lens.analysis.attention.heads import HeadSpread, Overlap
+    from vpd_lens.analysis.attention.interactions import Interaction, Interactions
 
 
 def qk_offsets(
@@ -51,7 +54,7 @@ def qk_offsets(
             for pair, colour in zip(pairs, PALETTE, strict=False):
                 values = interactions.of(pair.first, pair.second)[head].tolist()
                 axes.plot(interactions.offsets, values, "o-", color=colour, markersize=2.5,
-                          label=_pair_name(pair))  # fmt: skip
+                          label=_pair_name(pair.first, pair.second))  # fmt: skip
             axes.set_title(f"head {head}")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         figure.supxlabel("positions back from the query", fontsize=8.5, color=muted())
@@ -72,7 +75,7 @@ def qk_pair(
         axes.set(xlabel="positions back from the query", ylabel="head")
         axes.set_xticks(range(len(interactions.offsets)), [str(o) for o in interactions.offsets])
         axes.set_yticks(range(len(values)))
-        name = _pair_name(Interaction(first, second, 0, 0, 0.0))
+        name = _pair_name(first, second)
         axes.set_title(f"{name}, {interactions.kind}", loc="left")
     return figure
 
@@ -201,9 +204,9 @@ def used_together(together: Together, n: int = 30) -> Figure:
     return figure
 
 
-def _pair_name(pair: Interaction) -> str:
+def _pair_name(first: str, second: str) -> str:
     """`q:48`, a multiplication sign and `k:55`; `q.bias` of a bias."""
-    first, second = (name.split(".attn.")[-1] for name in (pair.first, pair.second))
+    first, second = (name.split(".attn.")[-1] for name in (first, second))
     return f"{first} \N{MULTIPLICATION SIGN} {second}"
 
 

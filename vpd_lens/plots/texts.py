@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vpd_lens.analysis.cards import Card
-from vpd_lens.analysis.explain import Explanation
 from vpd_lens.plots.style import BESIDE, HALF, MAIN, heat, ink, muted, panel, plain
+
+if TYPE_CHECKING:
+    from vpd_lens.analysis.cards import Card
+    from vpd_lens.analysis.explain import Explanation
 
 
 def needs(explanation: Explanation, *, ax: Axes | None = None) -> Figure:

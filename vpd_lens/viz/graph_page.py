@@ -70,7 +70,9 @@ def inline(graph: AttributionGraph) -> str:
         )
     page = html.escape(_page(payload(graph), "Attribution graph"))
     style = "width:100%;height:640px;border:0;color-scheme:light dark"
-    return f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{page}"></iframe>'
+    return (
+        f'<iframe sandbox="allow-scripts allow-downloads" style="{style}" srcdoc="{page}"></iframe>'
+    )
 
 
 def _page(data: dict[str, Any], title: str) -> str:
