@@ -20,7 +20,7 @@ def as_text(renderable: RenderableType, width: int = 100) -> str:
     return text.getvalue().rstrip()
 
 
-def as_html(renderable: RenderableType, width: int = 120) -> str:
+def as_html(renderable: RenderableType, width: int = 100) -> str:
     """As preformatted HTML that needs no style sheet."""
     console = Console(record=True, file=StringIO(), width=width, force_jupyter=False)
     console.print(renderable)
