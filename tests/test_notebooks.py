@@ -23,9 +23,17 @@ from vpd_lens.example import example_harvest, example_report
 from vpd_lens.training import TrainingResult
 from vpd_lens.training.plan import StepCost
 
-NOTEBOOKS = Path(__file__).parents[1] / "examples" / "notebooks"
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "examples" / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("*.py"))
 HOSTILE = "<script>alert(1)</script>[/b][link=javascript:1]x"
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels run this repository's code, on one thread."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def results() -> dict[str, Any]:
@@ -85,9 +93,8 @@ def test_notebooks_are_those_of_their_sources(source):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_notebooks_run(source, tmp_path, monkeypatch):
+def test_notebooks_run(source, tmp_path):
     """Nothing is printed to stderr, as what is missing for widgets would be."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = jupytext.read(source)
     notebook.cells = [c for c in notebook.cells if "install" not in c.metadata.get("tags", [])]
     resources = {"metadata": {"path": str(tmp_path)}}
