@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY = passive
 # Tests start many processes, each of which would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart train-example test test-fast compat lint types docs check clean
+.PHONY: quickstart train-example notebooks test test-fast compat lint types docs check clean
 
 quickstart: .venv/ready
 	.venv/bin/python -W ignore::DeprecationWarning examples/quickstart.py
@@ -16,6 +16,10 @@ quickstart: .venv/ready
 # The long way: the model, its decomposition and its report that the quickstart looks at.
 train-example: .venv/ready
 	.venv/bin/python examples/train_example.py
+
+# From their sources, examples/notebooks/*.py.
+notebooks: .venv/test
+	.venv/bin/jupytext --quiet --update --to ipynb examples/notebooks/*.py
 
 # One thread per worker: many small tensors, and threads that wait for each other are slower.
 ON_TWO = -m pytest -n 2 --dist loadgroup tests

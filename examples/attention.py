@@ -31,11 +31,11 @@ import vpd_lens
 from quickstart_target import N_HELD_OUT, split, standard_library_text, tokenise
 from themed import save
 from train_example import N_CHARACTERS
+from vpd_lens import plots
 from vpd_lens.analysis.attention import Attention, DataAttention, Interaction, PatternChange
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.example import example_harvest
 from vpd_lens.storage import write_text
-from vpd_lens.viz import attention_plots as plots
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n"
@@ -149,16 +149,8 @@ def draw_all(
     changes: dict[str, PatternChange],
 ) -> None:
     """The paper's figures of this mechanism, in light and dark."""
-
-    def to(name: str, _: str, size: tuple[float, float], plot: Any) -> None:
-        save(folder, name.replace("-", "_"), size, plot)
-
     static, mean = heads.static(layer).standardised(), found.contributions[layer]
-    plots.matrix_plot(heads.static(layer).relative().standardised(), 1, to=to)
-    plots.pair_plot(static, pair.first, pair.second, to=to)
     top = [p for p in mean.relative().top(99, head=head, offset=1) if p.value > 0][:5]
-    plots.offsets_plot(mean, top, to=to)
-    plots.ablation_plot([changes["q"], changes["k"], changes["control"]], layer, to=to)
     prompt = heads.on(PROMPT)
     patterns = [("with all", prompt.patterns[layer][head])]
     for label in ("q", "k"):
@@ -166,10 +158,18 @@ def draw_all(
         title = f"without {names[0].split('.attn.')[1]}"
         patterns.append((title, prompt.without(names)[layer][head]))
     strings = [heads.vpd.model.to_string([token]) for token in prompt.tokens.tolist()]
-    plots.patterns_plot(patterns, strings, to=to)
-    plots.spread_plot(heads.spread(f"blocks.{layer}.attn.q"), to=to)
-    plots.overlap_plot(heads.overlap(layer), to=to)
-    plots.together_plot(found.together[layer], to=to)
+    drawn = {
+        "matrix": plots.qk_matrix(heads.static(layer).relative().standardised(), 1),
+        "pair": plots.qk_pair(static, pair.first, pair.second),
+        "offsets": plots.qk_offsets(mean, top),
+        "ablation": plots.attention_ablation([changes[x] for x in ("q", "k", "control")], layer),
+        "pattern": plots.attention_patterns(patterns, strings),
+        "spread": plots.head_spread(heads.spread(f"blocks.{layer}.attn.q")),
+        "overlap": plots.head_overlap(heads.overlap(layer)),
+        "together": plots.used_together(found.together[layer]),
+    }
+    for name, figure in drawn.items():
+        save(folder, f"attention_{name}", figure)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from rich import print as rich_print
 
-from recorded.figures import figures, pareto_point
+from recorded.figures import figures
 from recorded.grid import (
     Axes,
     GridPoint,
@@ -31,13 +31,14 @@ from recorded.grid import (
     point_name,
 )
 from recorded.page import write_page
-from recorded.plots import pareto_plot
 from recorded.record import RunRecord
 from recorded.run import Run, perform
 from recorded.section import Figure, Section
+from vpd_lens import plots
 from vpd_lens.cli.options import Debug, Device, Overrides, Quiet, quoted, readable_errors, say
 from vpd_lens.config import read_run_file
 from vpd_lens.errors import ConfigError, NonFiniteLossError
+from vpd_lens.evaluation import EvalReport
 from vpd_lens.storage import write_text
 
 
@@ -140,18 +141,14 @@ def _section(
 def _figure(axes: Axes, points: dict[str, GridPoint], records: dict[str, RunRecord]) -> Figure:
     """The Pareto plot: points labelled by the first path, lines by all others."""
     first, *others = axes
-    plotted = [
-        pareto_point(
-            record,
-            label(points[name][first]),
-            ", ".join(f"{path}={label(points[name][path])}" for path in others),
-        )
-        for name, record in records.items()
-    ]
+    lines: dict[str, dict[str, EvalReport]] = {}
+    for name, record in records.items():
+        line = ", ".join(f"{path}={label(points[name][path])}" for path in others)
+        lines.setdefault(line, {})[label(points[name][first])] = record.report
     series = f", one line per {' and '.join(others)}" if others else ""
     return Figure(
         "Sparsity against reconstruction",
-        pareto_plot("pareto", plotted),
+        plots.as_svg(plots.pareto(*lines.values(), names=list(lines))),
         f"Points are labelled with {first}{series}. Lower left is better: fewer active "
         "subcomponents, and an output that changes less when the others are ablated by an "
         "adversary (left) or at random (right).",

@@ -142,7 +142,7 @@ def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     def savefig(figure, file, **_):
         file.write('<svg viewBox="0 0 1 1"></svg>')
 
-    monkeypatch.setattr("vpd_lens.viz.svg.Figure.savefig", savefig)
+    monkeypatch.setattr("vpd_lens.plots.style.Figure.savefig", savefig)
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 from conftest import tiny_bridge
+from matplotlib.text import Text
 
 import vpd_lens
+from vpd_lens import plots
 from vpd_lens.analysis.attention import Overlap, Together, head_cosines
 from vpd_lens.analysis.attention.heads import HeadSpread, ov_overlap
 from vpd_lens.errors import DataError, InputError, VPDError
@@ -303,23 +305,24 @@ def test_signs_and_use_come_from_the_harvest(previous):
 
 
 def test_figures_name_what_they_show(previous):
-    from vpd_lens.viz import attention_plots as plots
-
     heads = vpd_lens.attention(previous)
     rows = torch.randint(9, (2, 10), generator=torch.Generator().manual_seed(2))
     found, static, prompt = heads.over(rows, offsets=4), heads.static(0, 4), heads.on(rows[0])
     pair = "q:1 \N{MULTIPLICATION SIGN} k:1"
     texts = [f"token {i}" for i in range(10)]
     drawn = {
-        pair: plots.offsets_plot(found.contributions[0], static.top(2)),
-        f"{pair}, static": plots.pair_plot(static, *PAIR),
-        "static, 1 back": plots.matrix_plot(static, 1),
-        "token 9": plots.patterns_plot([("all", prompt.patterns[0][0])], texts),
-        "without q:1": plots.ablation_plot([heads.ablate(PAIR[0], rows, offsets=4)], 0),
-        "subcomponents of blocks.0.attn.q": plots.spread_plot(heads.spread("blocks.0.attn.q")),
-        "write; random": plots.overlap_plot(heads.overlap(0, n_random=2)),
-        "P(k | v)": plots.together_plot(found.together[0]),
+        pair: plots.qk_offsets(found.contributions[0], static.top(2)),
+        f"{pair}, static": plots.qk_pair(static, *PAIR),
+        "static, 1 back": plots.qk_matrix(static, 1),
+        "token 9": plots.attention_patterns([("all", prompt.patterns[0][0])], texts),
+        "without q:1": plots.attention_ablation([heads.ablate(PAIR[0], rows, offsets=4)], 0),
+        "subcomponents of blocks.0.attn.q": plots.head_spread(heads.spread("blocks.0.attn.q")),
+        "write; random": plots.head_overlap(heads.overlap(0, n_random=2)),
+        "P(k | v)": plots.used_together(found.together[0]),
     }
-    for text, svg in drawn.items():
-        assert svg.startswith("<svg")
-        assert text in svg
+    for text, figure in drawn.items():
+        assert any(text in shown.get_text() for shown in figure.findobj(Text)), text
+    lines = drawn[pair].axes[1].lines[1:]  # of head 1, after that at 0
+    assert list(lines[0].get_ydata()) == found.contributions[0].of(*PAIR)[1].tolist()
+    shown = drawn["token 9"].axes[0].images[0].get_array()
+    torch.testing.assert_close(torch.from_numpy(shown.data), prompt.patterns[0][0])

@@ -1,5 +1,6 @@
 """What leaves an attribution graph: files, viewers' formats, networkx, the summary."""
 
+import html
 import json
 import math
 import re
@@ -579,12 +580,22 @@ def test_an_empty_graph_has_a_summary(graph):
 
 
 def test_html_is_escaped_and_takes_the_page_s_colours(graph):
-    text = graph._repr_html_()
+    text, frame = graph._repr_html_().split("<iframe ")
     assert "&lt;b&gt;" in text
     assert "<b>" not in text
     assert "http" not in text
     assert not re.search(r"#[0-9a-f]{3}|:(white|black)\b", text)
     assert f"{graph.n_edges:,}" in text
+    assert frame.count("<") == 1  # that closes it: the page is text of an attribute
+    page = html.unescape(re.search('srcdoc="([^"]*)"', frame)[1])
+    assert "<b>" not in page
+    assert f'"n_edges":{graph.n_edges}' in page
+
+
+def test_a_large_graph_has_no_page_in_a_notebook(graph, monkeypatch):
+    monkeypatch.setattr("vpd_lens.viz.graph_page.INLINE_EDGES", graph.n_edges - 1)
+    assert "<iframe" not in graph._repr_html_()
+    assert f"explore its {graph.n_edges:,} edges" in graph._repr_html_()
 
 
 def test_names_are_whole_at_80_columns(graph):

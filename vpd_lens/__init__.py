@@ -10,6 +10,8 @@ model = vpd_lens.decompose(hooked_model, data=tokens, config=vpd_lens.VPDConfig.
 
 import importlib
 import os
+import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if os.environ.get("VPD_LENS_TYPECHECK") == "1":
@@ -18,7 +20,14 @@ if os.environ.get("VPD_LENS_TYPECHECK") == "1":
 
     install_import_hook("vpd_lens", "beartype.beartype")
 
+if "ipykernel" in sys.modules:
+    # tqdm, which TransformerLens imports, warns of missing ipywidgets, and does without them.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")
+        importlib.import_module("tqdm.auto")
+
 if TYPE_CHECKING:
+    from vpd_lens import plots
     from vpd_lens.analysis.attention import Attention, attention
     from vpd_lens.analysis.cards import Card, Cards, card
     from vpd_lens.analysis.circuits.attribute import attribute
@@ -75,15 +84,8 @@ __all__ += ["EvalReport", "Explanation", "Harvest", "IntruderReport", "Label", "
 __all__ += ["Labels", "Masks", "Patch", "PruneConfig"]
 __all__ += ["Redundancy", "Scale", "Site", "VPDConfig", "attention", "attribute", "card"]
 __all__ += ["dataset_attributions", "decompose", "edited", "evaluate", "explain", "harvest"]
-__all__ += [
-    "import_param_decomp",
-    "intervene",
-    "intruder",
-    "label",
-    "load",
-    "load_example",
-    "prune",
-]
+__all__ += ["import_param_decomp", "intervene", "intruder", "label", "load", "load_example"]
+__all__ += ["plots", "prune"]
 __all__ += ["redundancy", "remove", "train"]
 
 
@@ -91,6 +93,8 @@ def __getattr__(name: str) -> Any:
     # Imported on first use: importing transformer_lens takes seconds.
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
+    if name == "plots":
+        return importlib.import_module("vpd_lens.plots")
     raise AttributeError(f"module 'vpd_lens' has no attribute {name!r}")
 
 

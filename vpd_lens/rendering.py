@@ -13,7 +13,9 @@ _HTML = "<pre style='line-height:1.2;overflow-x:auto;background:none;color:inher
 
 def as_text(renderable: RenderableType, width: int = 100) -> str:
     """As plain text of at most `width` columns."""
-    console = Console(width=width, no_color=True, file=(text := StringIO()))
+    text = StringIO()
+    # In a notebook rich would show it there, whatever the file.
+    console = Console(width=width, no_color=True, file=text, force_jupyter=False)
     console.print(renderable, highlight=False)
     return text.getvalue().rstrip()
 

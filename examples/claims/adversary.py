@@ -10,8 +10,7 @@ from __future__ import annotations
 from claims.laboratory import WITHOUT, WITHOUT_GENTLER, Laboratory
 from recorded.figures import figures
 from recorded.section import Figure, Section
-from vpd_lens.evaluation.page import UNITS
-from vpd_lens.evaluation.plots import pgd_plot
+from vpd_lens import plots
 
 GENTLER = 0.3
 
@@ -32,8 +31,7 @@ def section(laboratory: Laboratory) -> Section:
         curve = {f"PGD-{step}": value["mean"] for step, value in record.report.pgd.items()}
         kept = ("training", "L0", "alive", "unmasked", "stochastic", "ci", "zero")
         rows.append({key: row[key] for key in kept} | curve)
-    reports = [(name, record.report) for name, record in runs.items()]
-    unit = UNITS[reports[0][1].divergence]
+    reports = {name: record.report for name, record in runs.items()}
     return Section(
         name="adversary",
         title="The adversary in training",
@@ -47,7 +45,7 @@ def section(laboratory: Laboratory) -> Section:
         figures=[
             Figure(
                 "Adversarial ablation",
-                pgd_plot(reports, unit),
+                plots.as_svg(plots.adversary(reports)),
                 "Mean over starts as a line, up to the worst as shading. The claim holds where the "
                 "run with the adversary lies below the other.",
                 wide=False,

@@ -36,7 +36,7 @@ def section(laboratory: Laboratory) -> Section:
         figures=[
             Figure(
                 "The controls beside the run",
-                bar_panels("controls", "L0, alive and relative divergence of the controls", panels),
+                bar_panels("L0, alive and relative divergence of the controls", panels),
                 "Right: 1 is as bad as ablating every matrix.",
             )
         ],

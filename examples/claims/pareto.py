@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from claims.laboratory import BASE, Laboratory
-from recorded.figures import figures, pareto_point
-from recorded.plots import pareto_plot
+from recorded.figures import figures
 from recorded.record import RunRecord
 from recorded.section import Figure, Section
+from vpd_lens import plots
 from vpd_lens.training import VPDConfig
 
 COEFFICIENTS = (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3)
@@ -19,7 +19,10 @@ def section(laboratory: Laboratory) -> Section:
     runs = [("VPD", c, _run(laboratory, laboratory.base, c, BASE)) for c in COEFFICIENTS]
     spd = as_spd(laboratory.base)
     runs += [("SPD", c, _run(laboratory, spd, c, "spd")) for c in SPD_COEFFICIENTS]
-    points = [pareto_point(record, f"{c:g}", method) for method, c, record in runs]
+    series = {
+        name: {f"{c:g}": record.report for method, c, record in runs if method == name}
+        for name in ("VPD", "SPD")
+    }
     return Section(
         name="pareto",
         title="Sparsity against reconstruction",
@@ -34,7 +37,7 @@ def section(laboratory: Laboratory) -> Section:
         figures=[
             Figure(
                 "Two decades of the importance coefficient",
-                pareto_plot("pareto", points),
+                plots.as_svg(plots.pareto(*series.values(), names=list(series))),
                 "Points are labelled with the coefficient; lower left is better. An SPD run may "
                 "look as good under random masks (right) and be worse under the adversary (left).",
             )

@@ -54,7 +54,7 @@ def section(laboratory: Laboratory) -> Section:
         figures=[
             Figure(
                 "All sites",
-                bar_panels("seeds", "Similarity between seeds, and by chance", panels),
+                bar_panels("Similarity between seeds, and by chance", panels),
                 "1: everything that one seed finds, another finds too.",
             )
         ],

@@ -48,7 +48,6 @@ def section(laboratory: Laboratory) -> Section:
             Figure(
                 "What more capacity is used for",
                 line_panels(
-                    "splitting",
                     "Alive subcomponents and L0 against capacity",
                     "capacity, relative",
                     CAPACITIES,

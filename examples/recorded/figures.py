@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from recorded.plots import Point
 from recorded.record import RunRecord
 from recorded.section import Cell
 from vpd_lens.evaluation import EvalReport
-from vpd_lens.evaluation.page import UNITS, headline_attack
+from vpd_lens.evaluation.report import headline_attack
 
 
 def figures(record: RunRecord) -> dict[str, Cell]:
@@ -58,12 +57,3 @@ def attack(report: EvalReport) -> float:
     """Divergence under the adversary of the headline; NaN if there was none."""
     steps = headline_attack(report)
     return report.pgd[steps]["mean"] if steps else float("nan")
-
-
-def pareto_point(record: RunRecord, name: str, series: str) -> Point:
-    """A record in a Pareto plot: under the adversary, if there was one, and under random masks."""
-    report = record.report
-    unit = UNITS[report.divergence]
-    losses = {f"{attack_name(report)} {unit}": attack(report)} if report.pgd else {}
-    losses[f"stochastic {unit}"] = report.modes["stochastic"]["kl"]
-    return Point(series, name, l0(report), losses)

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from toy_runs.measure import SiteFigures
 from toy_runs.presets import METHODS, method_of
+from vpd_lens.plots.style import as_svg, canvas, muted
 from vpd_lens.viz.html import render_template
-from vpd_lens.viz.svg import MUTED, draw
 
 TRUE, FOUND = "#d98a2b", "#3f87d6"
 
@@ -35,19 +35,20 @@ def render(records: list[RunRecord]) -> str:
     )
 
 
-def _svg(identifier: str, name: str, site: SiteFigures) -> Markup:
-    label = f"{name}: importances and vectors"
-    return Markup(draw(identifier, label, (9.0, 3.2), lambda figure: _plot(figure, site)))
+def _svg(name: str, site: SiteFigures) -> Markup:
+    with canvas(f"{name}: importances and vectors", (9.0, 3.2)) as figure:
+        _fill(figure, site)
+    return Markup(as_svg(figure))
 
 
-def _plot(figure: Figure, site: SiteFigures) -> None:
+def _fill(figure: Figure, site: SiteFigures) -> None:
     true, found = np.array(site.true), np.array(site.found)
     flat = true.ndim == 2 and true.shape[1] == 2
     left, *right = figure.subplots(1, 2 if flat or not true.size else 3)
     left.imshow(
         np.array(site.importance), vmin=0, vmax=1, cmap="Blues", aspect="auto", rasterized=True
     )
-    left.axvline(site.expected - 0.5, color=MUTED, linewidth=0.8)
+    left.axvline(site.expected - 0.5, color=muted(), linewidth=0.8)
     left.set(title="causal importance", xlabel="subcomponent", ylabel="feature")
     left.grid(False)
     if not true.size:

@@ -18,12 +18,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from vpd_lens.analysis.usage import Alive
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.description import DecompositionRecord
 from vpd_lens.errors import InputError
+from vpd_lens.rendering import Shown
 from vpd_lens.storage import read
 
 # V and U; sizes differ from one site to the next, so they are not checked against each other.
@@ -50,13 +53,23 @@ class Similarity(BaseModel):
     n_other: int
 
 
-class Comparison(BaseModel):
+class Comparison(Shown, BaseModel):
     """Two decompositions, site by site, and `overall`: the mean over all subcomponents."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sites: dict[str, Similarity]
     overall: Similarity
+
+    def __rich__(self) -> Table:
+        table = Table(title="Mean max cosine similarity", title_justify="left")
+        table.add_column("site", overflow="fold")
+        for heading in ("V", "U", "rank one", "reference", "other"):
+            table.add_column(heading, justify="right")
+        for site, found in {**self.sites, "overall": self.overall}.items():
+            cosines = (f"{x:.3f}" for x in (found.v, found.u, found.rank_one))
+            table.add_row(Text(site), *cosines, str(found.n_reference), str(found.n_other))
+        return table
 
 
 @torch.no_grad()

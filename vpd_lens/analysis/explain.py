@@ -124,6 +124,19 @@ class Explanation(Shown):
             column -= size
         raise IndexError(column)
 
+    def column(self, name: str) -> int:
+        """The column of a subcomponent among all; an `InputError` if there is none of that name."""
+        site, _, index = name.rpartition(":")
+        columns = (
+            range(self.layout.total)[self.layout.columns(site)] if site in self.layout.names else ()
+        )
+        if not index.isdecimal() or int(index) >= len(columns):
+            raise InputError(
+                f"there is no subcomponent {name!r}; names are like "
+                f"'{self.layout.names[0]}:17', of the sites {list(self.layout.names)}."
+            )
+        return columns[int(index)]
+
     def to_html(self, path: str | Path, title: str | None = None) -> Path:
         """Write one page that needs no network: tokens by sites, and cards of what they need."""
         from vpd_lens.viz.explain_page import to_html

@@ -78,7 +78,6 @@ def plan_command(
         from vpd_lens.decomposition.ranks import site_sizes, sites_table
         from vpd_lens.models import load_model
         from vpd_lens.storage import write_json
-        from vpd_lens.training.budget import gigabytes
         from vpd_lens.training.plan import measured_step, plan_step
 
         target = load_model(**found.model.loading, weights=False)
@@ -87,14 +86,8 @@ def plan_command(
         gpu = device != "cpu"
         cost = plan_step(target, config, rows, pos, autocast=gpu)
         figures: dict[str, Any] = {**asdict(cost), "batch": rows, "pos": pos}
-        typer.echo(f"A step of {rows} x {pos} tokens{' in each process' * (processes > 1)}")
-        for phase, flop in cost.flop.items():
-            typer.echo(f"  {phase:<12} {flop / 1e12:>10.4g} TFLOP")
-        typer.echo(f"  {'in all':<12} {cost.total_flop / 1e12:>10.4g} TFLOP, {config.steps} times")
-        typer.echo(
-            f"Memory: {gigabytes(cost.lasting)} stay from step to step, {gigabytes(cost.peak)} at "
-            f"the peak ({cost.peak_phase})"
-        )
+        each = " in each process" * (processes > 1)
+        typer.echo(f"A step of {rows} x {pos} tokens{each}, {config.steps} times\n{cost}")
         vpd = target.__dict__["vpd"]
         if measure is not None:
             real = load_model(**found.model.loading, device=device)

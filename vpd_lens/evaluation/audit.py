@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict
+from rich.console import Group
+from rich.table import Table
 from torch import Tensor, nn
 
 from vpd_lens.data import Batch
 from vpd_lens.decomposition import Decomposition, Divergence, Layout
 from vpd_lens.decomposition.masks import NEEDED, Masks, uniform_sources
+from vpd_lens.rendering import Shown
 
 DONORS = (1, 2, 4, 8, 16, 32, 64)
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -36,8 +39,11 @@ class Estimate(BaseModel):
     mean: float
     error: float = math.nan
 
+    def __str__(self) -> str:
+        return f"{self.mean:.3g}" + ("" if math.isnan(self.error) else f" ±{self.error:.2g}")
 
-class Audit(BaseModel):
+
+class Audit(Shown, BaseModel):
     """What an audit found: divergences from the target, by attack.
 
     Attributes:
@@ -65,6 +71,32 @@ class Audit(BaseModel):
     subsets: dict[str, dict[str, Estimate]]
     parallel: dict[str, Estimate]
     n_sequences: int
+
+    def tables(self) -> list[Table]:
+        """As rich tables."""
+        unused = {f"<= {t}: {self.n_unused[t]}": row for t, row in self.unused.items()}
+        layers = {mode: dict(row) for mode, row in self.subsets.items()}
+        for mode, estimate in self.parallel.items():
+            layers[mode]["parallel"] = estimate
+        return [
+            self._table("Switched on: what k tokens need", "whose", self.aggregation),
+            self._table("Levels of what is in use", "", {"g + s (1 - g)": self.levels}),
+            self._table("Deleted: never needed, others at level s", "importance", unused),
+            self._table("Masks on k layers", "masks", layers),
+        ]
+
+    def _table(self, title: str, first: str, rows: dict[str, dict[str, Estimate]]) -> Table:
+        made = Table(title=f"{title} ({self.n_sequences} sequences)", title_justify="left")
+        columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+        made.add_column(first)
+        for column in columns:
+            made.add_column(column, justify="right")
+        for name, row in rows.items():
+            made.add_row(name, *(str(row.get(column, "")) for column in columns))
+        return made
+
+    def __rich__(self) -> Group:
+        return Group(*self.tables())
 
 
 @dataclass

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 
 from markupsafe import Markup
 
-from vpd_lens.evaluation import audit_plots, plots
-from vpd_lens.evaluation.report import EvalReport
+from vpd_lens import plots
+from vpd_lens.evaluation.report import UNITS, EvalReport, headline_attack
 from vpd_lens.evaluation.verdict import findings
+from vpd_lens.plots.style import as_svg
 from vpd_lens.viz.html import render_template
-from vpd_lens.viz.svg import write_png
 
 _MODES = {
     "target": "the original model, for comparison",
@@ -23,7 +22,6 @@ _MODES = {
     "random": "uniform masks that ignore the importances",
     "zero": "every decomposed matrix off",
 }
-UNITS = {"kl": "KL", "mse": "MSE", "custom": "divergence"}
 
 
 def render(
@@ -31,21 +29,21 @@ def render(
 ) -> str:
     """One HTML page that needs no network; `beside` is another report, shown next to the first."""
     unit = UNITS[report.divergence]
-    named = [("this run", report)] + ([(beside_name, beside)] if beside else [])
-    svg = {
-        "histogram": plots.histogram_plot(named),
-        "l0": plots.l0_plot(named),
-        "alive": plots.alive_plot(report),
-        "mean_ci": plots.mean_importance_plot(report),
-        "delta": plots.delta_plot(report),
-        "hidden": plots.hidden_plot(report),
+    runs = {"this run": report} | ({beside_name: beside} if beside else {})
+    figures = {
+        "histogram": plots.importance_histogram(runs),
+        "l0": plots.l0(runs),
+        "alive": plots.alive(report),
+        "mean_ci": plots.mean_importance(report),
+        "delta": plots.delta(report),
+        "hidden": plots.hidden_error(report),
     }
     if report.pgd:
-        svg["pgd"] = plots.pgd_plot(named, unit)
+        figures["pgd"] = plots.adversary(runs)
     if report.audit is not None:
-        svg["aggregation"] = audit_plots.aggregation_plot(report, unit)
-        svg["levels"] = audit_plots.levels_plot(report, unit)
-        svg["layers"] = audit_plots.layers_plot(report, unit)
+        figures["aggregation"] = plots.donors(report)
+        figures["levels"] = plots.levels(report)
+        figures["layers"] = plots.layers(report)
     return render_template(
         "vpd_lens.evaluation",
         "page.html.j2",
@@ -61,20 +59,21 @@ def render(
         about=_MODES,
         worst=max(row["kl"] for row in report.modes.values()) or 1.0,
         number=number,
-        svg={name: Markup(text) for name, text in svg.items()},
+        svg={name: Markup(as_svg(figure)) for name, figure in figures.items()},
     )
 
 
 def pictures(report: EvalReport, folder: Path) -> dict[str, str]:
     """Write the main plots into a folder; the name of each file, with what it shows."""
-    unit, named, to = UNITS[report.divergence], [("", report)], partial(write_png, folder)
-    drawn = [plots.l0_plot(named, to=to), plots.mean_importance_plot(report, to=to)]
+    figures = {"l0": plots.l0(report), "mean-ci": plots.mean_importance(report)}
     if report.pgd:
-        drawn.append(plots.pgd_plot(named, unit, to=to))
+        figures["pgd"] = plots.adversary(report)
     if report.audit is not None:
-        shown = (audit_plots.aggregation_plot, audit_plots.levels_plot, audit_plots.layers_plot)
-        drawn += [plot(report, unit, to=to) for plot in shown]
-    return dict(drawn)
+        figures["aggregation"] = plots.donors(report)
+        figures |= {"levels": plots.levels(report), "layers": plots.layers(report)}
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=160)
+    return {f"{name}.png": str(figure.get_label()) for name, figure in figures.items()}
 
 
 def _cards(report: EvalReport, of: EvalReport, unit: str) -> dict[str, tuple[str, str]]:
@@ -95,11 +94,6 @@ def _cards(report: EvalReport, of: EvalReport, unit: str) -> dict[str, tuple[str
         "Alive": (f"{total} in use", number(report.alive["total"], "{:,.0f}")),
         "Delta": ("of the weights left over", number(report.delta["total"]["relative"], "{:.1%}")),
     }
-
-
-def headline_attack(report: EvalReport) -> str | None:
-    """20 steps, the paper's headline, or the strongest attack there is."""
-    return "20" if "20" in report.pgd else max(report.pgd, key=int, default=None)
 
 
 def number(value: float | None, form: str = "") -> str:

@@ -11,9 +11,11 @@ from rich.console import Group
 from rich.table import Table
 
 from vpd_lens.errors import ArtefactError
-from vpd_lens.evaluation.audit import Audit, Estimate
+from vpd_lens.evaluation.audit import Audit
 from vpd_lens.evaluation.verdict import findings, in_words
 from vpd_lens.rendering import Shown
+
+UNITS = {"kl": "KL", "mse": "MSE", "custom": "divergence"}
 
 
 class EvalReport(Shown, BaseModel):
@@ -150,7 +152,7 @@ class EvalReport(Shown, BaseModel):
         """The report as rich tables, with the figures of another report in a further column."""
         parts = [self.verdict(), "", self._promises_table(), self._modes_table(beside, beside_name)]
         if self.audit is not None:
-            parts += audit_tables(self.audit)
+            parts += self.audit.tables()
         return Group(*parts, self._sites_table())
 
     def _promises_table(self) -> Table:
@@ -213,33 +215,6 @@ class EvalReport(Shown, BaseModel):
         return f"EvalReport({figures})"
 
 
-def audit_tables(audit: Audit) -> list[Table]:
-    """An audit as rich tables."""
-
-    def table(title: str, first: str, rows: dict[str, dict[str, Estimate]]) -> Table:
-        made = Table(title=f"{title} ({audit.n_sequences} sequences)", title_justify="left")
-        columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-        made.add_column(first)
-        for column in columns:
-            made.add_column(column, justify="right")
-        for name, row in rows.items():
-            made.add_row(name, *(_with_error(row.get(column)) for column in columns))
-        return made
-
-    unused = {f"<= {t}: {audit.n_unused[t]}": row for t, row in audit.unused.items()}
-    layers = {mode: dict(row) for mode, row in audit.subsets.items()}
-    for mode, estimate in audit.parallel.items():
-        layers[mode]["parallel"] = estimate
-    return [
-        table("Switched on: what k tokens need", "whose", audit.aggregation),
-        table("Levels of what is in use", "", {"g + s (1 - g)": audit.levels}),
-        table("Deleted: never needed, others at level s", "importance", unused),
-        table("Masks on k layers", "masks", layers),
-    ]
-
-
-def _with_error(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return ""
-    error = "" if estimate.error != estimate.error else f" ±{estimate.error:.2g}"
-    return f"{estimate.mean:.3g}{error}"
+def headline_attack(report: EvalReport) -> str | None:
+    """20 steps, the paper's headline, or the strongest attack there is."""
+    return "20" if "20" in report.pgd else max(report.pgd, key=int, default=None)

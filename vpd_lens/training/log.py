@@ -6,26 +6,16 @@ import json
 import math
 import statistics
 import warnings
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rich import progress as bars
-from rich.console import Console, RenderableType
-from rich.text import Text
+from rich.console import Console
 
 from vpd_lens.config import MinimalityConfig
+from vpd_lens.progress import Bar
 from vpd_lens.storage import disk_errors, write_text
-
-
-class _Bar(bars.Progress):
-    losses = ""  # on a line of their own, so that 80 columns hold them and the bar
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        yield from super().get_renderables()
-        if self.losses:
-            yield Text(self.losses)
 
 
 class MetricsLog:
@@ -51,8 +41,7 @@ class MetricsLog:
         self.last: dict[str, float] = {}  # metrics of an earlier attempt
         name = bars.TextColumn("[bold]{task.description}")
         more = (bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
-        hidden = not progress or not self.console.is_terminal
-        self._bar = _Bar(name, bars.BarColumn(), *more, console=self.console, disable=hidden)
+        self._bar = Bar(name, bars.BarColumn(), *more, console=self.console, show=progress)
         self._task = self._bar.add_task("VPD", total=steps, completed=start)
         if wandb is not None:
             import wandb as wandb_module
@@ -75,6 +64,7 @@ class MetricsLog:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.stop()
+        self._bar.draw(pause=0.0)
         self._file.close()
         if self.run is not None:
             self.run.finish(exit_code=0 if kind is None else 1)
@@ -82,6 +72,7 @@ class MetricsLog:
     def advance(self, step: int) -> None:
         """Move the bar to `step` finished steps."""
         self._bar.update(self._task, completed=step)
+        self._bar.draw()
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -94,8 +85,8 @@ class MetricsLog:
             self._file.flush()
         names = ("stochastic", "adversarial", "merged", "l0", "faithfulness")
         shown = [name for name in names if name in metrics]
-        self._bar.losses = text = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
-        if not self.console.is_terminal:
+        self._bar.note = text = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
+        if not (self.console.is_terminal or self.console.is_jupyter):
             seconds = metrics["seconds_per_step"]
             left = f"{(self.steps - step) * seconds / 60:.1f} min left"
             self.say(f"step {step}/{self.steps}  {text}  {seconds * 1e3:.0f} ms/step  {left}")

@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from rich.text import Text
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +29,8 @@ from vpd_lens.config import VPDConfig
 from vpd_lens.data import Batch
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.attach import attach
+from vpd_lens.rendering import Shown
+from vpd_lens.training.budget import gigabytes
 from vpd_lens.training.step import Stepper
 
 _aten = torch.ops.aten
@@ -38,8 +41,8 @@ _FLOPS = {
 }
 
 
-@dataclass(frozen=True)
-class StepCost:
+@dataclass(frozen=True, repr=False)
+class StepCost(Shown):
     """What a step takes: FLOP of matrix products by phase, and memory in bytes."""
 
     flop: dict[str, int]
@@ -51,6 +54,15 @@ class StepCost:
     def total_flop(self) -> int:
         """FLOP of all phases."""
         return sum(self.flop.values())
+
+    def __rich__(self) -> Text:
+        shown = {**self.flop, "in all": self.total_flop}.items()
+        lines = [f"  {phase:<12} {flop / 1e12:>10.4g} TFLOP" for phase, flop in shown]
+        memory = (
+            f"Memory: {gigabytes(self.lasting)} stay from step to step, {gigabytes(self.peak)} at "
+            f"the peak ({self.peak_phase})"
+        )
+        return Text("\n".join([*lines, memory]))
 
 
 def plan_step(

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group
+from rich.table import Table
 from torch import Tensor, nn
 
 from vpd_lens.config import VPDConfig
@@ -22,6 +24,7 @@ from vpd_lens.decomposition.saving import base_model_record, save
 from vpd_lens.decomposition.subcomponents import align, singular
 from vpd_lens.errors import ArtefactError, CollapseError, ConfigError, TrainingInterrupted
 from vpd_lens.models import usable_device
+from vpd_lens.rendering import Shown, titled
 from vpd_lens.storage import disk_errors, existing_folder
 from vpd_lens.training.budget import budget, explained_out_of_memory, warn_if_short
 from vpd_lens.training.checkpoint import Checkpoint, save_checkpoint
@@ -38,8 +41,8 @@ from vpd_lens.training.streams import Streams
 CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 300.0, 0.05
 
 
-@dataclass
-class TrainingResult:
+@dataclass(repr=False)
+class TrainingResult(Shown):
     """What a finished run leaves, in a folder and in numbers.
 
     The folder has `metrics.jsonl`, `config.yaml`, `checkpoint/` and `decomposition/`. `steps` are
@@ -51,7 +54,18 @@ class TrainingResult:
     steps: int
     seconds: float
     metrics: dict[str, float]
-    history: list[dict[str, float]] = field(repr=False, default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def __rich__(self) -> Group:
+        table = Table(title="Last metrics", title_justify="left", show_header=False)
+        table.add_column(overflow="fold")
+        table.add_column(justify="right")
+        for name, value in self.metrics.items():
+            table.add_row(name, f"{value:.4g}")
+        return titled(repr(self), table)
+
+    def __repr__(self) -> str:
+        return f"TrainingResult({str(self.folder)!r}, {self.steps} steps, {self.seconds:.0f} s)"
 
 
 @torch.inference_mode(False)

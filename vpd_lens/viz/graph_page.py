@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import math
 import re
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # More than a browser filters between two frames, and a few megabytes of page.
 MAX_EDGES = 60_000
+INLINE_EDGES = 10_000  # a notebook keeps every output in its file
 STYLES = ("graph.css", "panel.css")
 # In this order: they share one scope, and each may use the ones before it.
 SCRIPTS = (
@@ -59,6 +61,20 @@ def to_html(
     data = payload(graph, harvest, cards, loadings)
     write_text(Path(path), render(data, title or "Attribution graph"))
     return Path(path)
+
+
+def inline(graph: AttributionGraph) -> str:
+    """The page as part of a notebook's output, for which a large graph is too much."""
+    if graph.n_edges > INLINE_EDGES:
+        return (
+            f"<p>To explore its {graph.n_edges:,} edges: <code>graph.to_html(path)</code>. Of at "
+            f"most {INLINE_EDGES:,} the page is shown here: <code>graph.pruned(0.3)</code>.</p>"
+        )
+    page = html.escape(render(payload(graph), "Attribution graph"))
+    style = "width:100%;height:640px;border:0;color-scheme:light dark"
+    return (
+        f'<iframe sandbox="allow-scripts allow-downloads" style="{style}" srcdoc="{page}"></iframe>'
+    )
 
 
 def render(

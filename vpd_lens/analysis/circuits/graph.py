@@ -21,6 +21,7 @@ from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.labels import Labels, LabelsRecord
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import ArtefactError, InputError
+from vpd_lens.rendering import Shown
 
 if TYPE_CHECKING:
     import networkx
@@ -45,8 +46,8 @@ class GraphRecord(storage.Record):
     labels: LabelsRecord = LabelsRecord()
 
 
-@dataclass
-class AttributionGraph:
+@dataclass(repr=False)
+class AttributionGraph(Shown):
     """Which subcomponents of a prompt act on which, and on the outputs.
 
     Edges are columns of tensors, never Python objects; nodes are addressed by number or by name
@@ -285,10 +286,14 @@ class AttributionGraph:
 
         return summary(self)
 
-    def _repr_html_(self) -> str:
-        from vpd_lens.rendering import as_html
+    def __rich__(self) -> RenderableType:
+        return self.summary()
 
-        return as_html(self.summary())
+    def _repr_html_(self) -> str:
+        """The summary, and below it the page of `to_html` if the graph is small enough."""
+        from vpd_lens.viz.graph_page import inline
+
+        return super()._repr_html_() + inline(self)
 
     def __repr__(self) -> str:
         n = int(self.nodes.of_kind("subcomponent").sum())

@@ -20,12 +20,13 @@ from vpd_lens.decomposition.adversary import ascend
 from vpd_lens.decomposition.masks import AnyMasks, uniform_sources
 from vpd_lens.decomposition.modes import masks_of
 from vpd_lens.errors import InputError
+from vpd_lens.rendering import Shown
 
 Regime = Literal["ablated", "ci", "stochastic", "adversarial"]
 
 
-@dataclass
-class InterventionResult:
+@dataclass(repr=False)
+class InterventionResult(Shown):
     """Predictions of the target model, of a regime of masks, and of the edited regime.
 
     Attributes:
@@ -75,6 +76,9 @@ class InterventionResult:
             figures = (f"{q[token]:.3f}" for q in p.values())
             table.add_row(Text(repr(targets.token_text(self.model, token))), *figures)
         return table
+
+    def __rich__(self) -> Table:
+        return self.table()
 
     def __repr__(self) -> str:
         token, p, before = self.top(1)[0]

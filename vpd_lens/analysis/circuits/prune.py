@@ -18,7 +18,7 @@ from statistics import fmean
 import torch
 from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict
-from rich.console import Console
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
@@ -35,12 +35,13 @@ from vpd_lens.decomposition.masks import AnyMasks, Masks, uniform_sources
 from vpd_lens.decomposition.modes import masks_of
 from vpd_lens.errors import InputError
 from vpd_lens.progress import Progress
+from vpd_lens.rendering import Shown, titled
 from vpd_lens.training.optimiser import learning_rate
 
 EPS = 1e-6  # keeps the slope of g^p finite at 0
 
 
-class CircuitReport(BaseModel):
+class CircuitReport(Shown, BaseModel):
     """Probability of the target token under masks made from a circuit's importances.
 
     Attributes:
@@ -97,19 +98,16 @@ class CircuitReport(BaseModel):
     def _target(self) -> str:
         return ", ".join(map(repr, dict.fromkeys(self.targets)))
 
-    def __str__(self) -> str:
-        console = Console(width=80)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+    def __rich__(self) -> Table:
+        return self.table()
 
     def __repr__(self) -> str:
         held = ", ".join(f"{name} {self.mean[name]:.2f}" for name in ("target", "ci"))
         return f"CircuitReport({self._target}, {self.method}: {self.nodes:.0f} nodes, {held})"
 
 
-@dataclass
-class Circuit:
+@dataclass(repr=False)
+class Circuit(Shown):
     """The subcomponents that carry a behaviour.
 
     Attributes:
@@ -127,6 +125,9 @@ class Circuit:
     def of_prompt(self, index: int = 0) -> Float[Tensor, "pos C_total"]:
         """Importances in [0, 1] on one of the prompts, without the padding of shorter ones."""
         return self.importance[index, : int(self.behaviour.lengths[index])]
+
+    def __rich__(self) -> Group:
+        return titled(f"{len(self.importance)} prompts, {self.report.method}", self.report.table())
 
     def __repr__(self) -> str:
         return f"Circuit({len(self.importance)} prompts, {self.report!r})"
@@ -241,7 +242,7 @@ class _Search:
             if step % max(1, config.steps // 10) == 0:
                 nodes = int((self.phi > 0).sum()) / len(self.clean)
                 text = f"step {step + 1}  loss {float(loss.detach()):.2f}  nodes {nodes:.0f}"
-                self.bar.console.print(f"Pruning  {text}", highlight=False)
+                self.bar.say(text)
         return self._importance().detach()
 
     def _importance(self) -> Float[Tensor, "prompt pos C_total"]:

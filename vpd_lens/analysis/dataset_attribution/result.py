@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Float64, Int
 from pydantic import BaseModel, ConfigDict
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from vpd_lens.analysis.circuits.cut_forward import EMBEDDING
 from vpd_lens.analysis.gathering import Gathered, GatheredRecord
 from vpd_lens.errors import InputError
+from vpd_lens.rendering import Shown, titled
 
 OUTPUT = "output"
 _SMALLEST, _ALL = 1e-10, slice(None)
@@ -47,7 +49,7 @@ class _Record(GatheredRecord):
 
 
 @dataclass(repr=False, kw_only=True)
-class DatasetAttributions(Gathered):
+class DatasetAttributions(Shown, Gathered):
     """Which subcomponents act on which, summed over data.
 
     Made by `dataset_attributions`, or read with `DatasetAttributions.load`. Nodes have names:
@@ -200,7 +202,7 @@ class DatasetAttributions(Gathered):
         place = node.partition(":")[0]
         sources = self.sources(node, top, absolute=absolute) if place in self.places else []
         targets = [] if place == OUTPUT else self.targets(node, top, absolute=absolute)
-        title = f"{self.labels.named(node)}: {'absolute ' * absolute}attributions"
+        title = Text(f"{self.labels.named(node)}: {'absolute ' * absolute}attributions")
         table = Table(title=title, title_justify="left")
         for heading in ("source", "target"):
             table.add_column(heading, overflow="fold")
@@ -214,6 +216,16 @@ class DatasetAttributions(Gathered):
             place, _, index = name.partition(":")
             text = f" {self.strings[int(index)]!r}" if place in (EMBEDDING, OUTPUT) else ""
             yield self.labels.named(name) + text, f"{value:+.3f}"
+
+    def __rich__(self) -> Group:
+        table = Table(title="Targets", title_justify="left")
+        for heading in ("site", "alive", "what acts on it"):
+            right = heading == "alive"
+            table.add_column(heading, justify="right" if right else "left", overflow="fold")
+        for target, places in self.places.items():
+            alive = str(len(self.alive[target])) if target in self.alive else ""
+            table.add_row(target, alive, ", ".join(places))
+        return titled(repr(self), table)
 
     def __repr__(self) -> str:
         n_alive = sum(map(len, self.alive.values()))

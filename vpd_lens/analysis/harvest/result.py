@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from vpd_lens.analysis.gathering import Gathered, GatheredRecord
@@ -16,6 +19,7 @@ from vpd_lens.analysis.harvest.statistics import Summary, TokenStatistic, TokenT
 from vpd_lens.decomposition import Layout
 from vpd_lens.decomposition.labels import Labels
 from vpd_lens.errors import InputError
+from vpd_lens.rendering import Shown, titled
 
 
 class Settings(BaseModel):
@@ -52,7 +56,7 @@ class HarvestRecord(GatheredRecord):
 
 
 @dataclass(repr=False, kw_only=True)
-class Harvest(Gathered):
+class Harvest(Shown, Gathered):
     """What every subcomponent responds to, gathered from a stream of batches.
 
     Made by `vpd_lens.analysis.harvest.harvest`, or read with `Harvest.load`.
@@ -211,6 +215,20 @@ class Harvest(Gathered):
         inputs, outputs = (side.trimmed(self.usage.firings, n_tokens) for side in sides)
         kept = {"inputs": inputs, "outputs": outputs, "top": top, "random": random}
         return replace(self, **kept, data_state=None)
+
+    def __rich__(self) -> Group:
+        table = Table(title="Sites", title_justify="left")
+        table.add_column("site", overflow="fold")
+        for heading in ("C", "fired", "firing at a token", "most important", "fires at"):
+            right = heading not in ("most important", "fires at")
+            table.add_column(heading, justify="right" if right else "left", overflow="fold")
+        for site, size in zip(self.layout.names, self.layout.sizes, strict=True):
+            firings, most = self.usage.firings[self._columns(site)], self.table(site)[0]
+            seen = self.tokens(site, most.index, k=3) if firings[most.index] else []
+            fired, density = int((firings > 0).sum()), float(firings.sum()) / self.n_positions
+            texts = Text("  ".join(repr(self.strings[at.token]) for at in seen))
+            table.add_row(site, str(size), str(fired), f"{density:.1f}", f":{most.index}", texts)
+        return titled(repr(self), table)
 
     def __repr__(self) -> str:
         alive = int((self.usage.firings > 0).sum())
