@@ -112,6 +112,8 @@ def test_cards_of_a_dashboard_lead_to_each_other(example, tmp_path, open_file): 
     known = {f"{site}:{c}" for site in sites for c in range(3)}
 
     class Few:
+        labels = cards.labels
+
         def weights(self, name):
             return cards.weights(name) if name in known else []
 

@@ -13,6 +13,7 @@ import tests.browser
 from vpd_lens.analysis.circuits.graph import AttributionGraph
 from vpd_lens.analysis.circuits.tables import KINDS, Edges, Nodes
 from vpd_lens.analysis.circuits.targets import Output
+from vpd_lens.decomposition.labels import Labels
 from vpd_lens.errors import ArtefactError
 from vpd_lens.viz import graph_page
 
@@ -72,6 +73,8 @@ def random_edges(nodes, n_edges, chance):
 
 class Harvest:
     """Cards of every other subcomponent."""
+
+    labels = Labels()
 
     def check(self, fingerprint):
         if fingerprint == "another":
