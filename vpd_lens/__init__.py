@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.graph import AttributionGraph
     from vpd_lens.analysis.circuits.intervene import intervene
     from vpd_lens.analysis.circuits.prune import prune
+    from vpd_lens.analysis.clustering import Cluster, Clusters, cluster
     from vpd_lens.analysis.dataset_attribution import DatasetAttributions, dataset_attributions
     from vpd_lens.analysis.explain import Explanation, explain
     from vpd_lens.analysis.harvest import Harvest, harvest
@@ -50,6 +51,7 @@ _MODULES = {
     "analysis.attention": "Attention attention",
     "analysis.circuits": "Ablate AttributionGraph Patch PruneConfig Scale attribute edited "
     "intervene prune",
+    "analysis.clustering": "Cluster Clusters cluster",
     "analysis.dataset_attribution": "DatasetAttributions dataset_attributions",
     "analysis.explain": "Explanation explain",
     "analysis.harvest": "Harvest harvest",
@@ -70,21 +72,14 @@ _WHERE = {name: f"vpd_lens.{where}" for where in _MODULES for name in _MODULES[w
 
 # Written out for type checkers.
 __all__ = ["Ablate", "Attention", "AttributionGraph", "Card", "Cards"]
-__all__ += ["CausalImportanceConfig", "DatasetAttributions", "Decomposition", "Endpoint"]
-__all__ += ["EvalReport", "Explanation", "Harvest", "IntruderReport", "Label", "LabelRun"]
-__all__ += ["Labels", "Masks", "Patch", "PruneConfig"]
-__all__ += ["Redundancy", "Scale", "Site", "VPDConfig", "attention", "attribute", "card"]
-__all__ += ["dataset_attributions", "decompose", "edited", "evaluate", "explain", "harvest"]
-__all__ += [
-    "import_param_decomp",
-    "intervene",
-    "intruder",
-    "label",
-    "load",
-    "load_example",
-    "prune",
-]
-__all__ += ["redundancy", "remove", "train"]
+__all__ += ["CausalImportanceConfig", "Cluster", "Clusters", "DatasetAttributions"]
+__all__ += ["Decomposition", "Endpoint", "EvalReport", "Explanation", "Harvest"]
+__all__ += ["IntruderReport", "Label", "LabelRun", "Labels", "Masks", "Patch"]
+__all__ += ["PruneConfig", "Redundancy", "Scale", "Site", "VPDConfig", "attention"]
+__all__ += ["attribute", "card", "cluster", "dataset_attributions", "decompose", "edited"]
+__all__ += ["evaluate", "explain", "harvest", "import_param_decomp", "intervene"]
+__all__ += ["intruder", "label", "load", "load_example", "prune", "redundancy", "remove"]
+__all__ += ["train"]
 
 
 def __getattr__(name: str) -> Any:

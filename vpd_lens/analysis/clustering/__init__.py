@@ -4,6 +4,7 @@ from vpd_lens.analysis.clustering.activity import Activity, Coactivity, activity
 from vpd_lens.analysis.clustering.cluster import cluster, merge
 from vpd_lens.analysis.clustering.clusters import Cluster, Clusters
 from vpd_lens.analysis.clustering.samplers import Best, Boltzmann, Range, Rank, Sampler
+from vpd_lens.analysis.clustering.sweep import Sweep, distance, sweep
 
 __all__ = [
     "Activity",
@@ -15,7 +16,10 @@ __all__ = [
     "Range",
     "Rank",
     "Sampler",
+    "Sweep",
     "activity",
     "cluster",
+    "distance",
     "merge",
+    "sweep",
 ]

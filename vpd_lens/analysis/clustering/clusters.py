@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int, Int64
+from jaxtyping import Float, Float64, Int, Int64
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -71,9 +71,9 @@ class Cluster:
     def masks(
         self, vpd: Decomposition, value: float = 0.0, others: float = 1.0
     ) -> dict[str, Tensor]:
-        """For `vpd.masked`: masks `[1, 1, C]` of `value` for the members, and of `others` elsewhere.
+        """For `vpd.masked`: masks `[1, 1, C]` by site, `value` for the members, `others` elsewhere.
 
-        At sites without a member, too, unless `others` is 1. Edits take `members` as they are:
+        At sites without a member, too, unless `others` is 1. Edits take the members as they are:
         `vpd_lens.Ablate(cluster.members)`.
         """
         layout: Layout = vpd.layout
@@ -144,6 +144,11 @@ class Clusters(Shown):
             )
         return replace(self, n_groups=n_groups)
 
+    @property
+    def length(self) -> float:
+        """Bits per position of the description by these groups."""
+        return float(self.lengths[len(self.names) - self.n_groups])
+
     @cached_property
     def labels(self) -> Int64[Tensor, " n"]:
         """The number of every subcomponent's group."""
@@ -165,7 +170,7 @@ class Clusters(Shown):
         return parent, counts
 
     @cached_property
-    def _saves(self) -> Int[np.ndarray, " n"]:
+    def _saves(self) -> Float[np.ndarray, " n"]:
         """Bits that each group saves, by its first subcomponent."""
         parent, counts = self._merged
         n, bits = len(parent), log2(self.n_groups)
@@ -245,12 +250,10 @@ class Clusters(Shown):
 
     def __rich__(self) -> RenderableType:
         larger = sum(len(members) > 1 for members in self._members)
-        steps = len(self.names) - self.n_groups
-        first, now = self.lengths[0], self.lengths[steps]
         title = (
             f"{self.n_groups} groups of {len(self.names)} subcomponents, {larger} of more than one;"
-            f" {first:.1f} -> {now:.1f} bits per position (alpha {self.alpha:g}, {self.sampler}, "
-            f"seed {self.seed}, {self.n_positions} positions)"
+            f" {self.lengths[0]:.1f} -> {self.length:.1f} bits per position (alpha {self.alpha:g}, "
+            f"{self.sampler}, seed {self.seed}, {self.n_positions} positions)"
         )
         table = Table()
         for heading in ("", "size", "density", "together", "saves"):
@@ -299,7 +302,6 @@ class Clusters(Shown):
         artefact = storage.read(path, ClustersRecord)
         tensors = artefact.tensors("clusters")
         n, steps = len(artefact.record.names), len(tensors.get("merges", ()))
-        more = min(steps + 1, n - 1)
         sizes = [[n], [steps, 2], [steps], [steps], [len(tensors.get("best", ()))], [steps + 1]]
         storage.require_shapes(artefact.folder, tensors, dict(zip(_TENSORS, sizes, strict=True)))
         found = cls(**dict(artefact.record), **tensors)

@@ -127,5 +127,3 @@ class Boltzmann(Sampler):
 def _require(name: str, value: float, fits: bool, expected: str) -> None:
     if not fits:
         raise InputError(f"{name}={value}; expected {expected}.")
-
-
