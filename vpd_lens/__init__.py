@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vpd_lens.analysis.dataset_attribution import DatasetAttributions, dataset_attributions
     from vpd_lens.analysis.explain import Explanation, explain
     from vpd_lens.analysis.harvest import Harvest, harvest
+    from vpd_lens.analysis.interactions import interactions
     from vpd_lens.analysis.interpretation import Endpoint, IntruderReport, LabelRun, intruder, label
     from vpd_lens.config import CausalImportanceConfig, VPDConfig
     from vpd_lens.decomposing import decompose
@@ -55,6 +56,7 @@ _MODULES = {
     "analysis.dataset_attribution": "DatasetAttributions dataset_attributions",
     "analysis.explain": "Explanation explain",
     "analysis.harvest": "Harvest harvest",
+    "analysis.interactions": "interactions",
     "analysis.interpretation": "Endpoint IntruderReport LabelRun intruder label",
     "config": "CausalImportanceConfig VPDConfig",
     "decomposing": "decompose",
@@ -77,9 +79,9 @@ __all__ += ["Decomposition", "Endpoint", "EvalReport", "Explanation", "Harvest"]
 __all__ += ["IntruderReport", "Label", "LabelRun", "Labels", "Masks", "Patch"]
 __all__ += ["PruneConfig", "Redundancy", "Scale", "Site", "VPDConfig", "attention"]
 __all__ += ["attribute", "card", "cluster", "dataset_attributions", "decompose", "edited"]
-__all__ += ["evaluate", "explain", "harvest", "import_param_decomp", "intervene"]
-__all__ += ["intruder", "label", "load", "load_example", "prune", "redundancy", "remove"]
-__all__ += ["train"]
+__all__ += ["evaluate", "explain", "harvest", "import_param_decomp", "interactions"]
+__all__ += ["intervene", "intruder", "label", "load", "load_example", "prune"]
+__all__ += ["redundancy", "remove", "train"]
 
 
 def __getattr__(name: str) -> Any:

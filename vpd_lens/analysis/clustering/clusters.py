@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import log2
@@ -224,8 +224,10 @@ class Clusters(Shown):
             )
         return self[int(self.labels[self._place[name]])]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._place
+    def numbers(self, names: Iterable[str]) -> list[int]:
+        """The numbers of some subcomponents' groups; -1 of those that are in none."""
+        places = (self._place.get(name) for name in names)
+        return [-1 if place is None else int(self.labels[place]) for place in places]
 
     @cached_property
     def _place(self) -> Mapping[str, int]:
@@ -237,11 +239,11 @@ class Clusters(Shown):
         Groups of which a position has one node only, and other nodes, are left out.
         """
         found: dict[tuple[int, int], list[str]] = {}
-        for node in nodes:
-            name, _, position = node.rpartition("@")
-            if name in self:
-                key = int(position), int(self.labels[self._place[name]])
-                found.setdefault(key, []).append(node)
+        parts = [node.rpartition("@") for node in nodes]
+        numbers = self.numbers(name for name, *_ in parts)
+        for node, (*_, position), group in zip(nodes, parts, numbers, strict=True):
+            if group >= 0:
+                found.setdefault((int(position), group), []).append(node)
         return {
             f"cluster {group}@{position}": members
             for (position, group), members in sorted(found.items())

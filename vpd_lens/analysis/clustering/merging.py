@@ -105,9 +105,8 @@ class Groups:
                 self._bounds[row] = self.gains(row).max(initial=-np.inf)
                 self._computed[row] = self.n
         gains, starts = self._table(rows)
-        places = np.arange(len(gains))
-        if m < len(gains):
-            places = np.flatnonzero(gains >= np.partition(gains, -m)[-m])
+        least = np.partition(gains, -m)[-m] if m < len(gains) else -np.inf
+        places = np.flatnonzero((gains >= least) & (gains > -np.inf))
         places = places[np.argsort(-gains[places], kind="stable")][:m]
         return [self._pair(rows, gains, starts, place) for place in places.tolist()]
 
