@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import combinations, permutations
 from math import exp, log2
@@ -28,6 +29,7 @@ from vpd_lens.analysis.clustering.bits import coactive, counts_within, packed, u
 from vpd_lens.analysis.clustering.merging import Groups
 from vpd_lens.analysis.clustering.sweep import labels_distance
 from vpd_lens.errors import ArtefactError, DataError, InputError
+from vpd_lens.viz.graph_page import payload
 
 pytestmark = pytest.mark.filterwarnings("ignore:this decomposition is untrained")
 
@@ -303,3 +305,57 @@ def test_what_cannot_be_asked_is_refused(decomposed, clusters):
             wrong()
     with pytest.raises(InputError, match="at least one of each"):
         sweep(made(np.ones((3, 2), bool)), alphas=[])
+
+
+@pytest.fixture(scope="module")
+def explained():
+    """A model that is called trained, a graph of it, and clusters whose groups are in it."""
+    model = vpd_lens.decompose(tiny_bridge(), n_subcomponents=5)
+    model.vpd.trained_steps = 1
+    rows = torch.randint(0, 29, (8, 8), generator=torch.Generator().manual_seed(1))
+    graph = vpd_lens.attribute(model, rows[0][:4], progress=False)
+    return model, graph, vpd_lens.cluster(model, rows, threshold=0.4, progress=False)
+
+
+def test_groups_are_nodes_of_a_graph_whose_edges_are_sums(explained):
+    _, graph, clusters = explained
+    groups, whole = clusters.groups_in(graph), graph.to_networkx()
+    small = graph.to_networkx(clusters=clusters)
+    inside = {member for members in groups.values() for member in members}
+    assert groups
+    assert set(small) == set(whole) - inside | set(groups)
+    (name, members), *_ = groups.items()
+    assert small.nodes[name]["members"] == members
+    for target in small.successors(name):
+        ends = groups.get(target, [target])
+        total = sum(w for a, b, w in whole.edges(data="weight") if a in members and b in ends)
+        assert small.edges[name, target]["weight"] == pytest.approx(total, abs=1e-5)
+    assert not any(small.has_edge(name, name) for name in groups)
+
+
+def test_groups_are_supernodes_and_on_the_page(explained, tmp_path):
+    _, graph, clusters = explained
+    groups = clusters.groups_in(graph)
+    path = graph.to_circuit_tracer(tmp_path, "a", clusters=clusters)
+    written = json.loads(path.read_text())
+    view, known = written["qParams"], {node["node_id"] for node in written["nodes"]}
+    assert [node[0] for node in view["supernodes"]] == list(groups)
+    assert all(set(members) <= known for _, *members in view["supernodes"])
+    shown = payload(graph, clusters=clusters)["groups"]
+    assert {group["name"]: group["members"] for group in shown} == groups
+    assert payload(graph)["groups"] == []
+    other = replace(clusters, fingerprint="another")
+    with pytest.raises(ArtefactError, match="of another decomposition"):
+        graph.to_html(tmp_path / "graph.html", clusters=other)
+
+
+def test_a_card_says_which_group_it_is_in(explained):
+    model, _, clusters = explained
+    cluster = next(c for c in clusters if len(c) > 1)
+    card = vpd_lens.card(model, cluster.members[0], clusters=clusters)
+    assert card.cluster == cluster.number
+    assert card.friends == list(zip(cluster.members, cluster.shares, strict=True))[1:9]
+    assert f"cluster {cluster.number}" in str(card)
+    assert vpd_lens.card(model, cluster.members[0]).friends == []
+    with pytest.raises(ArtefactError, match="of another decomposition"):
+        vpd_lens.Cards(model, clusters=replace(clusters, fingerprint="another"))

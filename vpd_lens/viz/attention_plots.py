@@ -29,7 +29,7 @@ _CLEAR = [*to_rgba(MAIN)[:3], 0.0], [*to_rgba(BESIDE)[:3], 0.0]
 _SIGNED = LinearSegmentedColormap.from_list(
     "signed", [(0, MAIN), (0.5, _CLEAR[0]), (0.5, _CLEAR[1]), (1, BESIDE)]
 )
-_POSITIVE = LinearSegmentedColormap.from_list("positive", [_CLEAR[0], MAIN])
+POSITIVE = LinearSegmentedColormap.from_list("positive", [_CLEAR[0], MAIN])
 
 
 @svg("attention-offsets", "Pairs of q and k subcomponents by distance and head", FULL)
@@ -198,7 +198,7 @@ def _heat(
     """A matrix in colours, with a bar for them if it is alone in its figure."""
     limit = float(np.nanmax(np.abs(values))) if limit is None else limit
     limits = {"vmin": -limit if signed else 0.0, "vmax": max(limit, 1e-12)}
-    cmap = _SIGNED if signed else _POSITIVE
+    cmap = _SIGNED if signed else POSITIVE
     image = axes.imshow(values, cmap=cmap, aspect="auto", interpolation="nearest", **limits)
     axes.grid(False)
     if figure is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import log2
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from vpd_lens.decomposition.masks import Layout
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import ArtefactError, InputError
 from vpd_lens.rendering import Shown, titled
+
+if TYPE_CHECKING:
+    from vpd_lens.analysis.circuits.graph import AttributionGraph
 
 _SHOWN = 10
 
@@ -232,6 +236,15 @@ class Clusters(Shown):
     @cached_property
     def _place(self) -> Mapping[str, int]:
         return {name: i for i, name in enumerate(self.names)}
+
+    def groups_in(self, graph: AttributionGraph) -> dict[str, list[str]]:
+        """Which nodes of a graph are of one group and position; see `grouped`.
+
+        Raises:
+            ArtefactError: If the graph is of another decomposition.
+        """
+        self.check(graph.settings.get("decomposition", self.fingerprint))
+        return self.grouped(graph.nodes.names())
 
     def grouped(self, nodes: Sequence[str]) -> dict[str, list[str]]:
         """Nodes of a graph by group and position: `{"cluster 3@5": ["blocks.0.mlp.in:31@5", ...]}`.

@@ -1,4 +1,4 @@
-// Groups of nodes made by hand. A group stands for its members; its edges are sums of theirs.
+// Groups of nodes: clusters that Python found, or what the reader made of them. A group stands for its members; its edges are sums of theirs.
 
 const GROUPS_KEY = `vpd-graph:${data.hash}`;
 const numberOf = new Map(nodes.name.map((name, node) => [name, node]));
@@ -91,7 +91,7 @@ function groupsFrom(named) {
 
 function loadGroups() {
   const saved = stored(GROUPS_KEY);
-  if (Array.isArray(saved)) groups.push(...groupsFrom(saved));
+  groups.push(...groupsFrom(Array.isArray(saved) ? saved : data.groups));
   deriveEdges();
 }
 
