@@ -37,8 +37,8 @@ from vpd_lens.viz import cluster_plots as plots
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PROMPT = "class Queue:\n    def __init__("
-ALPHAS, SEEDS, ALPHA = (1.0, 3.0, 10.0, 30.0), (0, 1), 10.0
-PER_SEQUENCE, N_MEASURED = 8, 24
+ALPHAS, SEEDS, ALPHA = (1.0, 10.0), (0, 1), 10.0
+PER_SEQUENCE, N_MEASURED = 4, 16
 console = Console(width=110)
 
 
@@ -56,8 +56,11 @@ def main() -> None:
     runs = [merge(found, alpha, Best(), until_one=True) for alpha in ALPHAS]
     kept = runs[ALPHAS.index(ALPHA)]
     console.print(kept)
-    tables = vpd_lens.interactions(model, rows, clusters=kept)
-    checks = {site: measure(table, model, rows, n=N_MEASURED) for site, table in tables.items()}
+    tables = vpd_lens.interactions(model, rows, clusters=kept, n_batches=8)
+    checks = {
+        site: measure(table, model, rows, n=N_MEASURED, batch_size=4)
+        for site, table in tables.items()
+    }
     for site, table in tables.items():
         console.print(table, checks[site], table.inside())
     record = {
@@ -145,7 +148,7 @@ def described(run: Clusters, harvest: Harvest) -> list[dict[str, Any]]:
 def q_with_k(model: torch.nn.Module, rows: torch.Tensor) -> list[dict[str, Any]]:
     """The q and k subcomponents of a layer that go together most, at the distance of one."""
     names = [f"blocks.{layer}.attn.{part}" for layer in range(4) for part in "qk"]
-    found = activity(model, rows, n_batches=16, sites=names, progress=False)
+    found = activity(model, rows, n_batches=4, sites=names, progress=False)
     result = []
     for layer in range(4):
         q, k = names[2 * layer : 2 * layer + 2]

@@ -1,4 +1,4 @@
-"""`vpd-lens eval`, `info`, `graph`, `explain`, `harvest`, `cluster`: what becomes of what was saved."""
+"""`vpd-lens eval`, `info`, `graph`, `explain`, `harvest`, `cluster`: using what was saved."""
 
 from __future__ import annotations
 
