@@ -27,6 +27,8 @@ from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import ArtefactError, InputError
 from vpd_lens.rendering import Shown
 
+NAMED = ("name", "friend")  # kinds of lists whose entries are subcomponents
+
 
 @dataclass(repr=False)
 class Card(Shown):
@@ -135,7 +137,7 @@ class Card(Shown):
         shown = {"share": "{0!r} {1:.0%}", "token": "{0!r} {1:+.2f}"}
         shown |= {"part": "{0}: {1:.0%}", "name": "{0} {1:+.2f}", "friend": "{0} {1:.0%}"}
         for title, kind, entries in self.lists():
-            if kind == "name":
+            if kind in NAMED:
                 entries = [(self._named(name), value) for name, value in entries]
             rows.append((title, "  ".join(shown[kind].format(*entry) for entry in entries)))
         return rows
@@ -207,7 +209,7 @@ class Cards:
         card = self._of_weights(name)
         self._harvested(card, *self._checked(name))
         card.label = self.labels.text(name)
-        named = {other for _, kind, rows in card.lists() if kind == "name" for other, _ in rows}
+        named = {other for _, kind, rows in card.lists() if kind in NAMED for other, _ in rows}
         card.labels = {other: text for other in named if (text := self.labels.text(other))}
         return card
 
