@@ -134,6 +134,21 @@ def test_training_on_text_with_an_evaluation(finished):
     assert f"Next: vpd-lens harvest {folder}" in result.stdout
 
 
+def test_clusters_are_printed_and_stored(finished, base, tmp_path):
+    from vpd_lens.analysis.clustering import Clusters
+
+    folder, _ = finished
+    data = ["--data", str(base / "text"), "--n-batches", "2", "--batch-size", "4"]
+    where = ["--seq-len", "8", "--output", str(tmp_path / "clusters")]
+    result = call("cluster", folder, *data, *where, "--best", "--until-one")
+    assert "of more than one" in result.stdout
+    found = Clusters.load(tmp_path / "clusters")
+    assert found.at(1).labels.max() == 0
+    assert found.sampler == "Best()"
+    result = call("cluster", folder, *data, *where, "--threshold", "1", code=2)
+    assert_said(result, "threshold=1.0; expected an importance between 0 and 1")
+
+
 def test_one_behaviour_has_a_second_source(write_run, base, tmp_path):
     targeted = {"preset": "targeted", "importance": {"hidden": [8]}}
     path = write_run(targeted, elsewhere=str(base / "text"))

@@ -369,6 +369,30 @@ def test_a_group_stands_for_its_members(opened, graph):
     assert opened.state("groups") == []
 
 
+class Clusters:
+    """Two groups, the first of two subcomponents."""
+
+    def __init__(self, graph):
+        names = [name for name in graph.nodes.names() if name.startswith("blocks.")]
+        self.groups = {"cluster 3@1": names[:2], "cluster 4@2": names[2:5]}
+
+    def groups_in(self, graph):
+        return self.groups
+
+
+def test_clusters_are_groups_until_they_are_changed(graph, tmp_path, open_file):
+    clusters = Clusters(graph)
+    opened = open_file(graph_page.to_html(graph, tmp_path / "graph.html", clusters=clusters))
+    expected = [{"name": name, "members": m} for name, m in clusters.groups.items()]
+    assert opened.state("groups") == expected
+    node(opened, "cluster 3@1").click()
+    opened.page.click("#ungroup")
+    assert opened.state("groups") == expected[1:]
+    opened.page.wait_for_timeout(300)  # a browser writes what a page stores in the background
+    opened.page.reload()
+    assert opened.state("groups") == expected[1:]
+
+
 def test_a_group_may_hold_what_is_explained(opened, graph):
     names = [name for name in graph.nodes.names() if name.startswith("output")]
     for name in names:

@@ -36,9 +36,11 @@ if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.graph import AttributionGraph
     from vpd_lens.analysis.circuits.intervene import intervene
     from vpd_lens.analysis.circuits.prune import prune
+    from vpd_lens.analysis.clustering import Cluster, Clusters, cluster
     from vpd_lens.analysis.dataset_attribution import DatasetAttributions, dataset_attributions
     from vpd_lens.analysis.explain import Explanation, explain
     from vpd_lens.analysis.harvest import Harvest, harvest
+    from vpd_lens.analysis.interactions import interactions
     from vpd_lens.analysis.interpretation import Endpoint, IntruderReport, LabelRun, intruder, label
     from vpd_lens.config import CausalImportanceConfig, VPDConfig
     from vpd_lens.decomposing import decompose
@@ -59,9 +61,11 @@ _MODULES = {
     "analysis.attention": "Attention attention",
     "analysis.circuits": "Ablate AttributionGraph Patch PruneConfig Scale attribute edited "
     "intervene prune",
+    "analysis.clustering": "Cluster Clusters cluster",
     "analysis.dataset_attribution": "DatasetAttributions dataset_attributions",
     "analysis.explain": "Explanation explain",
     "analysis.harvest": "Harvest harvest",
+    "analysis.interactions": "interactions",
     "analysis.interpretation": "Endpoint IntruderReport LabelRun intruder label",
     "config": "CausalImportanceConfig VPDConfig",
     "decomposing": "decompose",
@@ -79,13 +83,13 @@ _WHERE = {name: f"vpd_lens.{where}" for where in _MODULES for name in _MODULES[w
 
 # Written out for type checkers.
 __all__ = ["Ablate", "Attention", "AttributionGraph", "Card", "Cards"]
-__all__ += ["CausalImportanceConfig", "DatasetAttributions", "Decomposition", "Endpoint"]
-__all__ += ["EvalReport", "Explanation", "Harvest", "IntruderReport", "Label", "LabelRun"]
-__all__ += ["Labels", "Masks", "Patch", "PruneConfig"]
-__all__ += ["Redundancy", "Scale", "Site", "VPDConfig", "attention", "attribute", "card"]
-__all__ += ["dataset_attributions", "decompose", "edited", "evaluate", "explain", "harvest"]
-__all__ += ["import_param_decomp", "intervene", "intruder", "label", "load", "load_example"]
-__all__ += ["plots", "prune"]
+__all__ += ["CausalImportanceConfig", "Cluster", "Clusters", "DatasetAttributions"]
+__all__ += ["Decomposition", "Endpoint", "EvalReport", "Explanation", "Harvest"]
+__all__ += ["IntruderReport", "Label", "LabelRun", "Labels", "Masks", "Patch"]
+__all__ += ["PruneConfig", "Redundancy", "Scale", "Site", "VPDConfig", "attention"]
+__all__ += ["attribute", "card", "cluster", "dataset_attributions", "decompose", "edited"]
+__all__ += ["evaluate", "explain", "harvest", "import_param_decomp", "interactions"]
+__all__ += ["intervene", "intruder", "label", "load", "load_example", "plots", "prune"]
 __all__ += ["redundancy", "remove", "train"]
 
 

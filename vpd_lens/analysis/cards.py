@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from vpd_lens.analysis.clustering import Clusters
 from vpd_lens.analysis.dataset_attribution import DatasetAttributions
 from vpd_lens.analysis.harvest import Harvest
 from vpd_lens.analysis.harvest.examples import Example
@@ -25,6 +26,8 @@ from vpd_lens.decomposition.labels import Labels
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.errors import ArtefactError, InputError
 from vpd_lens.rendering import Shown
+
+NAMED = ("name", "friend")  # kinds of lists whose entries are subcomponents
 
 
 @dataclass(repr=False)
@@ -49,6 +52,8 @@ class Card(Shown):
         alike: Those that write, or read, in the same direction.
         sources: What acts on it over the data set of the attributions.
         targets: What it acts on.
+        cluster: Number of the group that it is in.
+        friends: Others of the group, with the share of its positions at which each is active.
         examples: Text where it fires most, with importances and activations.
         final_scale: Of the final norm, for which `promotes` and `suppresses` hold.
     """
@@ -70,6 +75,8 @@ class Card(Shown):
     alike: list[Neighbour] = field(default_factory=list)
     sources: list[tuple[str, float]] = field(default_factory=list)
     targets: list[tuple[str, float]] = field(default_factory=list)
+    cluster: int | None = None
+    friends: list[tuple[str, float]] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     strings: list[list[str]] = field(default_factory=list)
     final_scale: float = 1.0
@@ -99,7 +106,8 @@ class Card(Shown):
         """What is not empty, each as title, kind of entry, and entries with their values.
 
         Kinds are `"share"` and `"token"`, whose entries are tokens, with a share or an effect;
-        `"part"`, heads and neurons with their shares; and `"name"`, other subcomponents.
+        `"part"`, heads and neurons with their shares; and `"name"` and `"friend"`, other
+        subcomponents, with an effect or a share.
         """
         found: list[tuple[str, str, Any]] = [
             ("fires at", "share", self.fires_at),
@@ -115,6 +123,7 @@ class Card(Shown):
             ("is like", "name", self.alike),
             ("acted on by", "name", self.sources),
             ("acts on", "name", self.targets),
+            (f"cluster {self.cluster}", "friend", self.friends),
         ]
         return [
             (title, kind, [tuple(e) for e in entries]) for title, kind, entries in found if entries
@@ -126,9 +135,9 @@ class Card(Shown):
             used = f"at {self.density:.2%} of tokens, mean importance {self.mean_importance:.2g}"
             rows.append(("fires", used))
         shown = {"share": "{0!r} {1:.0%}", "token": "{0!r} {1:+.2f}"}
-        shown |= {"part": "{0}: {1:.0%}", "name": "{0} {1:+.2f}"}
+        shown |= {"part": "{0}: {1:.0%}", "name": "{0} {1:+.2f}", "friend": "{0} {1:.0%}"}
         for title, kind, entries in self.lists():
-            if kind == "name":
+            if kind in NAMED:
                 entries = [(self._named(name), value) for name, value in entries]
             rows.append((title, "  ".join(shown[kind].format(*entry) for entry in entries)))
         return rows
@@ -153,11 +162,12 @@ class Cards:
         model: A decomposed transformer.
         harvest: What subcomponents respond to (`vpd_lens.harvest`).
         attributions: How they act on each other (`vpd_lens.dataset_attributions`).
+        clusters: Which are active together (`vpd_lens.cluster`).
         k: Entries of every list.
         n_examples: Examples of every card.
 
     Raises:
-        ArtefactError: If the harvest or the attributions are of another decomposition.
+        ArtefactError: If any of these is of another decomposition.
         InputError: If the model has no known residual stream.
     """
 
@@ -166,6 +176,7 @@ class Cards:
         model: nn.Module,
         harvest: Harvest | None = None,
         attributions: DatasetAttributions | None = None,
+        clusters: Clusters | None = None,
         *,
         k: int = 8,
         n_examples: int = 3,
@@ -173,10 +184,11 @@ class Cards:
         if k < 1 or n_examples < 0:
             raise InputError(f"k={k}, n_examples={n_examples}; expected at least 1 and 0.")
         self.vpd = decomposition_of(model)
-        if attributions is not None:
-            attributions.check(self.vpd)
+        for given in (attributions, clusters):
+            if given is not None:
+                given.check(self.vpd)
         self.directions = Directions(self.vpd, harvest)
-        self.harvest, self.attributions = harvest, attributions
+        self.harvest, self.attributions, self.clusters = harvest, attributions, clusters
         self.k, self.n_examples = k, n_examples
 
     @property
@@ -197,7 +209,7 @@ class Cards:
         card = self._of_weights(name)
         self._harvested(card, *self._checked(name))
         card.label = self.labels.text(name)
-        named = {other for _, kind, rows in card.lists() if kind == "name" for other, _ in rows}
+        named = {other for _, kind, rows in card.lists() if kind in NAMED for other, _ in rows}
         card.labels = {other: text for other in named if (text := self.labels.text(other))}
         return card
 
@@ -247,6 +259,11 @@ class Cards:
         if self.attributions is not None and index in self.attributions.alive.get(site, ()):
             card.sources = self.attributions.sources(name, k)
             card.targets = self.attributions.targets(name, k)
+        if self.clusters is not None and self.clusters.numbers([name])[0] >= 0:
+            cluster = self.clusters.of(name)
+            both = zip(cluster.members, cluster.shares, strict=True)
+            card.cluster = cluster.number
+            card.friends = [(other, share) for other, share in both if other != name][:k]
         return card
 
     def _checked(self, name: str) -> tuple[str, int]:
@@ -267,6 +284,7 @@ def card(
     name: str,
     harvest: Harvest | None = None,
     attributions: DatasetAttributions | None = None,
+    clusters: Clusters | None = None,
 ) -> Card:
     """Everything that is known about one subcomponent; `Cards` makes many.
 
@@ -275,9 +293,10 @@ def card(
         name: The subcomponent, such as `"blocks.0.mlp.out:17"`.
         harvest: What subcomponents respond to; without it, a card says what the weights say.
         attributions: How they act on each other over a data set.
+        clusters: Which are active together.
 
     Raises:
-        ArtefactError: If the harvest or the attributions are of another decomposition.
+        ArtefactError: If any of these is of another decomposition.
         InputError: If there is no such subcomponent.
 
     Examples:
@@ -288,4 +307,4 @@ def card(
         >>> found.promotes[0].token
         'U'
     """
-    return Cards(model, harvest, attributions)[name]
+    return Cards(model, harvest, attributions, clusters)[name]

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from vpd_lens.analysis.cards import Cards
 from vpd_lens.analysis.circuits import targets
+from vpd_lens.analysis.clustering import Clusters
 from vpd_lens.analysis.dataset_attribution import DatasetAttributions
 from vpd_lens.analysis.harvest import Harvest
 from vpd_lens.decomposition.importance import lower_leaky
@@ -222,6 +223,7 @@ def explain(
     position: int = -1,
     harvest: Harvest | None = None,
     attributions: DatasetAttributions | None = None,
+    clusters: Clusters | None = None,
     threshold: float = NEEDED,
     prepend_bos: bool | None = None,
 ) -> Explanation:
@@ -235,11 +237,12 @@ def explain(
         position: After which token of the text the target comes.
         harvest: What subcomponents respond to, for their cards.
         attributions: How they act on each other over a data set, for their cards.
+        clusters: Which are active together, for their cards.
         threshold: Importance above which a subcomponent counts as needed.
         prepend_bos: Whether text gets a BOS token; `None`: the model's own default.
 
     Raises:
-        ArtefactError: If the harvest or the attributions are of another decomposition.
+        ArtefactError: If the harvest, attributions or clusters are of another decomposition.
         AttachError: If the model carries no decomposition.
         InputError: If the text or the target cannot be used.
 
@@ -279,7 +282,7 @@ def explain(
         probability=float(probabilities[position, token]),
         predictions=predictions,
         layout=vpd.layout,
-        cards=Cards(model, harvest, attributions),
+        cards=Cards(model, harvest, attributions, clusters),
         threshold=threshold,
     )
 

@@ -12,6 +12,7 @@ from typer import Option
 
 from vpd_lens import __version__
 from vpd_lens.cli.analyse import (
+    cluster_command,
     eval_command,
     explain_command,
     graph_command,
@@ -37,6 +38,7 @@ app.command("train")(train_command)
 app.command("eval")(eval_command)
 app.command("info")(info_command)
 app.command("harvest")(harvest_command)
+app.command("cluster")(cluster_command)
 app.command("graph")(graph_command)
 app.command("explain")(explain_command)
 app.command("explore")(explore_command)

@@ -1,4 +1,4 @@
-"""`vpd-lens eval`, `info`, `graph`, `explain`, `harvest`: what is done with what was saved."""
+"""`vpd-lens eval`, `info`, `graph`, `explain`, `harvest`, `cluster`: using what was saved."""
 
 from __future__ import annotations
 
@@ -106,6 +106,9 @@ def graph_command(
     html: Annotated[Path | None, Option(help="Write a page to explore.")] = None,
     save: Annotated[Path | None, Option(help="Write a directory to load again.")] = None,
     harvest: options.Responses = None,
+    clusters: Annotated[
+        Path | None, Option(help="What `vpd-lens cluster` wrote: groups of nodes for the page.")
+    ] = None,
     model_class: options.ModelClassName = "auto",
     processing: options.ProcessingName = "default",
     device: options.Device = None,
@@ -138,18 +141,22 @@ def graph_command(
         if save is not None:
             say(f"Graph: {graph.save(save)}", quiet)
         if html is not None:
-            say(f"Page: {graph.to_html(html, **_known(loaded, graph, examples))}", quiet)
+            known = _known(loaded, graph, examples, clusters)
+            say(f"Page: {graph.to_html(html, **known)}", quiet)
 
 
-def _known(model: Any, graph: Any, examples: Any) -> dict[str, Any]:
+def _known(model: Any, graph: Any, examples: Any, clusters: Path | None) -> dict[str, Any]:
     """What a graph's page says beside the graph."""
     from vpd_lens.analysis.attention import head_loadings
     from vpd_lens.analysis.cards import Cards
+    from vpd_lens.analysis.clustering import Clusters
 
     names = model.vpd.layout.names
     split = any(name.endswith("attn.v") and f"{name[:-1]}o" in names for name in names)
     loadings = head_loadings(model, graph) if split else None
-    return {"cards": Cards(model, examples), "loadings": loadings}
+    groups = None if clusters is None else Clusters.load(clusters, model.vpd)
+    cards = Cards(model, examples, clusters=groups)
+    return {"cards": cards, "loadings": loadings, "clusters": groups}
 
 
 def explain_command(
@@ -276,3 +283,57 @@ def harvest_command(
         cards = Cards(loaded, result)
         index = write(result, output / "dashboard", f"Harvest of {decomposition}", cards)
         say(f"Dashboard: {index}", quiet)
+
+
+def cluster_command(
+    decomposition: options.Decomposed,
+    data: Annotated[str, Option(help="Text or tokens: path, or hf:NAME.")],
+    output: Annotated[Path, Option(help="Directory of the clusters.")],
+    model: options.Model = None,
+    base: options.Base = None,
+    alpha: Annotated[
+        float, Option(min=0, help="Bits to describe one subcomponent of an active group.")
+    ] = 1.0,
+    best: Annotated[
+        bool, Option("--best", help="Always merge the cheapest pair, and draw none by rank.")
+    ] = False,
+    until_one: Annotated[
+        bool, Option("--until-one", help="Go on to a single group, and keep the whole history.")
+    ] = False,
+    threshold: Annotated[
+        float, Option(help="Importance above which a subcomponent is active.")
+    ] = 0.01,
+    n_batches: Annotated[int, Option(min=1, help="Batches at most.")] = 32,
+    batch_size: options.BatchSize = 16,
+    seq_len: options.SeqLen = None,
+    per_sequence: Annotated[
+        int | None, Option(min=1, help="Positions drawn of each sequence; default: all.")
+    ] = None,
+    model_class: options.ModelClassName = "auto",
+    processing: options.ProcessingName = "default",
+    seed: Annotated[int, Option(min=0, help="Seed of pairs and positions.")] = 0,
+    device: options.Device = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Group subcomponents that are active together, print the groups, and store them."""
+    with readable_errors(debug):
+        loaded = load_decomposed(decomposition, model, model_class, device, processing, base)
+        from vpd_lens.analysis.clustering import Best, Rank, cluster
+
+        found = cluster(
+            loaded,
+            data,
+            alpha=alpha,
+            sampler=Best() if best else Rank(),
+            until_one=until_one,
+            threshold=threshold,
+            n_batches=n_batches,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            per_sequence=per_sequence,
+            seed=seed,
+            progress=not quiet,
+        )
+        say(found, quiet)
+        say(f"Clusters: {found.save(output)}", quiet)

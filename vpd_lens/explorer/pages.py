@@ -59,6 +59,7 @@ def graph(bench: Workbench, key: str) -> HTMLResponse:
     data = graph_page.payload(kept.graph, loadings=kept.loadings)
     data["labels"] = bench.labels.texts()
     data["groups"] = [group.model_dump() for group in kept.notes.groups]
+    data["keepsGroups"] = True
     shell = _shell(bench, kept.notes.question, nonce, "Attribution graph", graph=_of(key, kept))
     page = graph_page.render(
         data,

@@ -25,6 +25,7 @@ from vpd_lens.storage import atomic_folder, read_json, write_json, write_text
 if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.graph import AttributionGraph
     from vpd_lens.analysis.circuits.tables import AttentionPair
+    from vpd_lens.analysis.clustering import Clusters
     from vpd_lens.analysis.harvest import Harvest
 
 INDEX = "graph-metadata.json"
@@ -38,6 +39,7 @@ def to_circuit_tracer(
     axis: Axis = "site",
     node_threshold: float | None = 0.8,
     pairs: Sequence[AttentionPair] | None = None,
+    clusters: Clusters | None = None,
 ) -> Path:
     """Write a graph's file, and enter it into the folder's list of graphs.
 
@@ -49,6 +51,7 @@ def to_circuit_tracer(
         axis: What a layer of the viewer is: each matrix (`"site"`) or each block (`"block"`).
         node_threshold: Where the viewer's pruning slider begins; `None` for no slider.
         pairs: What subcomponents contribute to attention scores.
+        clusters: Nodes of one position and cluster are pinned as a supernode.
 
     Raises:
         InputError: If an argument cannot be used, or the graph has values that are not finite.
@@ -61,7 +64,7 @@ def to_circuit_tracer(
     about["transcoder_list"] = []
     if harvest is not None:
         harvest.check(graph.settings.get("decomposition", ""))
-    data = graph_json(graph, axis, pairs)
+    data = graph_json(graph, axis, pairs, clusters)
     index = _with_entry(folder / INDEX, about)
     if harvest is None:
         # Those of an earlier graph of this name may be numbered otherwise.

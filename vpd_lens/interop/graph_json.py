@@ -21,6 +21,7 @@ from vpd_lens.errors import InputError
 if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.graph import AttributionGraph
     from vpd_lens.analysis.circuits.tables import AttentionPair
+    from vpd_lens.analysis.clustering import Clusters
 
 Axis = Literal["site", "block"]
 
@@ -113,7 +114,10 @@ def checked_slug(slug: str, name: str = "slug") -> str:
 
 
 def graph_json(
-    graph: AttributionGraph, axis: Axis, pairs: Sequence[AttentionPair] | None
+    graph: AttributionGraph,
+    axis: Axis,
+    pairs: Sequence[AttentionPair] | None,
+    clusters: Clusters | None = None,
 ) -> dict[str, Any]:
     """Everything of the graph JSON but its metadata, if it has outputs and finite values only."""
     _require_finite(graph, pairs or ())
@@ -122,7 +126,12 @@ def graph_json(
     ids = [node["node_id"] for node in nodes]
     links = (getattr(graph.edges, name).tolist() for name in graph.edges.columns())
     first = next(node["node_id"] for node in nodes if node["is_target_logit"])
-    view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": first, "sg_pos": ""}
+    groups = {} if clusters is None else clusters.groups_in(graph)
+    id_of = dict(zip(graph.nodes.names(), ids, strict=True))
+    supernodes = [[name, *(id_of[member] for member in m)] for name, m in groups.items()]
+    pinned = [node for _, *members in supernodes for node in members]  # else they are not shown
+    view = {"pinnedIds": pinned, "supernodes": supernodes, "linkType": "both", "clickedId": first}
+    view["sg_pos"] = ""
     data: dict[str, Any] = {"qParams": view, "nodes": nodes}
     data["links"] = [
         {"source": ids[source], "target": ids[target], "weight": weight}

@@ -21,6 +21,7 @@ from vpd_lens.storage import write_text
 if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.graph import AttributionGraph
     from vpd_lens.analysis.circuits.tables import AttentionPair
+    from vpd_lens.analysis.clustering import Clusters
 
 # Of an upload, after compression.
 LIMIT_BYTES = 100 * 2**20
@@ -34,6 +35,7 @@ def to_neuronpedia(
     pairs: Sequence[AttentionPair] | None = None,
     node_threshold: float | None = 0.8,
     feature_json_base_url: str | None = None,
+    clusters: Clusters | None = None,
 ) -> Path:
     """Write a graph's file for upload to Neuronpedia.
 
@@ -46,6 +48,7 @@ def to_neuronpedia(
         node_threshold: Where the viewer's pruning slider begins; `None` for no slider.
         feature_json_base_url: Where you host the files of `features/<slug>` that
             `to_circuit_tracer(..., axis="block")` wrote.
+        clusters: Nodes of one position and cluster are pinned as a supernode.
 
     Raises:
         InputError: If an argument cannot be used, the graph has values that are not finite, or
@@ -58,7 +61,7 @@ def to_neuronpedia(
         del about["node_threshold"]
     if feature_json_base_url is not None:
         about["feature_details"] = {"feature_json_base_url": feature_json_base_url}
-    data = graph_json(graph, "block", pairs)
+    data = graph_json(graph, "block", pairs, clusters)
     layers = [node["layer"] for node in data["nodes"] if node["feature_type"] != "logit"]
     if not any(layer.isdigit() and int(layer) > 0 for layer in layers):
         raise InputError(

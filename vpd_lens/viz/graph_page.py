@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vpd_lens.analysis.attention import HeadLoadings
     from vpd_lens.analysis.cards import Cards
     from vpd_lens.analysis.circuits.graph import AttributionGraph
+    from vpd_lens.analysis.clustering import Clusters
     from vpd_lens.analysis.harvest import Harvest
 
 # More than a browser filters between two frames, and a few megabytes of page.
@@ -44,6 +45,7 @@ def to_html(
     title: str | None = None,
     cards: Cards | None = None,
     loadings: HeadLoadings | None = None,
+    clusters: Clusters | None = None,
 ) -> Path:
     """Write a page that needs no network, to explore a graph by hand.
 
@@ -54,11 +56,13 @@ def to_html(
         title: Heading of the page.
         cards: What is known of subcomponents (`vpd_lens.Cards`), which says more than a harvest.
         loadings: What each head carries of the edges from v to o (`head_loadings`).
+        clusters: Nodes of one position and cluster are shown as a group, until a reader changes
+            the groups.
 
     Raises:
-        ArtefactError: If the harvest, or the cards, are of another decomposition.
+        ArtefactError: If the harvest, the cards or the clusters are of another decomposition.
     """
-    data = payload(graph, harvest, cards, loadings)
+    data = payload(graph, harvest, cards, loadings, clusters)
     write_text(Path(path), render(data, title or "Attribution graph"))
     return Path(path)
 
@@ -101,6 +105,7 @@ def payload(
     harvest: Harvest | None = None,
     cards: Cards | None = None,
     loadings: HeadLoadings | None = None,
+    clusters: Clusters | None = None,
 ) -> dict[str, Any]:
     """What the page shows, as JSON-able columns of nodes and, the strongest first, of edges."""
     influence, nodes = graph.influence(), graph.nodes
@@ -133,6 +138,7 @@ def payload(
         },
         "cards": _cards(graph, harvest, cards),
         "labels": _labels(graph, cards or harvest),
+        "groups": [] if clusters is None else _groups(graph, clusters),
     }
     settings = {name: graph.settings.get(name) for name in ("frozen", "delta", "threshold")}
     return rounded(data) | {"settings": settings}
@@ -167,6 +173,11 @@ def _heads(
 def _labels(graph: AttributionGraph, known: Harvest | Cards | None) -> dict[str, str]:
     """What subcomponents are called now, or else were when the graph was saved."""
     return (known is not None and known.labels.texts()) or graph.labels.texts()
+
+
+def _groups(graph: AttributionGraph, clusters: Clusters) -> list[dict[str, Any]]:
+    """Groups as the page writes them to a file."""
+    return [{"name": name, "members": m} for name, m in clusters.groups_in(graph).items()]
 
 
 def _cards(

@@ -103,21 +103,25 @@ function tokenTable(title, rows) {
   return box;
 }
 
+// Kinds of entries: names of other subcomponents, and shares.
+const NAMED = new Set(["name", "friend"]);
+const SHARES = new Set(["part", "friend"]);
+
 // What the weights read and write; other subcomponents are links to their cards.
 function weightLists(lists) {
   const box = make("dl", "weights");
   for (const [title, kind, entries] of lists) {
     const row = make("dd");
     for (const [text, value] of entries) {
-      const entry = make(kind === "name" ? "a" : "span", value < 0 ? "minus" : "plus");
-      if (kind === "name") {
+      const entry = make(NAMED.has(kind) ? "a" : "span", value < 0 ? "minus" : "plus");
+      if (NAMED.has(kind)) {
         const [, site, index] = text.match(/^(.*):(\d+)$/) ?? [];
         if (data.pages[site]) entry.href = `${data.pages[site]}#c${index}`;
       }
       if (kind === "token") fill(entry, text);
       else entry.append(text);
-      if (kind === "name" && data.labels[text]) entry.append(make("q", "", visibleLabel(text)));
-      entry.append(make("small", "", kind === "part" ? percent(Math.abs(value)) : signed(value)));
+      if (NAMED.has(kind) && data.labels[text]) entry.append(make("q", "", visibleLabel(text)));
+      entry.append(make("small", "", SHARES.has(kind) ? percent(Math.abs(value)) : signed(value)));
       row.append(entry);
     }
     box.append(make("dt", "", title), row);

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vpd_lens.analysis.attention import HeadLoadings
     from vpd_lens.analysis.cards import Cards
     from vpd_lens.analysis.circuits.tables import AttentionPair
+    from vpd_lens.analysis.clustering import Clusters
     from vpd_lens.analysis.harvest import Harvest
 
 
@@ -228,11 +229,16 @@ class AttributionGraph(Shown):
         own["outputs"] = tuple(replace(output, vector=vector) for output, vector in both)
         return cls(nodes=Nodes(own.pop("places"), *nodes), edges=Edges(*edges), **own)
 
-    def to_networkx(self, loadings: HeadLoadings | None = None) -> networkx.DiGraph:
-        """As a `networkx.DiGraph`, whose nodes are named as here and have their columns."""
+    def to_networkx(
+        self, loadings: HeadLoadings | None = None, clusters: Clusters | None = None
+    ) -> networkx.DiGraph:
+        """As a `networkx.DiGraph`, whose nodes are named as here and have their columns.
+
+        With `clusters`, nodes of one position and cluster are one node.
+        """
         from vpd_lens.interop.networkx import to_networkx
 
-        return to_networkx(self, loadings)
+        return to_networkx(self, loadings, clusters)
 
     def to_circuit_tracer(
         self,
@@ -242,11 +248,13 @@ class AttributionGraph(Shown):
         axis: Literal["site", "block"] = "site",
         node_threshold: float | None = 0.8,
         pairs: Sequence[AttentionPair] | None = None,
+        clusters: Clusters | None = None,
     ) -> Path:
         """Write the files of circuit-tracer's local viewer; see `vpd_lens.interop`."""
         from vpd_lens.interop.circuit_tracer import to_circuit_tracer
 
-        return to_circuit_tracer(self, folder, slug, harvest, axis, node_threshold, pairs)
+        settings = harvest, axis, node_threshold, pairs, clusters
+        return to_circuit_tracer(self, folder, slug, *settings)
 
     def to_neuronpedia(
         self,
@@ -256,11 +264,12 @@ class AttributionGraph(Shown):
         pairs: Sequence[AttentionPair] | None = None,
         node_threshold: float | None = 0.8,
         feature_json_base_url: str | None = None,
+        clusters: Clusters | None = None,
     ) -> Path:
         """Write a graph for upload to Neuronpedia; see `vpd_lens.interop`."""
         from vpd_lens.interop.neuronpedia import to_neuronpedia
 
-        settings = pairs, node_threshold, feature_json_base_url
+        settings = pairs, node_threshold, feature_json_base_url, clusters
         return to_neuronpedia(self, path, model_id, slug, *settings)
 
     def to_html(
@@ -270,15 +279,17 @@ class AttributionGraph(Shown):
         title: str | None = None,
         cards: Cards | None = None,
         loadings: HeadLoadings | None = None,
+        clusters: Clusters | None = None,
     ) -> Path:
         """Write one self-contained page to explore the graph on, with a harvest's examples.
 
         Or with `cards`, `vpd_lens.Cards(model, harvest)`: they also say what the weights read and
-        write. `loadings`, of `vpd_lens.analysis.attention.head_loadings`, splits edges over heads.
+        write. `loadings`, of `vpd_lens.analysis.attention.head_loadings`, splits edges over heads;
+        `clusters`, of `vpd_lens.cluster`, makes groups of nodes.
         """
         from vpd_lens.viz.graph_page import to_html
 
-        return to_html(self, path, harvest, title, cards, loadings)
+        return to_html(self, path, harvest, title, cards, loadings, clusters)
 
     def summary(self) -> RenderableType:
         """A rich renderable: sizes, scores, outputs and the most influential nodes."""

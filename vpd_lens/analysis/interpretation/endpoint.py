@@ -171,7 +171,8 @@ def ask(
     """
     client = endpoint.client()
     pool = ThreadPoolExecutor(endpoint.concurrency, thread_name_prefix="vpd-lens")
-    waiting, running, failures = list(reversed(prompts.items())), {}, 0
+    waiting, failures = list(reversed(prompts.items())), 0
+    running: dict[Future, str] = {}
     next_start = time.monotonic()
     try:
         while waiting or running:

@@ -1,5 +1,8 @@
 // What is known of a subcomponent: examples and tokens of a harvest, and what its weights say.
 
+// Kinds of entries: names of other subcomponents, and shares.
+const NAMED = new Set(["name", "friend"]);
+const SHARES = new Set(["part", "friend"]);
 // A server behind the page has the cards that the page does not hold, and may add to all of them.
 const server = { getCard: null, addTo: () => [] };
 
@@ -31,10 +34,10 @@ function weightLists(lists) {
   for (const [title, kind, entries] of lists) {
     const row = make("dd");
     for (const [text, value] of entries) {
-      const entry = make(kind === "name" ? "button" : "span", `entry ${value < 0 ? "minus" : "plus"}`);
+      const entry = make(NAMED.has(kind) ? "button" : "span", `entry ${value < 0 ? "minus" : "plus"}`);
       const shown = kind === "token" ? visibleText(text) : text;
-      const label = kind === "name" ? labelOf(text) : "";
-      entry.append(make("b", "", shown), ...(label ? [make("q", "", visibleText(label, true))] : []), make("small", "", kind === "part" ? percent(value) : signed(value)));
+      const label = NAMED.has(kind) ? labelOf(text) : "";
+      entry.append(make("b", "", shown), ...(label ? [make("q", "", visibleText(label, true))] : []), make("small", "", SHARES.has(kind) ? percent(value) : signed(value)));
       if (entry.tagName === "BUTTON") {
         entry.type = "button";
         entry.addEventListener("click", () => openCard(text));

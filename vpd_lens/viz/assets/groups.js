@@ -1,4 +1,4 @@
-// Groups of nodes made by hand. A group stands for its members; its edges are sums of theirs.
+// Groups of nodes: clusters that Python found, or what the reader made of them. A group stands for its members; its edges are sums of theirs.
 
 const GROUPS_KEY = `vpd-graph:${data.hash}`;
 const numberOf = new Map(nodes.name.map((name, node) => [name, node]));
@@ -95,8 +95,8 @@ function keepGroups(named) {
 }
 
 function loadGroups() {
-  const saved = data.groups ?? stored(GROUPS_KEY); // those that a server keeps, or else this browser
-  if (Array.isArray(saved)) groups.push(...groupsFrom(saved));
+  const saved = data.keepsGroups ? null : stored(GROUPS_KEY); // a server keeps them, or this browser
+  groups.push(...groupsFrom(Array.isArray(saved) ? saved : data.groups));
   deriveEdges();
 }
 
