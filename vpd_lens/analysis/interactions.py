@@ -112,7 +112,8 @@ class NeuronInteractions(Shown):
         group = torch.tensor(self.groups)
         same = (group[:, None] == group) & (group >= 0)
         other = ~torch.eye(len(group), dtype=torch.bool)
-        return tuple(float(self.values[which & other].mean()) for which in (same, ~same))
+        within, between = (self.values[which & other].mean() for which in (same, ~same))
+        return float(within), float(between)
 
     def __rich__(self) -> RenderableType:
         values = self.others()

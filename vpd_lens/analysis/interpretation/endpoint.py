@@ -171,8 +171,7 @@ def ask(
     """
     client = endpoint.client()
     pool = ThreadPoolExecutor(endpoint.concurrency, thread_name_prefix="vpd-lens")
-    waiting, failures = list(reversed(prompts.items())), 0
-    running: dict[Future, str] = {}
+    waiting, running, failures = list(prompts.items())[::-1], {}, 0
     next_start = time.monotonic()
     try:
         while waiting or running:
