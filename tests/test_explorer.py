@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 TEXT, TARGET, HOST = "for i in", " b", "http://127.0.0.1:8000"
 QUESTION = {"text": TEXT, "target": TARGET}
 NAME, TOKEN = "blocks.3.mlp.out:60", "a-secret"
-SOON = 60  # seconds, on a busy machine
+SOON = 60.0  # seconds, on a busy machine
 expect.set_options(timeout=SOON * 1000)
 
 

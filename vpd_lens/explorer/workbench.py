@@ -96,7 +96,7 @@ class Workbench:
         self.explained = lru_cache(16)(self._explained)
 
     @contextmanager
-    def the_model(self, patience: float = -1) -> Iterator[None]:
+    def the_model(self, patience: float = -1.0) -> Iterator[None]:
         """Have the model alone; a `BusyError` if it is not free in so many seconds."""
         if not self._model_lock.acquire(timeout=patience):
             job = self.jobs.running
