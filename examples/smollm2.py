@@ -112,7 +112,7 @@ def main() -> None:
     report = vpd_lens.evaluate(model, held_out[:32], batch_size=16, **attacks)
     console.print(report)
     report.to_json(arguments.output / "report.json")
-    harvest = vpd_lens.harvest(model, tokens, n_batches=12, batch_size=8, seq_len=CONTEXT)
+    harvest = vpd_lens.harvest(model, tokens, n_batches=40, batch_size=8, seq_len=CONTEXT)
     found = vpd_lens.explain(model, PROMPT, harvest=harvest)
     console.print(found)
     found.to_html(arguments.output / "explained.html")

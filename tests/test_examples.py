@@ -327,3 +327,33 @@ def test_gpu_benchmark_on_a_cpu(tmp_path, monkeypatch):
     assert 0 < result["difference_from_cpu"]["bf16"]["loss"] < 0.01
     assert 3e-3 < result["tflop_per_step"] < 5e-3
     assert set(result["phases_ms"]) >= {"target", "importance", "adversary", "backward"}
+
+
+def test_a_part_of_a_language_model_in_small(tmp_path, monkeypatch):
+    """With the example's model in its place; a second run trains no more."""
+    smollm2 = script("smollm2")
+
+    def model(_):
+        found = vpd_lens.load_example()
+        vpd_lens.remove(found)
+        return found
+
+    configuration = smollm2.configuration
+
+    def short(*given):
+        config = configuration(*given)
+        return config.replaced({"faithfulness.warmup_steps": 5, "importance.d_model": 12})
+
+    monkeypatch.setattr(smollm2, "get_model", model)
+    monkeypatch.setattr(smollm2, "configuration", short)
+    text = "def close(self):\n    return self.open(path)\n" * 600
+    monkeypatch.setattr(smollm2, "standard_library_text", lambda _: text)
+    arguments = ["smollm2.py", "--output", str(tmp_path), "--steps", "1"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--sites", r"blocks\.3\.attn"])
+    for _ in range(2):
+        smollm2.main()
+        assert (tmp_path / "explained.html").exists()
+    assert set(vpd_lens.EvalReport.from_json(tmp_path / "report.json").n_subcomponents) > {
+        f"blocks.3.attn.{x}" for x in "qkvo"
+    }
+    assert len((tmp_path / "vpd" / "metrics.jsonl").read_text().splitlines()) == 1
