@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.graph import AttributionGraph
     from vpd_lens.analysis.circuits.intervene import intervene
     from vpd_lens.analysis.circuits.prune import prune
+    from vpd_lens.analysis.circuits.weight_edits import Rescale, Rewrite, Swap
     from vpd_lens.analysis.dataset_attribution import DatasetAttributions, dataset_attributions
     from vpd_lens.analysis.explain import Explanation, explain
     from vpd_lens.analysis.harvest import Harvest, harvest
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from vpd_lens.decomposing import decompose
     from vpd_lens.decomposition import Decomposition, Masks
     from vpd_lens.decomposition.attach import remove
+    from vpd_lens.editing import bake, baked, find_subcomponents, fit_edit, side_effects
     from vpd_lens.evaluation import EvalReport, Redundancy, evaluate, redundancy
     from vpd_lens.example import load_example
     from vpd_lens.interop.param_decomp import import_param_decomp
@@ -46,8 +48,8 @@ __version__ = "0.1.0"
 _MODULES = {
     "analysis.cards": "Card Cards card",
     "analysis.attention": "Attention attention",
-    "analysis.circuits": "Ablate AttributionGraph Patch PruneConfig Scale attribute edited "
-    "intervene prune",
+    "analysis.circuits": "Ablate AttributionGraph Patch PruneConfig Rescale Rewrite Scale Swap "
+    "attribute edited intervene prune",
     "analysis.dataset_attribution": "DatasetAttributions dataset_attributions",
     "analysis.explain": "Explanation explain",
     "analysis.harvest": "Harvest harvest",
@@ -55,6 +57,7 @@ _MODULES = {
     "decomposing": "decompose",
     "decomposition": "Decomposition Masks",
     "decomposition.attach": "remove",
+    "editing": "bake baked find_subcomponents fit_edit side_effects",
     "evaluation": "EvalReport Redundancy evaluate redundancy",
     "example": "load_example",
     "interop.param_decomp": "import_param_decomp",
@@ -68,7 +71,9 @@ _WHERE = {name: f"vpd_lens.{where}" for where in _MODULES for name in _MODULES[w
 __all__ = ["Ablate", "Attention", "AttributionGraph", "Card", "Cards"]
 __all__ += ["CausalImportanceConfig", "DatasetAttributions", "Decomposition", "EvalReport"]
 __all__ += ["Explanation", "Harvest", "Masks", "Patch", "PruneConfig", "Redundancy"]
-__all__ += ["Scale", "Site", "VPDConfig", "attention", "attribute", "card"]
+__all__ += ["Rescale", "Rewrite", "Scale", "Site", "Swap", "VPDConfig", "attention"]
+__all__ += ["attribute", "bake", "baked", "card", "find_subcomponents", "fit_edit"]
+__all__ += ["side_effects"]
 __all__ += ["dataset_attributions", "decompose", "edited", "evaluate", "explain", "harvest"]
 __all__ += ["import_param_decomp", "intervene", "load", "load_example", "prune"]
 __all__ += ["redundancy", "remove", "train"]
