@@ -58,19 +58,20 @@ class Rescale(WeightEdit):
     """
 
     subcomponents: str | Sequence[str]
-    factor: float | Sequence[float] = 0.0
+    factor: float | Sequence[float] | Float[Tensor, " n"] = 0.0
 
     def writes(self, vpd: Decomposition) -> list[tuple[str, Write]]:
         """See `WeightEdit`."""
         names = [self.subcomponents] if isinstance(self.subcomponents, str) else self.subcomponents
-        factors = torch.as_tensor(self.factor, dtype=torch.float32).tolist()
-        factors = factors if isinstance(factors, list) else [factors] * len(names)
+        factors = torch.as_tensor(self.factor, dtype=torch.float32, device=vpd.device)
+        factors = factors.expand(len(names)) if factors.ndim == 0 else factors
         if len(factors) != len(names):
             raise InputError(
                 f"Rescale: {len(factors)} factors for {len(names)} subcomponents; give one for "
                 "all, or one for each."
             )
-        return [(n, f * write_vector(vpd, n)) for n, f in zip(names, factors, strict=True)]
+        pairs = zip(names, factors, strict=True)
+        return [(name, factor * write_vector(vpd, name)) for name, factor in pairs]
 
 
 @dataclass(frozen=True, eq=False)
