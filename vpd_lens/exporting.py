@@ -60,9 +60,9 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
 
 def _require_replaceable(path: Path) -> None:
     known = ("config.json", "model.json")
-    if path.exists() and not (path.is_dir() and any((path / name).exists() for name in known)):
-        if path.is_file() or any(path.iterdir()):
-            raise ArtefactError(f"{path} holds something else than a model; name another place.")
+    held = any(path.iterdir()) if path.is_dir() else path.exists()
+    if held and not any((path / name).exists() for name in known):
+        raise ArtefactError(f"{path} holds something else than a model; name another place.")
 
 
 def _save_transformer_lens(model: Any, folder: Path) -> None:

@@ -245,7 +245,11 @@ class Directions:
         later = [name for name in self.vpd.layout.names if site in self._before(name)]
         reads = [(self.reads(name), self.u(name).norm(dim=-1, keepdim=True)) for name in later]
         found = [own * size for own, size in reads if own is not None]
-        return torch.cat(found) if found else self.vpd.v(site).new_zeros(0, int(self.model.cfg.d_model))
+        return (
+            torch.cat(found)
+            if found
+            else self.vpd.v(site).new_zeros(0, int(self.model.cfg.d_model))
+        )
 
     @torch.no_grad()
     def _nearest(self, side: str, vector: Tensor, sites: Sequence[str], k: int) -> list[Neighbour]:

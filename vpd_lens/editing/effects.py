@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -252,7 +252,8 @@ def _add(
         for label, logits in (("before", clean), ("after", new)):
             sums.add(label, logits.float().softmax(-1)[..., token], parts[AT])
     losses = [_next_token_losses(logits, tokens) for logits in (clean, new)]
-    for label, loss in zip(("before", "after", "rise"), (*losses, losses[1] - losses[0])):
+    kinds = {"before": losses[0], "after": losses[1], "rise": losses[1] - losses[0]}
+    for label, loss in kinds.items():
         sums.add((name, label), loss, real[:, 1:])
 
 

@@ -22,6 +22,7 @@ from vpd_lens.analysis.harvest import Harvest
 from vpd_lens.data import one_pass
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.attach import decomposition_of
+from vpd_lens.editing.effects import Where
 from vpd_lens.errors import DataError, InputError
 
 
@@ -42,6 +43,7 @@ def find_subcomponents(
     *,
     token: str | int | None = None,
     contrast: tuple[Any, Any] | None = None,
+    where: Where | None = None,
     text: str | None = None,
     label: str | None = None,
     labels: Mapping[str, str] | None = None,
@@ -61,6 +63,7 @@ def find_subcomponents(
         token: Those at whose firings the model predicts this token, text or id: by PMI, among
             those where it has at least `least` of the probability.
         contrast: Two data sets, as for `vpd_lens.train`: those more important on the first.
+        where: From tokens `[batch, pos]` to a mask: which positions of the first count.
         text: A regular expression: those whose top examples match where they fire, tokens before
             included.
         label: A regular expression, searched in `labels`.
@@ -87,12 +90,13 @@ def find_subcomponents(
     given = [name for name, value in asked.items() if value is not None]
     if len(given) != 1:
         raise InputError(f"find by {given or 'nothing'}; give exactly one of {', '.join(asked)}.")
-    names = [f"{s}:{i}" for s, n in zip(vpd.layout.names, vpd.layout.sizes) for i in range(n)]
+    sizes = zip(vpd.layout.names, vpd.layout.sizes, strict=True)
+    names = [f"{s}:{i}" for s, n in sizes for i in range(n)]
     if contrast is not None:
         reading = {"batch_size": batch_size, "n_batches": n_batches, "seq_len": seq_len}
         reading["prepend_bos"] = prepend_bos
-        one, other = (_mean_importance(vpd, source, reading) for source in contrast)
-        scores = one - other
+        scores = _mean_importance(vpd, contrast[0], reading, where)
+        scores = scores - _mean_importance(vpd, contrast[1], reading)
     elif label is not None:
         if labels is None:
             raise InputError("label needs labels=..., a mapping from names to labels.")
@@ -115,16 +119,17 @@ def find_subcomponents(
 
 @torch.no_grad()
 def _mean_importance(
-    vpd: Decomposition, source: Any, reading: dict[str, Any]
+    vpd: Decomposition, source: Any, reading: dict[str, Any], where: Where | None = None
 ) -> Float[Tensor, " C_total"]:
     total, n = torch.zeros(vpd.layout.total, device=vpd.device), 0
     for batch in one_pass(source, model=vpd.model, **reading):
         batch = batch.to(vpd.device)
         g = vpd.causal_importance(batch.tokens, **batch.mask_argument())
-        g = g.flatten(0, -2) if batch.real is None else g[batch.real]
+        at = torch.ones_like(batch.tokens).bool() if batch.real is None else batch.real
+        g = g[at if where is None else at & where(batch.tokens)]
         total, n = total + g.sum(0), n + len(g)
     if not n:
-        raise DataError("a data set of contrast has no rows; nothing could be compared.")
+        raise DataError("a data set of contrast has no positions; nothing could be compared.")
     return total / n
 
 

@@ -40,7 +40,9 @@ class Fit(Shown):
     losses: list[float]
 
     def __rich__(self) -> Table:
-        table = Table("", "first", "last", title=f"{type(self.edit).__name__}", title_justify="left")
+        table = Table(
+            "", "first", "last", title=f"{type(self.edit).__name__}", title_justify="left"
+        )
         table.add_row("loss", *(f"{loss:.3f}" for loss in (self.losses[0], self.losses[-1])))
         if isinstance(self.edit, Rescale):
             names, factors = self.edit.subcomponents, self.edit.factor

@@ -130,14 +130,14 @@ def train(
     """
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     generator, losses = torch.Generator().manual_seed(seed), []
-    with torch.inference_mode(False), torch.enable_grad(), vpd.undisturbed():
-        with vpd.frozen_subcomponents(), vpd.forwards.during(context=None):
-            for _ in range(steps):
-                loss = goal.loss(vpd, changed, batch_size, generator)
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                losses.append(loss.detach())
+    frozen, own = vpd.frozen_subcomponents(), vpd.forwards.during(context=None)
+    with torch.inference_mode(False), torch.enable_grad(), vpd.undisturbed(), frozen, own:
+        for _ in range(steps):
+            loss = goal.loss(vpd, changed, batch_size, generator)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.detach())
     return torch.stack(losses).tolist() if losses else []
 
 

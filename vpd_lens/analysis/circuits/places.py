@@ -41,9 +41,7 @@ def located(
     return found
 
 
-def where_of(
-    what: str, positions: Positions, n_positions: int | None = None
-) -> range | list[int]:
+def where_of(what: str, positions: Positions, n_positions: int | None = None) -> range | list[int]:
     """Positions as a range or list, if they are counted from 0 up and in the prompt."""
     given = slice(None) if positions is None else positions
     if isinstance(given, slice):
