@@ -142,9 +142,9 @@ def test_what_contradicts_or_does_not_fit_is_refused(edited_model: Any, tmp_path
     with pytest.raises(VPDError, match="masks are active"), model.vpd.masked("ci"):
         vpd_lens.bake(model, Rescale(one))
     gated = Rescale(one, above=0.1)
-    with pytest.raises(VPDError, match="importances of these positions"):
-        with vpd_lens.edited(model, gated), model.vpd.masked("target"):
-            model(torch.zeros(1, 4, dtype=torch.long))
+    too_late = pytest.raises(VPDError, match="importances of these positions")
+    with too_late, vpd_lens.edited(model, gated), model.vpd.masked("target"):
+        model(torch.zeros(1, 4, dtype=torch.long))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     from vpd_lens.exporting import save_model

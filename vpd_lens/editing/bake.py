@@ -98,14 +98,19 @@ def _written(vpd: Decomposition, edits: Edit | Sequence[Edit]) -> list[Written]:
     everywhere = [_everywhere(edit) for edit in ([edits] if isinstance(edits, Edit) else edits)]
     written = changes(vpd, everywhere)
     for change in written:
-        weight, embedding = vpd.site(change.site).weight, getattr(vpd.model, "W_E", None)
-        if change.site == "unembed" and isinstance(embedding, Tensor):
-            if weight.untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr():
-                raise InputError(
-                    "unembed shares its matrix with the embedding, which would change with it. "
-                    "Edit it while the model runs (vpd_lens.edited), or choose another site."
-                )
+        if change.site == "unembed" and _tied(vpd):
+            raise InputError(
+                "unembed shares its matrix with the embedding, which would change with it. "
+                "Edit it while the model runs (vpd_lens.edited), or choose another site."
+            )
     return written
+
+
+def _tied(vpd: Decomposition) -> bool:
+    """Whether the unembedding is kept where the embedding is."""
+    both = vpd.site("unembed").weight, getattr(vpd.model, "W_E", None)
+    places = {t.untyped_storage().data_ptr() for t in both if isinstance(t, Tensor)}
+    return len(places) == 1
 
 
 def _everywhere(edit: Edit) -> WeightEdit:

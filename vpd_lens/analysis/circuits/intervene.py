@@ -109,8 +109,8 @@ def intervene(
         model: A decomposed HookedTransformer or TransformerBridge.
         prompt: A prompt, or a graph: then its prompt, and its nodes' importances with 0 for
             everything else.
-        edits: `Ablate`, `Scale`, `Patch`, `Rescale`, `Rewrite`, `Swap`, or several; with none, `"ablated"` is the target model,
-            bit for bit.
+        edits: `Ablate`, `Scale`, `Patch`, `Rescale`, `Rewrite`, `Swap`, or several; with none,
+            `"ablated"` is the target model, bit for bit.
         regime: What the rest is: `"ablated"`, the target model minus what the edits take away;
             `"ci"`, only what is important; `"stochastic"`, random masks above the importances;
             `"adversarial"`, the same with the sources of what the importance function calls

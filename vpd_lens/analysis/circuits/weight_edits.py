@@ -234,8 +234,7 @@ class Rewriting:
 
     def __init__(self, change: Written, importances: Importances, clock: Any) -> None:
         self.change, self.importances, self.clock = change, importances, clock
-        self.acts: Tensor | None = None
-        self.mask: Tensor | None = None
+        self.seen: dict[str, Tensor] = {}
 
     @property
     def hook(self) -> tuple[str, Any]:
@@ -257,15 +256,14 @@ class Rewriting:
                 handle.remove()
 
     def _see(self, name: str, _module: nn.Module, _args: tuple, value: Tensor) -> None:
-        setattr(self, name, value[..., self.change.columns])
+        self.seen[name] = value[..., self.change.columns]
 
     def _add(self, y: Tensor, hook: Any) -> Tensor:
         change, n = self.change, y.shape[1]
         on = torch.tensor([self.clock.offset + i in change.where for i in range(n)])
         if not on.any():
             return y
-        assert self.acts is not None and self.mask is not None
-        strength = self.acts * self.mask * on.to(y.device)[:, None]
+        strength = self.seen["acts"] * self.seen["mask"] * on.to(y.device)[:, None]
         if change.above is not None:
             known = self.importances.of(change.site, n, self.clock.offset + n)
             strength = strength * (known[..., change.columns] > change.above)
