@@ -46,10 +46,10 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 LENGTH = 16  # tokens of a window to fit on; the behaviour is after the last
 STEPS, BATCH = 100, 16
 RATES = {"write": 1e-2, "lora": 1e-2}  # of AdamW; ten times the paper's, for a third of its steps
-WEIGHTS = (0.1, 10.0)  # of the penalty on everything else
-STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
+WEIGHTS = {"10": (0.1, 10.0), "all": (10.0,)}  # of the penalty, by number of examples
+STRENGTHS = (2.0, 4.0, 8.0, 16.0)
 FACTORS = (-4.0, -2.0, -1.0, 0.0, 2.0)
-N_CANDIDATES, N_ROWS = 4, 128
+N_CANDIDATES, N_ROWS = 2, 128
 console = Console(width=110)
 
 
@@ -176,7 +176,7 @@ def measured(model: Any, text: Text, name: str, folder: Path) -> dict[str, Any]:
     ]
     counts = {"10": 10, "all": len(windows)}
     for many, n in counts.items():
-        for weight in WEIGHTS:
+        for weight in WEIGHTS[many]:
             about = {"n": n, "weight": weight}
             label = f"{many} {weight:g}"
             points.append(
@@ -219,12 +219,12 @@ def removal(model: Any, text: Text, folder: Path) -> dict[str, Any]:
     reading = {"batch_size": 64, "n_batches": 4, "seq_len": LENGTH}
     found = once(
         folder / "found.json",
-        lambda: [tuple(c) for c in find_subcomponents(model, contrast=contrast, k=4, **reading)],
+        lambda: [tuple(c) for c in find_subcomponents(model, contrast=contrast, k=3, **reading)],
     )
 
     def fitted(name: str) -> dict[str, Any]:
         settings = {"what": "scale", "where": everywhere, "retain": code, "batch_size": BATCH}
-        fit = fit_edit(model, name, few, steps=60, lr=0.1, **settings)
+        fit = fit_edit(model, name, few, steps=40, lr=0.1, **settings)
         return {"factor": fit.edit.factor[0], "loss": fit.losses[-1]}  # type: ignore[index]
 
     fits = {n: once(folder / f"fit {n}.json", lambda n=n: fitted(n)) for n, _ in found}
