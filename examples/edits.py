@@ -2,10 +2,9 @@
 
     python examples/edits.py     # records and figures of the page on edits
 
-Two behaviours are turned into something else: `self` after an opening bracket becomes `name`, and
-`]` becomes `)`. For each, the write vector of one subcomponent is pointed at the new token without
-data, fitted on examples, and compared with LoRAs at several weights of the penalty. Comments are
-removed by one scalar. Everything is measured on text that neither the model nor its decomposition
+A behaviour is turned into something else: `self` after an opening bracket becomes `name`. The write
+vector of one subcomponent is pointed at the new token without data, fitted on examples, and
+compared with LoRAs at two weights of the penalty. Comments are to be removed by one scalar. Everything is measured on text that neither the model nor its decomposition
 was trained on. What has been measured is not measured again; figures are drawn from the records.
 """
 
@@ -46,10 +45,10 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 LENGTH = 16  # tokens of a window to fit on; the behaviour is after the last
 STEPS, BATCH = 100, 16
 RATES = {"write": 1e-2, "lora": 1e-2}  # of AdamW; ten times the paper's, for a third of its steps
-WEIGHTS = {"10": (0.1, 10.0), "all": (10.0,)}  # of the penalty, by number of examples
+COUNTS, WEIGHTS = {"10": 10}, (0.1, 10.0)  # examples, and the penalty on everything else
 STRENGTHS = (2.0, 4.0, 8.0, 16.0)
 FACTORS = (-4.0, -2.0, -1.0, 0.0, 2.0)
-N_CANDIDATES, N_ROWS = 2, 128
+N_CANDIDATES, N_ROWS = 4, 128
 console = Console(width=110)
 
 
@@ -61,7 +60,7 @@ class Behaviour(NamedTuple):
     after: str
 
 
-BEHAVIOURS = {"self": Behaviour("(", "self", "name"), "bracket": Behaviour("", "]", ")")}
+BEHAVIOURS = {"self": Behaviour("(", "self", "name")}
 
 
 class Text(NamedTuple):
@@ -174,9 +173,8 @@ def measured(model: Any, text: Text, name: str, folder: Path) -> dict[str, Any]:
         )
         for s in STRENGTHS
     ]
-    counts = {"10": 10, "all": len(windows)}
-    for many, n in counts.items():
-        for weight in WEIGHTS[many]:
+    for many, n in COUNTS.items():
+        for weight in WEIGHTS:
             about = {"n": n, "weight": weight}
             label = f"{many} {weight:g}"
             points.append(
