@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.intervene import intervene
     from vpd_lens.analysis.circuits.prune import prune
     from vpd_lens.analysis.clustering import Cluster, Clusters, cluster
+    from vpd_lens.analysis.circuits.weight_edits import Rescale, Rewrite, Swap
     from vpd_lens.analysis.dataset_attribution import DatasetAttributions, dataset_attributions
     from vpd_lens.analysis.explain import Explanation, explain
     from vpd_lens.analysis.harvest import Harvest, harvest
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from vpd_lens.decomposition import Decomposition, Masks
     from vpd_lens.decomposition.attach import remove
     from vpd_lens.decomposition.labels import Label, Labels
+    from vpd_lens.editing import bake, baked, find_subcomponents, fit_edit, side_effects
     from vpd_lens.evaluation import EvalReport, Redundancy, evaluate, redundancy
     from vpd_lens.example import load_example
     from vpd_lens.interop.param_decomp import import_param_decomp
@@ -59,8 +61,8 @@ __version__ = "0.1.0"
 _MODULES = {
     "analysis.cards": "Card Cards card",
     "analysis.attention": "Attention attention",
-    "analysis.circuits": "Ablate AttributionGraph Patch PruneConfig Scale attribute edited "
-    "intervene prune",
+    "analysis.circuits": "Ablate AttributionGraph Patch PruneConfig Rescale Rewrite Scale Swap "
+    "attribute edited intervene prune",
     "analysis.clustering": "Cluster Clusters cluster",
     "analysis.dataset_attribution": "DatasetAttributions dataset_attributions",
     "analysis.explain": "Explanation explain",
@@ -72,6 +74,7 @@ _MODULES = {
     "decomposition": "Decomposition Masks",
     "decomposition.attach": "remove",
     "decomposition.labels": "Label Labels",
+    "editing": "bake baked find_subcomponents fit_edit side_effects",
     "evaluation": "EvalReport Redundancy evaluate redundancy",
     "example": "load_example",
     "interop.param_decomp": "import_param_decomp",
@@ -84,13 +87,13 @@ _WHERE = {name: f"vpd_lens.{where}" for where in _MODULES for name in _MODULES[w
 # Written out for type checkers.
 __all__ = ["Ablate", "Attention", "AttributionGraph", "Card", "Cards"]
 __all__ += ["CausalImportanceConfig", "Cluster", "Clusters", "DatasetAttributions"]
-__all__ += ["Decomposition", "Endpoint", "EvalReport", "Explanation", "Harvest"]
-__all__ += ["IntruderReport", "Label", "LabelRun", "Labels", "Masks", "Patch"]
-__all__ += ["PruneConfig", "Redundancy", "Scale", "Site", "VPDConfig", "attention"]
-__all__ += ["attribute", "card", "cluster", "dataset_attributions", "decompose", "edited"]
-__all__ += ["evaluate", "explain", "harvest", "import_param_decomp", "interactions"]
-__all__ += ["intervene", "intruder", "label", "load", "load_example", "plots", "prune"]
-__all__ += ["redundancy", "remove", "train"]
+__all__ += ["Decomposition", "Endpoint", "EvalReport", "Explanation", "Harvest", "IntruderReport"]
+__all__ += ["Label", "LabelRun", "Labels", "Masks", "Patch", "PruneConfig", "Redundancy"]
+__all__ += ["Rescale", "Rewrite", "Scale", "Site", "Swap", "VPDConfig", "attention", "attribute"]
+__all__ += ["bake", "baked", "card", "cluster", "dataset_attributions", "decompose", "edited"]
+__all__ += ["evaluate", "explain", "find_subcomponents", "fit_edit", "harvest"]
+__all__ += ["import_param_decomp", "interactions", "intervene", "intruder", "label", "load"]
+__all__ += ["load_example", "plots", "prune", "redundancy", "remove", "side_effects", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -165,6 +165,10 @@ class Directions:
         writes = self.writes(site)
         return None if writes is None else writes[index] @ self._unembedding
 
+    def towards(self, token: int) -> Float[Tensor, " d_model"]:
+        """The direction in the stream that raises a token's logit against the mean of all."""
+        return self._unembedding[:, token]
+
     @torch.no_grad()
     def embeddings(self, site: str, index: int) -> Float[Tensor, " vocab"] | None:
         """What every token's embedding alone adds to the activation, at a norm's scale of 1.
@@ -236,6 +240,18 @@ class Directions:
             return []
         found = self._nearest(side, own[index], self.vpd.layout.names, k + 1)
         return [other for other in found if other.name != f"{site}:{index}"][:k]
+
+    @torch.no_grad()
+    def read_after(self, site: str) -> Float[Tensor, "n d_model"]:
+        """The reads of all subcomponents of later matrices, as long as what they then write."""
+        later = [name for name in self.vpd.layout.names if site in self._before(name)]
+        reads = [(self.reads(name), self.u(name).norm(dim=-1, keepdim=True)) for name in later]
+        found = [own * size for own, size in reads if own is not None]
+        return (
+            torch.cat(found)
+            if found
+            else self.vpd.v(site).new_zeros(0, int(self.model.cfg.d_model))
+        )
 
     @torch.no_grad()
     def _nearest(self, side: str, vector: Tensor, sites: Sequence[str], k: int) -> list[Neighbour]:

@@ -11,6 +11,9 @@
 | `rounded` | 1 where `g > threshold`, else 0 | 0 |
 | `random` | `U(0, 1)` | 0 |
 | `zero` | 0 | 0 |
+
+`MaskContext` has two more: `given`, explicit masks, and `whole`, under which the model is itself,
+but importances are known before it runs.
 """
 
 from __future__ import annotations
@@ -91,6 +94,9 @@ class MaskContext:
         """The masks of the block: those given, or those of its mode."""
         if self.given is not None:
             return self.given
+        if self.mode == "whole":
+            ones = torch.ones_like(importance)
+            return Masks(ones, ones.new_ones(*ones.shape[:-1], layout.n_sites))
         return masks_of(self.mode, importance, layout, self.generator, self.threshold, real)
 
 

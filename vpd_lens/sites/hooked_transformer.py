@@ -54,10 +54,12 @@ def _attention_sites(prefix: str, attn: nn.Module) -> Iterator[Site]:
             name if (name := f"_{kind}_{letter.upper()}") in attn._parameters else name[1:]
             for kind in "Wb"
         )
-        weight = partial(_heads, attn, w, "head d_in d_head -> d_in (head d_head)")
+        shapes = "head d_in d_head -> d_in (head d_head)"
+        weight = partial(_heads, attn, w, shapes)
         bias = partial(_heads, attn, b, "head d_head -> (head d_head)")
         into, output = [InputPoint(attn, "argument", source)], getattr(attn, f"hook_{letter}")
-        yield Site(f"{prefix}.{letter}", weight, bias, into, output, has_heads=True)
+        store = partial(_store_heads, attn, w, shapes)  # of heads side by side there is no view
+        yield Site(f"{prefix}.{letter}", weight, bias, into, output, has_heads=True, store=store)
     weight = partial(_heads, attn, "W_O", "head d_head d_out -> (head d_head) d_out")
     bias, into = partial(getattr, attn, "b_O"), [InputPoint(attn.hook_z, "output")]
     yield Site(
@@ -67,6 +69,12 @@ def _attention_sites(prefix: str, attn: nn.Module) -> Iterator[Site]:
 
 def _heads(attn: nn.Module, name: str, shapes: str) -> Tensor:
     return rearrange(getattr(attn, name), shapes)
+
+
+def _store_heads(attn: nn.Module, name: str, shapes: str, weight: Tensor) -> None:
+    heads, flat = shapes.split(" -> ")
+    kept = getattr(attn, name)
+    kept.copy_(rearrange(weight, f"{flat} -> {heads}", head=len(kept)))
 
 
 def _mlp_sites(prefix: str, mlp: nn.Module) -> Iterator[Site]:

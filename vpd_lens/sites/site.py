@@ -16,6 +16,8 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vpd_lens.errors import AttachError
+
 ReadInput = Callable[[Tensor], None]
 EditOutput = Callable[[Tensor], Tensor | None]
 
@@ -83,6 +85,8 @@ class Site:
             no shape tells of a single head.
         origin: The weight `[d_in, d_out]` of another model, if the difference from it is what is
             decomposed.
+        store: Writes a weight `[d_in, d_out]` where it is kept; `None`: what `read_weight` returns
+            is a view of it.
     """
 
     name: str
@@ -96,12 +100,31 @@ class Site:
     has_heads: bool = False
     hooks: SiteHooks = field(default_factory=SiteHooks)
     origin: Tensor | None = None
+    store: Callable[[Tensor], None] | None = None
     _rows: torch.Size | None = field(default=None, init=False, repr=False)
 
     @property
     def weight(self) -> Num[Tensor, "d_in d_out"]:
         """The base weight, detached: reading it never builds a graph."""
         return self.read_weight().detach()
+
+    @torch.no_grad()
+    def overwrite(self, weight: Float[Tensor, "d_in d_out"]) -> None:
+        """Write another base weight in place.
+
+        Raises:
+            AttachError: If the model keeps this weight where it cannot be written.
+        """
+        weight = weight.to(self.weight.dtype)
+        if self.store is None:
+            self.read_weight().detach().copy_(weight)
+        else:
+            self.store(weight)
+        if not torch.equal(self.weight, weight):
+            raise AttachError(
+                f"{self.name}: this model makes that weight from others, so it cannot be written. "
+                "Edit it while the model runs (vpd_lens.edited), or load another model class."
+            )
 
     @property
     def decomposed(self) -> Num[Tensor, "d_in d_out"]:

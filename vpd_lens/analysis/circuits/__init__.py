@@ -8,6 +8,7 @@ from vpd_lens.analysis.circuits.intervene import InterventionResult, intervene
 from vpd_lens.analysis.circuits.prune import Circuit, CircuitReport, prune
 from vpd_lens.analysis.circuits.tables import AttentionPair, Edges, Nodes
 from vpd_lens.analysis.circuits.targets import Direction, LogitDifference, Token, TopTokens
+from vpd_lens.analysis.circuits.weight_edits import Rescale, Rewrite, Swap
 
 __all__ = [
     "Ablate",
@@ -23,7 +24,10 @@ __all__ = [
     "Nodes",
     "Patch",
     "PruneConfig",
+    "Rescale",
+    "Rewrite",
     "Scale",
+    "Swap",
     "Token",
     "TopTokens",
     "attribute",

@@ -1,14 +1,11 @@
-"""Edits of subcomponents, as TransformerLens hooks on masks and activations.
+"""Edits of subcomponents, as TransformerLens hooks on masks, activations and outputs.
 
-The hooks act on `hook_mask` and `hook_acts` of the sites, so edits combine with `vpd.masked(...)`,
-other hooks and generation like any hook does.
+The hooks act on `hook_mask`, `hook_acts` and `hook_out` of the sites, so edits combine with
+`vpd.masked(...)`, other hooks and generation like any hook does.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,12 +16,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vpd_lens.analysis.circuits.places import Positions, located, where_of
 from vpd_lens.analysis.circuits.targets import explained_decomposition, prompt_tokens
+from vpd_lens.analysis.circuits.weight_edits import (
+    Importances,
+    Rewriting,
+    WeightEdit,
+    Written,
+    changes,
+)
 from vpd_lens.decomposition import Decomposition
 from vpd_lens.decomposition.call import cached_positions
 from vpd_lens.errors import InputError
-
-Positions = int | slice | Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Patch:
     shift: int = 0
 
 
-Edit = Ablate | Scale | Patch
+MaskEdit = Ablate | Scale | Patch
+Edit = MaskEdit | WeightEdit
 
 # From values `[batch, pos, n]` and their positions to what they become.
 Change = Callable[[Tensor, Int[Tensor, " pos"]], Tensor | float]
@@ -128,58 +132,97 @@ def edited(
 
     Args:
         model: A decomposed HookedTransformer or TransformerBridge.
-        edits: What to do; later edits see the results of earlier ones.
+        edits: What to do. Of those of masks and activations later ones see the results of earlier
+            ones; new write vectors are applied to what comes out of them.
         prepend_bos: Whether text of `Patch.source` gets a BOS token.
 
     Raises:
         AttachError: If the model carries no decomposition.
-        InputError: If a subcomponent or position does not exist.
+        InputError: If a subcomponent or position does not exist, a vector does not fit, or two
+            edits give one subcomponent two write vectors.
 
     Examples:
         >>> with edited(model, Ablate("blocks.0.mlp.in:31", slice(5, None))):  # doctest: +SKIP
         ...     model.generate("def read(self", max_new_tokens=8)
     """
     vpd = explained_decomposition(model)
-    with applied(vpd, resolved(vpd, edits, prepend_bos)):
+    with applied(vpd, *both(vpd, edits, prepend_bos)):
         yield model
 
 
+def both(
+    vpd: Decomposition,
+    edits: Edit | Sequence[Edit],
+    prepend_bos: bool | None,
+    n_positions: int | None = None,
+) -> tuple[list[_SiteEdit], list[Written]]:
+    """What edits do to masks and activations, by hook point, and to write vectors, by site."""
+    given = [edits] if isinstance(edits, Edit) else list(edits)
+    masks = [edit for edit in given if isinstance(edit, MaskEdit)]
+    weights = [edit for edit in given if isinstance(edit, WeightEdit)]
+    return resolved(vpd, masks, prepend_bos, n_positions), changes(vpd, weights, n_positions)
+
+
 @contextmanager
-def applied(vpd: Decomposition, parts: Sequence[_SiteEdit]) -> Iterator[None]:
-    """The hooks of edits."""
-    model, clock = vpd.model, _Clock(vpd)
-    hooks: list[tuple[str, Any]] = [("blocks.0.hook_resid_pre", clock.tick)] if parts else []
+def applied(
+    vpd: Decomposition,
+    parts: Sequence[_SiteEdit],
+    writes: Sequence[Written] = (),
+    importance: Float[Tensor, "batch pos C_total"] | None = None,
+) -> Iterator[None]:
+    """The hooks of edits, with the importances of what will run where they are known already."""
+    model, clock, importances = vpd.model, _Clock(vpd), Importances(vpd, importance)
+    if not parts and not writes:
+        yield
+        return
+    rewritings = [Rewriting(change, importances, clock) for change in writes]
+    hooks: list[tuple[str, Any]] = [("blocks.0.hook_resid_pre", clock.tick)]
     hooks += [(part.point, partial(part.apply, clock)) for part in parts]
+    hooks += [rewriting.hook for rewriting in rewritings]
     with ExitStack() as stack:
         for entry in (model, getattr(model, "original_model", None)):
-            if parts and isinstance(entry, nn.Module):
+            if isinstance(entry, nn.Module):
                 see = entry.register_forward_pre_hook(clock.see_cache, with_kwargs=True)
                 stack.callback(see.remove)
+        watched = {change.site for change in writes if change.above is not None}
+        stack.enter_context(importances.watched(watched))
+        for rewriting in rewritings:
+            stack.enter_context(rewriting.watching(vpd))
         stack.enter_context(model.hooks(fwd_hooks=hooks))
         yield
 
 
 def resolved(
     vpd: Decomposition,
-    edits: Edit | Sequence[Edit],
+    edits: MaskEdit | Sequence[MaskEdit],
     prepend_bos: bool | None,
     n_positions: int | None = None,
 ) -> list[_SiteEdit]:
     """Edits by hook point; of a prompt of `n_positions`, only at positions that it has."""
     parts = []
-    for edit in [edits] if isinstance(edits, Edit) else edits:
+    for edit in [edits] if isinstance(edits, MaskEdit) else edits:
         acts = _source_activations(vpd, edit, prepend_bos) if isinstance(edit, Patch) else {}
-        for (site, position), indices in _grouped(vpd, edit).items():
+        for (site, _), (indices, positions) in _grouped(vpd, edit).items():
             columns = torch.tensor(sorted(indices))
-            where = _where(edit, edit.positions if position is None else position, n_positions)
+            where = where_of(type(edit).__name__, positions, n_positions)
             factor = edit.factor if isinstance(edit, Scale) else 0.0
-            changes: dict[str, Change] = {"mask": lambda masks, _, factor=factor: factor * masks}
+            done: dict[str, Change] = {"mask": lambda masks, _, factor=factor: factor * masks}
             if isinstance(edit, Patch):
                 taken = partial(_taken, site, acts[site][:, columns], edit.shift)
-                changes = {"mask": lambda masks, here: 1.0, "acts": taken}
-            for name, change in changes.items():
+                done = {"mask": lambda masks, here: 1.0, "acts": taken}
+            for name, change in done.items():
                 parts.append(_SiteEdit(f"{site}.vpd.hook_{name}", columns, where, change))
     return parts
+
+
+def _grouped(
+    vpd: Decomposition, edit: MaskEdit
+) -> dict[tuple[str, str], tuple[set[int], Positions]]:
+    """Subcomponents with their positions, by site and by what these look like."""
+    groups: dict[tuple[str, str], tuple[set[int], Positions]] = {}
+    for site, index, positions in located(vpd, edit.subcomponents, edit.positions):
+        groups.setdefault((site, repr(positions)), (set(), positions))[0].add(index)
+    return groups
 
 
 def _taken(
@@ -195,28 +238,6 @@ def _taken(
     return acts[source].to(old.dtype)
 
 
-def _grouped(vpd: Decomposition, edit: Edit) -> dict[tuple[str, int | None], set[int]]:
-    """Subcomponents by site and by the position in their names, if there is one."""
-    names, groups = edit.subcomponents, defaultdict(set)
-    sizes = dict(zip(vpd.layout.names, vpd.layout.sizes, strict=True))
-    for name in [names] if isinstance(names, str) else names:
-        match = re.fullmatch(r"(.+):(\d+)(?:@(\d+))?", name)
-        if match is None:
-            raise InputError(
-                f"{name!r} is no subcomponent; names are like 'blocks.0.mlp.in:31' (site:index) or "
-                "'blocks.0.mlp.in:31@5' (at a position)."
-            )
-        site, index, position = match[1], int(match[2]), None if match[3] is None else int(match[3])
-        if site not in sizes:
-            raise InputError(f"{name!r}: no site {site!r}; sites: {list(sizes)}.")
-        if index >= sizes[site]:
-            raise InputError(f"{name!r}: {site} has {sizes[site]} subcomponents, counted from 0.")
-        if position is not None and edit.positions is not None:
-            raise InputError(f"{name!r} names a position, and positions={edit.positions!r} too.")
-        groups[site, position].add(index)
-    return groups
-
-
 @torch.no_grad()
 def _source_activations(
     vpd: Decomposition, edit: Patch, prepend_bos: bool | None
@@ -226,27 +247,3 @@ def _source_activations(
     inputs = vpd.inputs(prompt_tokens(vpd.model, edit.source, prepend_bos)[None])
     pairs = zip(vpd.layout.names, inputs, vpd.subcomponents.v, strict=True)
     return {name: x[0].float() @ v.float() for name, x, v in pairs}
-
-
-def _where(edit: Edit, positions: Positions, n_positions: int | None) -> range | list[int]:
-    """Positions as a range or list, if they are counted from 0 up and in the prompt."""
-    given = slice(None) if positions is None else positions
-    if isinstance(given, slice):
-        step = 1 if given.step is None else given.step
-        begins, ends = [given.start or 0], [sys.maxsize if given.stop is None else given.stop]
-        where, backwards = range(begins[0], ends[0], max(step, 1)), step < 1
-    else:
-        where = begins = [given] if isinstance(given, int) else list(given)
-        ends, backwards = [], isinstance(positions, bool)
-    if backwards:
-        raise InputError(f"positions={positions!r}; expected numbers, or a slice going forwards.")
-    if any(position < 0 for position in begins + ends):
-        raise InputError(
-            f"positions={positions!r}: count from the beginning; generated text has no fixed end."
-        )
-    if n_positions is not None and max(begins, default=0) >= n_positions:
-        raise InputError(
-            f"{type(edit).__name__}: position {max(begins)} is not in the prompt, which has "
-            f"{n_positions} tokens (0 to {n_positions - 1})."
-        )
-    return where

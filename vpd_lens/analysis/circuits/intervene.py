@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vpd_lens.analysis.circuits import targets
 from vpd_lens.analysis.circuits.behaviour import kl_divergence
-from vpd_lens.analysis.circuits.edits import Edit, applied, resolved
+from vpd_lens.analysis.circuits.edits import Edit, applied, both
 from vpd_lens.analysis.circuits.graph import AttributionGraph
 from vpd_lens.decomposition.adversary import ascend
 from vpd_lens.decomposition.masks import AnyMasks, uniform_sources
@@ -113,8 +113,8 @@ def intervene(
         model: A decomposed HookedTransformer or TransformerBridge.
         prompt: A prompt, or a graph: then its prompt, and its nodes' importances with 0 for
             everything else.
-        edits: `Ablate`, `Scale`, `Patch`, or several; with none, `"ablated"` is the target model,
-            bit for bit.
+        edits: `Ablate`, `Scale`, `Patch`, `Rescale`, `Rewrite`, `Swap`, or several; with none,
+            `"ablated"` is the target model, bit for bit.
         regime: What the rest is: `"ablated"`, the target model minus what the edits take away;
             `"ci"`, only what is important; `"stochastic"`, random masks above the importances;
             `"adversarial"`, the same with the sources of what the importance function calls
@@ -154,14 +154,16 @@ def intervene(
             f"position={position}, but the graph ends at its last output, position {end}; what "
             "comes after has no importances. Give importance=..., or a position in the graph."
         )
-    parts = resolved(vpd, edits, prepend_bos, n_positions)
+    parts, writes = both(vpd, edits, prepend_bos, n_positions)
     asked = [target] if isinstance(target, str | int) else target
     ids = tuple(targets.token_id(model, token, n_vocab) for token in asked)
     with torch.no_grad(), vpd.undisturbed(), vpd.kept_below():
         clean = vpd.run(None, tokens)
-        masks = None
+        masks = own = None
+        if regime != "ablated" or any(change.above is not None for change in writes):
+            own = vpd.causal_importance(tokens)
         if regime != "ablated":
-            g = own = vpd.causal_importance(tokens)
+            g = own
             if importance is not None:
                 g = targets.checked_importance(vpd, importance, n_positions)[None].to(own)
             generator = torch.Generator(device=g.device).manual_seed(seed)
@@ -175,6 +177,6 @@ def intervene(
                     sources, _ = ascend(divergence, g, sources, steps, step_size, moves=own > 0)
             masks = masks_of("ci", g, vpd.layout) if regime == "ci" else sources.over(g)
         base = vpd.run(masks, tokens)
-        with applied(vpd, parts):
+        with applied(vpd, parts, writes, own):
             changed = vpd.run(masks, tokens)
     return InterventionResult(clean[0], base[0], changed[0], position, ids, model)

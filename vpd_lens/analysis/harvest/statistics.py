@@ -149,6 +149,14 @@ class TokenTable:
         # The weights of a position add up to 1, for output tokens up to rounding.
         return recall, (recall * self.everywhere.sum().round() / self.everywhere[tokens]).log()
 
+    def of_token(
+        self, token: int, firings: Int64[Tensor, " C_total"], least: float
+    ) -> Float64[Tensor, " C_total"]:
+        """Every subcomponent's mutual information with a token, -inf at a recall below `least`."""
+        count, fired = self.at_firings[:, [token]].double(), firings.clamp(min=1)[:, None]
+        recall, pmi = self._recall_and_pmi(count, fired, torch.tensor([token]))
+        return torch.where(recall >= max(least, 1e-12), pmi, -math.inf)[:, 0]
+
     def largest(
         self, row: int, n_firings: int, k: int = 10, by: str = "information", min_count: float = 0.0
     ) -> list[TokenStatistic]:
