@@ -6,6 +6,7 @@ from vpd_lens.baselines.transcoders.measuring import (
     Part,
     ReplacedReport,
     Transcoded,
+    alive_latents,
     measure_replaced,
 )
 from vpd_lens.baselines.transcoders.mlps import MLPs
@@ -14,5 +15,5 @@ from vpd_lens.baselines.transcoders.training import TranscoderConfig, train_tran
 from vpd_lens.baselines.transcoders.transcoder import Transcoder, batch_top_k
 
 __all__ = ["PROTOCOLS", "MLPs", "MaskedMLPs", "Part", "ReplacedReport", "Transcoded"]
-__all__ += ["Transcoder", "TranscoderConfig", "batch_top_k", "import_saelens"]
+__all__ += ["Transcoder", "TranscoderConfig", "alive_latents", "batch_top_k", "import_saelens"]
 __all__ += ["measure_replaced", "train_transcoder"]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -33,6 +33,7 @@ from vpd_lens.decomposition.modes import masks_of
 from vpd_lens.errors import DataError, InputError, did_you_mean
 from vpd_lens.evaluation.metrics import Means, next_token_cross_entropy, predicts_next_token
 from vpd_lens.rendering import Shown
+from vpd_lens.sites import find_sites
 
 PROTOCOLS: tuple[str, ...] = ("cascading", "parallel", "single")
 
@@ -52,6 +53,7 @@ class Part:
     size: int
 
 
+@runtime_checkable
 class Replaced(Protocol):
     """What stands in for the MLPs of a model."""
 
@@ -136,10 +138,11 @@ class MaskedMLPs:
         self.vpd, self.threshold = decomposition_of(model), threshold
         names = self.vpd.layout.names
         every = MLPs(model)
+        missing = {site.name for site in find_sites(model, r"^blocks\.\d+\.mlp\.")} - {*names}
         layers = [
             layer
             for layer in every.layers
-            if all(f"blocks.{layer}.mlp.{part}" in names for part in ("in", "out"))
+            if not any(name.startswith(f"blocks.{layer}.mlp.") for name in missing)
         ]
         if not layers:
             raise InputError(

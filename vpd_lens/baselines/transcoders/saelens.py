@@ -75,7 +75,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = read_json(folder / "cfg.json")
     if "metadata" not in config:
         raise InputError(
-            f"{folder}: cfg.json is of SAELens before version 6; load it in a newer one and save it."
+            f"{folder}: cfg.json is from before SAELens 6; load and save it in a newer one."
         )
     architecture = config["architecture"]
     if architecture not in _SELECTIONS:
