@@ -211,3 +211,138 @@ def steps_for(on: Bench, config: TranscoderConfig, seconds: float) -> int:
         on.model, on.data, config.replaced({"steps": 10}), progress=False
     ).record.cpu_seconds
     return max(20, round(seconds / tried * 10))
+
+
+def splitting_and_seeds(on: Bench, config: TranscoderConfig, seconds: float) -> Table:
+    """What a dictionary of twice the size and another seed have in common with the first."""
+    variants = {
+        "twice the latents": {"n_latents": 2 * config.n_latents},
+        "another seed": {"seed": config.seed + 1},
+    }
+    models = {}
+    for what, changes in {"": {}, **variants}.items():
+        changed = config.replaced(changes)
+        changed = changed.replaced({"steps": steps_for(on, changed, seconds)})
+        name = f"{changed.kind},{changed.objective},latents={changed.n_latents},k={changed.k}"
+        made = trained(on, f"{name},seed={changed.seed}", changed)
+        models[what] = made.directions(), alive_latents(on.model, made, on.held_out)
+    (reference, alive), (larger, more), (other, others) = models.values()
+    split = multiple_match_share(reference, larger, (alive, more))
+    same = compare(reference, other, (alive, others)).overall
+    table = Table("transcoder", "alive", "alive of twice as many", "split", "MMCS", title="Seeds")
+    counts = [str(sum(map(len, found.values()))) for found in (alive, more)]
+    label = f"{SHORT[config.kind]} {config.objective}"
+    table.add_row(label, *counts, f"{split:.1%}", f"{same.u:.3f} (decoders), {same.v:.3f}")
+    write_text(
+        on.output / "consistency" / f"{config.kind},{config.objective},k={config.k}.json",
+        same.model_copy().model_dump_json(indent=1).replace("{", f'{{\n "split": {split},', 1),
+    )
+    return table
+
+
+def table_of(rows: Sequence[Row]) -> Table:
+    """All rows, differences of cross-entropy from the model's own in nats per token."""
+    table = Table("method", "trained for", "setting", *ACCOUNTINGS.values(), *PROTOCOLS)
+    table.add_column("worst at its threshold")
+    table.add_column("CPU seconds")
+    for row in rows:
+        report = row.report
+        sparsity = (report.per_module, report.per_output, report.parameters)
+        losses = [f"{report.difference[protocol]:.3f}" for protocol in PROTOCOLS]
+        cut = row.thresholded
+        worst = "-" if cut is None else f"{max(cut.difference.values()):.3f}"
+        seconds = "-" if row.cpu_seconds is None else f"{row.cpu_seconds:,.0f}"
+        cells = [f"{value:,.1f}" for value in sparsity[:2]] + [f"{sparsity[2]:,.0f}"]
+        table.add_row(row.method, row.trained_for, row.setting, *cells, *losses, worst, seconds)
+    table.title = f"Cross-entropy above the model's, {rows[0].report.baseline:.3f} nats per token"
+    return table
+
+
+def draw(rows: Sequence[Row], folder: Path, target: str) -> None:
+    """Three protocols beside each other, three accountings below each other."""
+
+    def plot(figure: Figure) -> None:
+        grid = figure.subplots(3, 3, sharey="row", sharex="row")
+        series = list(dict.fromkeys((row.method, row.trained_for) for row in rows))
+        for line, (field, label) in zip(grid, ACCOUNTINGS.items(), strict=True):
+            for axes, protocol in zip(line, PROTOCOLS, strict=True):
+                for index, one in enumerate(series):
+                    mine = [r for r in rows if (r.method, r.trained_for) == one]
+                    points = sorted(
+                        (getattr(r.report, field), r.report.difference[protocol]) for r in mine
+                    )
+                    name = one[0] if one[0] == one[1] else f"{one[0]}, {one[1]}"
+                    matched = one[1] == protocol
+                    axes.plot(
+                        *zip(*points, strict=True),
+                        "s-" if one[0] == "VPD" else "o-" if one[0] == "PLT" else "^--",
+                        color=PALETTE[index % len(PALETTE)],
+                        markersize=8 if matched else 5,
+                        linewidth=1.2,
+                        label=name,
+                    )
+                axes.set(xscale="log", yscale="log", xlabel=label)
+                axes.grid(axis="both")
+        for axes, protocol in zip(grid[0], PROTOCOLS, strict=True):
+            axes.set_title(protocol, color=MUTED)
+        for line in grid:
+            line[0].set_ylabel("nats above the model")
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+
+    save(folder, f"comparison_{target}", (10.2, 9.6), plot)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("target", choices=["s", "example"])
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--decomposition", type=Path, help="a trained one, of target s")
+    parser.add_argument("--vpd-record", default="s,growing,steps=1000,seed=0")
+    parser.add_argument("--output", type=Path, default=Path("runs/comparison"))
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "assets")
+    parser.add_argument("--k", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--latents", type=int, default=512)
+    parser.add_argument("--seconds", type=float, default=30, help="processor time of a training")
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
+    parser.add_argument("--only", nargs="*", help="some of the objectives")
+    parser.add_argument("--consistency", action="store_true", help="splitting and seeds, too")
+    arguments = parser.parse_args()
+
+    on = bench(arguments)
+    rows = list(decomposition_rows(on))
+    console.print(table_of(rows))
+    for k in arguments.k:
+        for kind, objective in PLANS:
+            if arguments.only and objective not in arguments.only:
+                continue
+            config = TranscoderConfig(
+                kind=kind,
+                objective=objective,
+                n_latents=arguments.latents,
+                k=k,
+                batch_size=8,
+                lr=arguments.rate,
+            )
+            name = f"{kind},{objective},latents={config.n_latents},k={k},seed=0"
+            if not (on.output / "records" / f"{name}.json").exists():
+                steps = steps_for(on, config, arguments.seconds)
+                config = config.replaced({"steps": steps})
+            rows.append(transcoder_row(on, config))
+            draw(rows, arguments.figures, arguments.target)
+    console.print(table_of(rows))
+    if arguments.consistency:
+        for kind, objective in PLANS[:2]:
+            config = TranscoderConfig(
+                kind=kind,
+                objective=objective,
+                n_latents=arguments.latents,
+                k=arguments.k[0],
+                batch_size=8,
+                lr=arguments.rate,
+            )
+            console.print(splitting_and_seeds(on, config, arguments.seconds))
+
+
+if __name__ == "__main__":
+    main()
