@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from compat.builders import make_tokenizer
 from conftest import tiny_bridge
 from safetensors.torch import save_file
 
@@ -15,8 +16,10 @@ from vpd_lens.baselines.transcoders import (
     Transcoded,
     Transcoder,
     TranscoderConfig,
+    alive_latents,
     batch_top_k,
     import_saelens,
+    latent_responses,
     measure_replaced,
     train_transcoder,
 )
@@ -30,6 +33,7 @@ from vpd_lens.baselines.transcoders.training import (
 from vpd_lens.baselines.transcoders.transcoder import TranscoderRecord
 from vpd_lens.data import Batch
 from vpd_lens.errors import ConfigError, DataError, InputError
+from vpd_lens.rendering import as_text
 
 D, LATENTS, K = 16, 10, 2
 
@@ -309,6 +313,35 @@ def test_directions_are_what_comparisons_take():
     assert multiple_match_share(made.directions(), twice) == 1
 
 
+def test_latents_have_passages_where_they_fire():
+    """Against the activations themselves; latents that never fire have none."""
+    model, made = tiny_bridge(), drawn()
+    model.tokenizer = make_tokenizer()
+    x = tokens(4)
+    found = latent_responses(model, made, x, context=2, n_passages=3, batch_size=4)
+    clean = MLPs(model).clean(Batch(x))
+    _, fired = Transcoded(model, made).on_clean(clean)
+    alive = alive_latents(model, made, x, batch_size=4)
+    words = model.tokenizer.convert_ids_to_tokens(list(range(29)))
+    for layer in range(2):
+        times = fired[layer].flatten(0, 1).sum(0)
+        assert alive[f"blocks.{layer}.mlp"].tolist() == times.nonzero().squeeze(1).tolist()
+        for latent, n in enumerate(times.tolist()):
+            mine = found.get(f"blocks.{layer}.mlp:{latent}")
+            assert (mine is None) == (n == 0)
+            if mine is not None:
+                assert mine.density == pytest.approx(n / 24)
+                assert len(mine.passages) == min(3, n)
+    rows, positions = fired[1][..., alive["blocks.1.mlp"][0]].nonzero().T.tolist()
+    texts = set()
+    for row, pos in zip(rows, positions, strict=True):
+        around = x[row, max(0, pos - 2) : pos + 3]
+        texts.add(tuple(words[i] for i in around))
+    for passage in found[f"blocks.1.mlp:{alive['blocks.1.mlp'][0]}"].passages:
+        assert tuple(token.strip() for token in passage.tokens) in texts
+        assert passage.focus in passage.fires
+
+
 def saelens_folder(folder, **config):
     """What SAELens 6 saves of a transcoder or an autoencoder with random weights."""
     generator = torch.Generator().manual_seed(5)
@@ -380,3 +413,23 @@ def test_bad_input_is_refused(tmp_path):
         import_saelens({0: tmp_path / "0"})
     with pytest.raises(InputError, match="folders is empty"):
         import_saelens({})
+
+
+@pytest.mark.slow
+def test_the_comparison_records_each_row_once(tmp_path):
+    """The example's own rows, table and figure, on a model of a few parameters."""
+    import comparison
+
+    model = vpd_lens.decompose(tiny_bridge(), n_subcomponents=12)
+    on = comparison.Bench(model, tokens(8), tokens(4, seed=1), 1.0, tmp_path)
+    rows = list(comparison.decomposition_rows(on))
+    config = TranscoderConfig(n_latents=LATENTS, k=K, steps=2, batch_size=2)
+    rows.append(comparison.transcoder_row(on, config))
+    again = comparison.transcoder_row(on, config.replaced({"steps": 3}))
+    assert again == rows[-1]  # found, not made
+    assert len(list((tmp_path / "records").iterdir())) == 4
+    assert rows[-1].report.per_module == pytest.approx(K, abs=0.5)
+    printed = as_text(comparison.table_of(rows), 160)
+    assert f"{rows[-1].report.difference['parallel']:.3f}" in printed
+    comparison.draw(rows, tmp_path, "tiny")
+    assert (tmp_path / "comparison_tiny_dark.svg").exists()

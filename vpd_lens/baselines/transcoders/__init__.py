@@ -6,14 +6,14 @@ from vpd_lens.baselines.transcoders.measuring import (
     Part,
     ReplacedReport,
     Transcoded,
-    alive_latents,
     measure_replaced,
 )
 from vpd_lens.baselines.transcoders.mlps import MLPs
+from vpd_lens.baselines.transcoders.responses import alive_latents, latent_responses
 from vpd_lens.baselines.transcoders.saelens import import_saelens
 from vpd_lens.baselines.transcoders.training import TranscoderConfig, train_transcoder
 from vpd_lens.baselines.transcoders.transcoder import Transcoder, batch_top_k
 
 __all__ = ["PROTOCOLS", "MLPs", "MaskedMLPs", "Part", "ReplacedReport", "Transcoded"]
 __all__ += ["Transcoder", "TranscoderConfig", "alive_latents", "batch_top_k", "import_saelens"]
-__all__ += ["measure_replaced", "train_transcoder"]
+__all__ += ["latent_responses", "measure_replaced", "train_transcoder"]

@@ -342,22 +342,3 @@ def _measure_batch(
         sums.add(("error", layer), float((got[where] - y[where]).square().sum(-1).mean()), n)
         sums.add(("size", layer), float((y[where] - y[where].mean(0)).square().sum(-1).mean()), n)
     return n, torch.stack([a[where].sum().double().cpu() for a in active])
-
-
-def alive_latents(
-    model: nn.Module, transcoder: Transcoder, data: Any, *, batch_size: int = 16, n_batches: int = 8
-) -> dict[str, Tensor]:
-    """Indices of the latents that are active anywhere in the data, `{"blocks.N.mlp": indices}`.
-
-    As `alive` for the comparisons of `vpd_lens.analysis.comparison`.
-    """
-    transcoded, fired = Transcoded(model, transcoder), None
-    batches = one_pass(data, model=model, batch_size=batch_size, n_batches=n_batches)
-    for batch in batches:
-        clean = transcoded.mlps.clean(batch.to(transcoded.mlps.device))
-        new = [a.flatten(0, -2).any(0) for a in transcoded.on_clean(clean)[1]]
-        fired = new if fired is None else [a | b for a, b in zip(fired, new, strict=True)]
-    if fired is None:
-        raise DataError("data is empty; pass at least one row.")
-    pairs = zip(transcoded.parts, fired, strict=True)
-    return {part.name: alive.nonzero().squeeze(1).cpu() for part, alive in pairs}
