@@ -262,7 +262,7 @@ def draw(rows: Sequence[Row], folder: Path, target: str) -> None:
     """Three protocols beside each other, three accountings below each other."""
 
     def plot(figure: Figure) -> None:
-        grid = figure.subplots(3, 3, sharey="row", sharex="row")
+        grid = figure.subplots(3, 3, sharey="all", sharex="row")
         series = list(dict.fromkeys((row.method, row.trained_for) for row in rows))
         for line, (field, label) in zip(grid, ACCOUNTINGS.items(), strict=True):
             for axes, protocol in zip(line, PROTOCOLS, strict=True):
@@ -281,10 +281,12 @@ def draw(rows: Sequence[Row], folder: Path, target: str) -> None:
                         linewidth=1.2,
                         label=name,
                     )
-                axes.set(xscale="log", yscale="log", xlabel=label)
+                axes.set(xlabel=label)
                 axes.grid(axis="both")
         for axes, protocol in zip(grid[0], PROTOCOLS, strict=True):
             axes.set_title(protocol, color=MUTED)
+        for axes in grid.flat:  # once all is drawn, because axes share their limits
+            axes.set(xlim=(0, None), ylim=(0, None))
         for line in grid:
             line[0].set_ylabel("nats above the model")
         handles, labels = grid[0, 0].get_legend_handles_labels()
