@@ -4,8 +4,9 @@
 
 A behaviour is turned into something else: `self` after an opening bracket becomes `name`. The write
 vector of one subcomponent is pointed at the new token without data, fitted on examples, and
-compared with LoRAs at two weights of the penalty. Comments are to be removed by one scalar. Everything is measured on text that neither the model nor its decomposition
-was trained on. What has been measured is not measured again; figures are drawn from the records.
+compared with LoRAs at two weights of the penalty. Comments are to be removed by one scalar.
+Everything is measured on text that neither the model nor its decomposition was trained on. What has
+been measured is not measured again; figures are drawn from the records.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from quickstart_target import N_HELD_OUT, split, standard_library_text, tokenise
 from recorded.record import json_in_rows, versions
 from themed import save
 from train_example import N_CHARACTERS
+from vpd_lens import plots
 from vpd_lens.baselines.lora import LoRA
 from vpd_lens.decomposition.saving import fingerprint
 from vpd_lens.editing import find_subcomponents, fit_edit, side_effects, toward
 from vpd_lens.editing.effects import AROUND, ELSEWHERE
 from vpd_lens.example import example_harvest
 from vpd_lens.storage import write_text
-from vpd_lens.viz.edit_plots import fill_dose, fill_pareto
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 LENGTH = 16  # tokens of a window to fit on; the behaviour is after the last
@@ -87,9 +88,9 @@ def main() -> None:
         write_text(arguments.record / "comments.json", json_in_rows(record) + "\n")
     for name in BEHAVIOURS:
         record = json.loads((arguments.record / f"{name}.json").read_text())
-        save(arguments.figures, f"edits_{name}", (9.6, 3.0), lambda f, r=record: fill_pareto(f, r))
+        save(arguments.figures, f"edits_{name}", plots.edits_pareto(record))
     record = json.loads((arguments.record / "comments.json").read_text())
-    save(arguments.figures, "edits_comments", (5.0, 2.8), lambda f: fill_dose(f, record["doses"]))
+    save(arguments.figures, "edits_comments", plots.doses(record["doses"]))
 
 
 def text_of(model: Any, folder: Path) -> Text:

@@ -12,6 +12,7 @@ from conftest import tiny_bridge
 from torch import Tensor, nn
 
 import vpd_lens
+from vpd_lens import plots
 from vpd_lens.baselines.lora import LoRA
 from vpd_lens.decomposition.attach import attach
 from vpd_lens.editing import Rescale, Rewrite, Swap, toward
@@ -278,7 +279,8 @@ def test_side_effects_are_means_over_positions_with_errors_over_sequences(
     assert cost.before == pytest.approx(math.exp(float(losses[0])), rel=1e-4)
     assert cost.rise.mean == pytest.approx(float(losses[1] - losses[0]), abs=1e-5)
     assert "everywhere else" in str(found)
-    assert found.plot().startswith("<svg")
+    shown = [measured for measured in found.kl.values() if measured.n]
+    assert len(plots.side_effects(found).axes[0].patches) == len(shown)
     nothing = vpd_lens.side_effects(model, Rescale(f"{OUT}:1", 1.0), rows, **settings)
     assert abs(nothing.kl[ELSEWHERE].mean) < 1e-6
     assert not nothing.target

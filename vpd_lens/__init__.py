@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from vpd_lens.analysis.circuits.graph import AttributionGraph
     from vpd_lens.analysis.circuits.intervene import intervene
     from vpd_lens.analysis.circuits.prune import prune
-    from vpd_lens.analysis.clustering import Cluster, Clusters, cluster
     from vpd_lens.analysis.circuits.weight_edits import Rescale, Rewrite, Swap
+    from vpd_lens.analysis.clustering import Cluster, Clusters, cluster
     from vpd_lens.analysis.dataset_attribution import DatasetAttributions, dataset_attributions
     from vpd_lens.analysis.explain import Explanation, explain
     from vpd_lens.analysis.harvest import Harvest, harvest

@@ -90,12 +90,6 @@ class SideEffects(Shown):
     def __rich__(self) -> Table:
         return self.table()
 
-    def plot(self) -> str:
-        """The regimes as an inline SVG that takes its colours from the page around it."""
-        from vpd_lens.viz.edit_plots import side_effects_plot
-
-        return side_effects_plot(self)  # type: ignore[no-any-return]
-
 
 def _cells(measured: Measured) -> tuple[str, str, str]:
     return f"{measured.mean:.4g}", f"{measured.error:.1g}", f"{measured.n:,}"

@@ -16,6 +16,7 @@ from vpd_lens.plots.attention import (
 )
 from vpd_lens.plots.audits import donors, layers, levels, resistance
 from vpd_lens.plots.clusters import cluster_lengths, cluster_sizes, interactions
+from vpd_lens.plots.edits import doses, edits_pareto, side_effects
 from vpd_lens.plots.reports import (
     adversary,
     alive,
@@ -31,7 +32,8 @@ from vpd_lens.plots.style import as_svg, theme
 from vpd_lens.plots.texts import importances, logit_effects, needs
 
 __all__ = ["adversary", "alive", "as_svg", "attention_ablation", "attention_patterns"]
-__all__ += ["cluster_lengths", "cluster_sizes", "delta", "donors", "head_overlap", "head_spread"]
-__all__ += ["hidden_error", "importance_histogram", "importances", "interactions", "l0", "layers"]
-__all__ += ["levels", "logit_effects", "mean_importance", "needs", "pareto", "qk_matrix"]
-__all__ += ["qk_offsets", "qk_pair", "resistance", "theme", "training", "used_together"]
+__all__ += ["cluster_lengths", "cluster_sizes", "delta", "donors", "doses", "edits_pareto"]
+__all__ += ["head_overlap", "head_spread", "hidden_error", "importance_histogram", "importances"]
+__all__ += ["interactions", "l0", "layers", "levels", "logit_effects", "mean_importance", "needs"]
+__all__ += ["pareto", "qk_matrix", "qk_offsets", "qk_pair", "resistance", "side_effects", "theme"]
+__all__ += ["training", "used_together"]
