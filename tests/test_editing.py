@@ -202,7 +202,7 @@ def test_a_fit_reaches_its_goal_and_leaves_the_model_alone(edited_model: Any, ro
     with vpd_lens.edited(model, fit.edit), torch.no_grad():
         after = model(rows[:1])[0, -1].softmax(-1)[7]
     assert fit.losses[-1] < fit.losses[0]
-    assert float(after) > 0.5 > float(before[0, -1].softmax(-1)[7])
+    assert float(after) > 3 * float(before[0, -1].softmax(-1)[7])
     names = [f"{OUT}:{c}" for c in range(3)]
     scales = vpd_lens.fit_edit(model, names, rows, what="scale", retain=rows, steps=20)
     assert len(scales.edit.factor) == 3  # type: ignore[arg-type]
