@@ -45,6 +45,7 @@ from vpd_lens.storage import write_text
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 LENGTH = 16  # tokens of a window to fit on; the behaviour is after the last
 STEPS, BATCH = 100, 16
+SCALE = {"steps": 40, "lr": 0.1}  # of the fit of one scalar
 RATES = {"write": 1e-2, "lora": 1e-2}  # of AdamW; ten times the paper's, for a third of its steps
 COUNTS, WEIGHTS = {"10": 10}, (0.1, 10.0)  # examples, and the penalty on everything else
 STRENGTHS = (2.0, 4.0, 8.0, 16.0)
@@ -223,7 +224,7 @@ def removal(model: Any, text: Text, folder: Path) -> dict[str, Any]:
 
     def fitted(name: str) -> dict[str, Any]:
         settings = {"what": "scale", "where": everywhere, "retain": code, "batch_size": BATCH}
-        fit = fit_edit(model, name, few, steps=40, lr=0.1, **settings)
+        fit = fit_edit(model, name, few, **SCALE, **settings)
         return {"factor": fit.edit.factor[0], "loss": fit.losses[-1]}  # type: ignore[index]
 
     fits = {n: once(folder / f"fit {n}.json", lambda n=n: fitted(n)) for n, _ in found}
@@ -268,7 +269,7 @@ def once(path: Path, measure: Callable[[], Any]) -> Any:
 
 def provenance(model: Any) -> dict[str, Any]:
     """What was edited, and with which software."""
-    settings = {"steps": STEPS, "batch_size": BATCH, "lr": RATES, "length": LENGTH}
+    settings = {"steps": STEPS, "batch_size": BATCH, "lr": RATES, "length": LENGTH, "scale": SCALE}
     return {
         "settings": settings,
         "decomposition": fingerprint(model.vpd),
