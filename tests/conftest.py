@@ -140,7 +140,8 @@ def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make figures and leave them empty: drawing one takes longer than all else of its page."""
 
     def savefig(figure, file, **_):
-        file.write('<svg viewBox="0 0 1 1"></svg>')
+        write = Path(file).write_text if isinstance(file, str | Path) else file.write
+        write('<svg viewBox="0 0 1 1"></svg>')
 
     monkeypatch.setattr("vpd_lens.plots.style.Figure.savefig", savefig)
 

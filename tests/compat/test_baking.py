@@ -94,15 +94,16 @@ def test_a_baked_copy_is_a_plain_model_that_can_be_saved(
 def test_a_bridge_with_folded_norms_is_no_hugging_face_model(
     decomposed: Callable[[str], nn.Module], tmp_path: Path
 ) -> None:
+    """Of LayerNorms; RMSNorms leave a model that Hugging Face's class computes, too."""
     import vpd_lens
     from vpd_lens.errors import ConfigError
     from vpd_lens.exporting import save_model
 
-    for case in ("bridge-gpt2-processed", "bridge-llama-processed"):
-        plain = vpd_lens.bake(decomposed(case), edits(decomposed(case).vpd))
-        with pytest.raises(ConfigError, match="norms are folded"):
-            save_model(plain, tmp_path / "model")
-        assert not (tmp_path / "model").exists()
+    model = decomposed("bridge-gpt2-processed")
+    plain = vpd_lens.bake(model, edits(model.vpd))
+    with pytest.raises(ConfigError, match="norms are folded"):
+        save_model(plain, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,7 @@ def test_an_edit_where_something_is_important_is_the_edit_there(
                 max_new_tokens=4,
                 do_sample=False,
                 verbose=False,
+                stop_at_eos=False,
                 return_type="tokens",
                 **{"use_past_kv_cache": cached},
             )

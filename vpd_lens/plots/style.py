@@ -182,7 +182,8 @@ def as_svg(figure: Figure, theme: str | None = None) -> str:
     or with a `theme` that theme's, for a file of its own.
     """
     buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "vpd_lens"}):
+    # Ids differ between the figures of a page, and stay the same when one is drawn again.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": str(figure.get_label())}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     view = re.search(r'viewBox="([^"]*)"', text)

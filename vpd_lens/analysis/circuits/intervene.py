@@ -159,10 +159,10 @@ def intervene(
     ids = tuple(targets.token_id(model, token, n_vocab) for token in asked)
     with torch.no_grad(), vpd.undisturbed(), vpd.kept_below():
         clean = vpd.run(None, tokens)
-        masks = own = None
-        if regime != "ablated" or any(change.above is not None for change in writes):
-            own = vpd.causal_importance(tokens)
-        if regime != "ablated":
+        conditional = any(change.above is not None for change in writes)
+        own = vpd.causal_importance(tokens) if conditional or regime != "ablated" else None
+        masks = None
+        if own is not None and regime != "ablated":
             g = own
             if importance is not None:
                 g = targets.checked_importance(vpd, importance, n_positions)[None].to(own)
