@@ -148,7 +148,7 @@ class Workbench:
 
         If the model is busy just now, the job itself fails of that.
         """
-        with suppress(BusyError), self.the_model(0):
+        with suppress(BusyError), self.the_model(0.0):
             targets.in_prompt(order.position, len(self._tokens(order.text)))
             if order.target:
                 n_vocab = int(self.model.cfg.d_vocab)  # type: ignore[union-attr, arg-type]
