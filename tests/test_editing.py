@@ -223,7 +223,7 @@ def test_what_cannot_be_fitted_is_refused(edited_model: Any, rows: Tensor) -> No
     with pytest.raises(InputError, match="expected 'last' or a mask"):
         fit(edited_model, name, rows, 7, where="first")
     with pytest.raises(InputError, match="expected a mask of shape"):
-        fit(edited_model, name, rows, 7, where=torch.ones(2, 2))
+        fit(edited_model, name, rows, 7, where=torch.ones(2, 2).bool())
     with pytest.raises(InputError, match="steps=0"):
         fit(edited_model, name, rows, 7, steps=0)
     with pytest.raises(InputError, match="rank=0"):

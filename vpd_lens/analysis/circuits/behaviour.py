@@ -126,7 +126,9 @@ class Behaviour:
         return self.distance(logits, clean).relu()
 
 
-def kl_divergence(logits: Logits, clean: Logits) -> Float[Tensor, " row"]:
+def kl_divergence(
+    logits: Float[Tensor, "*row vocab"], clean: Float[Tensor, "*row vocab"]
+) -> Float[Tensor, "*row"]:
     """`KL(clean || logits)` of each row, in nats."""
     q, p = logits.float().log_softmax(-1), clean.float().log_softmax(-1)
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
