@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2.utils import htmlsafe_json_dumps
-from markupsafe import Markup
-
 from vpd_lens.storage import write_text
 from vpd_lens.viz.graph_page import rounded
-from vpd_lens.viz.html import asset, render_template
+from vpd_lens.viz.html import render_data
 
 if TYPE_CHECKING:
     from vpd_lens.analysis.explain import Explanation
@@ -30,23 +27,7 @@ def to_html(explanation: Explanation, path: str | Path, title: str | None = None
     return Path(path)
 
 
-def render(
-    data: dict[str, Any],
-    title: str,
-    template: tuple[str, str] = ("vpd_lens.viz", "assets/explain.html.j2"),
-    styles: Sequence[Markup] = (),
-    scripts: Sequence[Markup] = (),
-    **values: Any,
-) -> str:
-    """The page of a `payload`; a template that extends it may have more styles and scripts."""
-    return render_template(
-        *template,
-        title=title,
-        data=htmlsafe_json_dumps(data, separators=(",", ":"), allow_nan=False),
-        styles=[*(asset(f"assets/{name}") for name in STYLES), *styles],
-        scripts=[*(asset(f"assets/{name}.js") for name in SCRIPTS), *scripts],
-        **values,
-    )
+render = partial(render_data, "assets/explain.html.j2", STYLES, SCRIPTS)
 
 
 def payload(explanation: Explanation, n_cards: int = MAX_CARDS) -> dict[str, Any]:

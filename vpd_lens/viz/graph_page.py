@@ -6,19 +6,17 @@ import hashlib
 import html
 import math
 import re
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
-from jinja2.utils import htmlsafe_json_dumps
-from markupsafe import Markup
 from torch import Tensor
 
 from vpd_lens.analysis.circuits.tables import KINDS
 from vpd_lens.storage import write_text
-from vpd_lens.viz.html import asset, render_template
+from vpd_lens.viz.html import render_data
 
 if TYPE_CHECKING:
     from vpd_lens.analysis.attention import HeadLoadings
@@ -81,23 +79,7 @@ def inline(graph: AttributionGraph) -> str:
     )
 
 
-def render(
-    data: dict[str, Any],
-    title: str,
-    template: tuple[str, str] = ("vpd_lens.viz", "assets/graph.html.j2"),
-    styles: Sequence[Markup] = (),
-    scripts: Sequence[Markup] = (),
-    **values: Any,
-) -> str:
-    """The page of a `payload`; a template that extends it may have more styles and scripts."""
-    return render_template(
-        *template,
-        title=title,
-        data=htmlsafe_json_dumps(data, separators=(",", ":"), allow_nan=False),
-        styles=[*(asset(f"assets/{name}") for name in STYLES), *styles],
-        scripts=[*(asset(f"assets/{name}.js") for name in SCRIPTS), *scripts],
-        **values,
-    )
+render = partial(render_data, "assets/graph.html.j2", STYLES, SCRIPTS)
 
 
 def payload(
